@@ -1,0 +1,7 @@
+"""The Elman recurrent network as pure JAX functions, with backpropagation through time by hand.
+
+h_t = φ(U x_t + W h_{t−1} + b),  Ω_t = V h_t + c
+
+Axes: T time, B batch, D input, H hidden, K output. Time first, features last, any batch axes
+between: inputs `[T, *batch, D]`, states `[T, *batch, H]`. Final state first, as in `lax.scan`.
+"""
