@@ -5,3 +5,11 @@ h_t = φ(U x_t + W h_{t−1} + b),  Ω_t = V h_t + c
 Axes: T time, B batch, D input, H hidden, K output. Time first, features last, any batch axes
 between: inputs `[T, *batch, D]`, states `[T, *batch, H]`. Final state first, as in `lax.scan`.
 """
+
+from jaxrnn._activation import Activation as Activation
+from jaxrnn._cell import Cell as Cell
+from jaxrnn._cell import Ids as Ids
+from jaxrnn._cell import Params as Params
+from jaxrnn._cell import Readout as Readout
+from jaxrnn._step import apply_readout as apply_readout
+from jaxrnn._step import step as step

@@ -1,0 +1,57 @@
+"""Elementwise nonlinearities, and how their derivatives are found."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jaxrnn import _checks
+
+Elementwise = Callable[[jax.Array], jax.Array]
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A nonlinearity phi and, where there is one, phi' written with the output.
+
+    Args:
+      function: phi, elementwise, `a -> phi(a)`.
+      derivative_from_output: `phi(a) -> phi'(a)`, elementwise, or None: then JAX
+        differentiates `function` at the pre-activation, which is recomputed for it.
+
+    Both are static under jit: two Activations are equal when their functions are.
+    """
+
+    function: Elementwise
+    derivative_from_output: Elementwise | None = None
+
+
+# tanh' = (1 - h)(1 + h): 1 - h² would lose nine digits where the unit saturates.
+NAMED = {
+    "tanh": Activation(jnp.tanh, lambda h: (1 - h) * (1 + h)),
+    "relu": Activation(jax.nn.relu, lambda h: (h > 0).astype(h.dtype)),
+    "sigmoid": Activation(jax.nn.sigmoid, lambda h: h * (1 - h)),
+    "identity": Activation(lambda a: a, jnp.ones_like),
+}
+
+
+def resolve(activation: "str | Activation | Elementwise") -> Activation:
+    """Return the Activation behind a name, an Activation or a plain callable."""
+    if isinstance(activation, Activation):
+        return activation
+    if isinstance(activation, str):
+        _checks.one_of("activation", activation, tuple(NAMED))
+        return NAMED[activation]
+    if not callable(activation):
+        _checks.bad_type(
+            "activation", "a name, a jaxrnn.Activation or a callable", type(activation).__name__
+        )
+    return Activation(activation)
+
+
+def slope(activation: Activation, output: jax.Array, preactivation: jax.Array) -> jax.Array:
+    """phi'(a), from the output where it can, else from the pre-activation."""
+    if activation.derivative_from_output is not None:
+        return activation.derivative_from_output(output)
+    return jax.jvp(activation.function, (preactivation,), (jnp.ones_like(preactivation),))[1]
