@@ -16,3 +16,4 @@ from jaxrnn._init import init_params as init_params
 from jaxrnn._loss import cross_entropy as cross_entropy
 from jaxrnn._step import apply_readout as apply_readout
 from jaxrnn._step import step as step
+from jaxrnn._unroll import unroll as unroll
