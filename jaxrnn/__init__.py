@@ -7,6 +7,10 @@ between: inputs `[T, *batch, D]`, states `[T, *batch, H]`. Final state first, as
 """
 
 from jaxrnn._activation import Activation as Activation
+from jaxrnn._bptt import CellGradients as CellGradients
+from jaxrnn._bptt import Gradients as Gradients
+from jaxrnn._bptt import bptt as bptt
+from jaxrnn._bptt import loss_and_grads as loss_and_grads
 from jaxrnn._cell import Cell as Cell
 from jaxrnn._cell import Ids as Ids
 from jaxrnn._cell import Params as Params
