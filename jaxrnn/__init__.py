@@ -6,6 +6,7 @@ Axes: T time, B batch, D input, H hidden, K output. Time first, features last, a
 between: inputs `[T, *batch, D]`, states `[T, *batch, H]`. Final state first, as in `lax.scan`.
 """
 
+from jaxrnn import textbook as textbook
 from jaxrnn._activation import Activation as Activation
 from jaxrnn._bptt import CellGradients as CellGradients
 from jaxrnn._bptt import Gradients as Gradients

@@ -1,0 +1,230 @@
+"""Four witnesses for every gradient: the oracle, a naive scan, central differences, JAX."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import TOLERANCE, assert_close, naive_unroll, random_case, weights
+from jax.test_util import check_grads
+from oracle import batch_loss_and_grads
+
+import jaxrnn
+from jaxrnn import textbook
+
+
+def by_oracle(params, xs, targets, h0):
+    cell, readout = params.cell, params.readout
+    ys = np.eye(readout.V.shape[0])[np.asarray(targets)]
+    arrays = [np.asarray(a, np.float64) for a in
+              (cell.U, cell.W, cell.b, readout.V, readout.c, xs, ys, h0)]  # fmt: skip
+    loss, d = batch_loss_and_grads(*arrays)
+    return loss, d, (d["U"], d["W"], d["b"], d["V"], d["c"])
+
+
+def total_loss(params, xs, h0, targets):
+    _, hs = jaxrnn.unroll(params.cell, xs, h0)
+    return jnp.sum(jaxrnn.cross_entropy(jaxrnn.apply_readout(params.readout, hs), targets))
+
+
+@pytest.mark.parametrize("time", [1, 2, 6])
+def test_equations_of_section_3_match_the_oracle(time):
+    params, xs, h0, targets = random_case(T=time)
+    loss, d, expected = by_oracle(params, xs, targets, h0)
+    by_hand, gradients = jaxrnn.loss_and_grads(params, xs, targets, h0=h0)
+    by_jax, (d_params, d_xs, d_h0) = jax.value_and_grad(total_loss, (0, 1, 2))(
+        params, xs, h0, targets
+    )
+    leaves = tuple(jax.tree.leaves(gradients.params))
+    assert_close((by_hand, leaves, gradients.h0), (loss, expected, d["h0"]))
+    assert_close(
+        (by_jax, tuple(jax.tree.leaves(d_params)), d_xs, d_h0), (loss, expected, d["xs"], d["h0"])
+    )
+
+
+def test_double_sum_of_section_3_3_matches_the_oracle():
+    params, xs, h0, targets = random_case()
+    loss, _, expected = by_oracle(params, xs, targets, jnp.zeros_like(h0))
+    found, gradients = textbook.loss_and_grads(params, xs, targets)
+    assert_close((found, tuple(jax.tree.leaves(gradients))), (loss, expected))
+
+
+@pytest.mark.parametrize("leak", [None, 0.3, "per unit"])
+def test_contributions_are_what_each_step_owes(leak):
+    if leak is not None:
+        leak = jnp.linspace(0, 1, 5) if leak == "per unit" else jnp.asarray(leak)
+    params, xs, _, targets = random_case(leak=leak)
+    copies = jax.tree.map(lambda x: jnp.broadcast_to(x, (6, *x.shape)), params.cell)
+
+    def losses(copies):
+        # Step k has parameters of its own, so that a derivative by them is the (t, k) term.
+        def body(h, now):
+            cell, x = now
+            return (h := jaxrnn.step(cell, x, h)), h
+
+        _, hs = jax.lax.scan(body, jnp.zeros((3, 5)), (copies, xs))
+        logits = jaxrnn.apply_readout(params.readout, hs)
+        return jnp.sum(jaxrnn.cross_entropy(logits, targets), axis=1)
+
+    terms = textbook.contributions(params, xs, targets)
+    assert_close(terms, jax.jacrev(losses)(copies))
+    _, gradients = jaxrnn.loss_and_grads(params, xs, targets)
+    assert_close(jax.tree.map(lambda x: jnp.sum(x, (0, 1)), terms), gradients.params.cell)
+
+
+CELLS = {
+    "tanh": {},
+    "relu": {"activation": "relu"},
+    "sigmoid": {"activation": "sigmoid"},
+    "identity": {"activation": "identity"},
+    "callable": {"activation": jnp.sin},
+    "leak": {"leak": jnp.asarray(0.3)},
+    "leaks from 0 to 1": {"leak": jnp.linspace(0, 1, 5)},
+    "leaky callable": {"leak": jnp.asarray(0.3), "activation": jnp.sin},
+}
+
+
+@pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS.keys())
+@pytest.mark.parametrize("time", [7, 50])
+def test_gradients_match_a_naive_scan(cell, time):
+    params, xs, h0, _ = random_case(T=time, **cell)
+    seen = jaxrnn.unroll(params.cell, xs, h0)
+    assert_close(seen, naive_unroll(params.cell, xs, h0))
+    cotangents = (weights(seen[0].shape), weights(seen[1].shape, 8))
+
+    def pull(unroll):
+        return jax.jit(lambda *args: jax.vjp(unroll, *args)[1](cotangents))(params.cell, xs, h0)
+
+    expected = pull(naive_unroll)
+    assert_close(pull(jaxrnn.unroll), expected)
+    by_hand = jaxrnn.bptt(params.cell, xs, h0, seen[1], cotangents[1], dh_last=cotangents[0])
+    assert_close((by_hand.cell, by_hand.xs, by_hand.h0), expected)
+
+
+def test_gradients_match_a_naive_scan_in_float32():
+    params, xs, h0, _ = random_case(T=20, dtype=jnp.float32)
+
+    def gradient(unroll, *args):
+        return jax.jit(jax.grad(lambda *a: jnp.sum(jnp.sin(unroll(*a)[1])), (0, 1, 2)))(*args)
+
+    wide = jax.tree.map(lambda x: x.astype(jnp.float64), (params.cell, xs, h0))
+    expected = gradient(naive_unroll, *wide)
+    assert_close(gradient(jaxrnn.unroll, params.cell, xs, h0), expected, TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_gradients_are_as_good_as_their_states(dtype):
+    params, xs, h0, _ = random_case(T=20, dtype=dtype)
+
+    def gradient(*args):
+        return jax.grad(lambda *a: jnp.sum(jaxrnn.unroll(*a)[1].astype(jnp.float32)), (0, 1, 2))(
+            *args
+        )
+
+    found = gradient(params.cell, xs, h0)
+    assert all(x.dtype == dtype for x in jax.tree.leaves(found))
+    wide = jax.tree.map(lambda x: x.astype(jnp.float64), (params.cell, xs, h0))
+    _, hs = jaxrnn.unroll(params.cell, xs, h0)
+    ones = jnp.ones_like(hs)
+    by_hand = jaxrnn.bptt(params.cell, xs, h0, hs, ones)
+    # Each state and each factor of an adjoint product is rounded once, with eps/2; through
+    # Jacobians of norm ≤ 0.9 such errors add up to at most 10 of them, forward and backward.
+    tolerance = 20 * float(jnp.finfo(dtype).eps) / 2
+    assert_close(found, gradient(*wide), tolerance)
+    assert_close((by_hand.cell, by_hand.xs, by_hand.h0), found, tolerance)
+
+
+def test_central_differences_agree():
+    params, xs, h0, targets = random_case()
+    args = (params, xs, h0)
+    gradient = jax.grad(total_loss, (0, 1, 2))(*args, targets)
+    direction = jax.tree.map(lambda x: weights(x.shape, x.size), args)
+    step = 1e-5
+
+    def along(s):
+        moved = jax.tree.map(lambda a, d: a + s * d, args, direction)
+        return total_loss(*moved, targets)
+
+    slope = (along(step) - along(-step)) / (2 * step)
+    expected = sum(
+        jnp.vdot(g, d)
+        for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True)
+    )
+    # Truncation is step²·L'''/6 ≈ 1e-10, cancellation eps·L/step ≈ 1e-10.
+    np.testing.assert_allclose(slope, expected, rtol=1e-8)
+
+
+@pytest.mark.parametrize("cell", [CELLS["tanh"], CELLS["leak"], CELLS["callable"]])
+def test_check_grads_in_both_modes_to_second_order(cell):
+    params, xs, h0, _ = random_case(T=4, batch=(), **cell)
+    arrays, tree = jax.tree.flatten((params.cell, xs, h0))
+    check_grads(
+        lambda *leaves: jaxrnn.unroll(*jax.tree.unflatten(tree, leaves)), arrays, order=2,
+        modes=["fwd", "rev"], atol=1e-5, rtol=1e-5, eps=1e-4,
+    )  # fmt: skip
+
+
+VARIANTS = {
+    "plain": {},
+    "lengths": {"lengths": jnp.array([7, 0, 4])},
+    "mask": {"mask": jnp.arange(21).reshape(7, 3) % 4 != 1},
+    "drive": {"drive": weights((7, 3, 5), 4)},
+}
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("ids", [False, True], ids=["floats", "ids"])
+@pytest.mark.parametrize("how", VARIANTS.values(), ids=VARIANTS.keys())
+def test_hand_gradients_agree_with_autodiff_in_every_variant(how, ids, reverse):
+    params, xs, h0, _ = random_case(T=7, leak=jnp.asarray(0.7) if ids else None)
+    if ids:
+        xs = jaxrnn.Ids(jnp.arange(21).reshape(7, 3) % 4)
+    drive = how.get("drive", jnp.zeros((7, 3, 5)))
+    how = {name: value for name, value in how.items() if name != "drive"}
+
+    def run(cell, h0, drive, xs=xs):
+        return jaxrnn.unroll(cell, xs, h0, drive=drive, reverse=reverse, **how)
+
+    (h_last, hs), pull = jax.vjp(run, params.cell, h0, drive, *([] if ids else [xs]))
+    expected = pull((jnp.sin(h_last), jnp.cos(hs)))
+    found = jaxrnn.bptt(
+        params.cell, xs, h0, hs, jnp.cos(hs), dh_last=jnp.sin(h_last),
+        drive=drive, reverse=reverse, **how,
+    )  # fmt: skip
+    assert (found.xs is None) == ids
+    assert_close((found.cell, found.h0, found.delta, *([] if ids else [found.xs])), expected)
+
+
+@pytest.mark.parametrize("how", [VARIANTS["lengths"], VARIANTS["mask"]], ids=["lengths", "mask"])
+def test_loss_and_grads_skips_padding_that_holds_nan(how):
+    params, xs, h0, targets = random_case(T=7)
+    valid = how.get("mask", jnp.arange(7)[:, None] < jnp.array([[7, 0, 4]]))
+    bad_xs = jnp.where(valid[..., None], xs, jnp.nan)
+    loss, gradients = jaxrnn.loss_and_grads(params, bad_xs, targets, h0=h0, **how)
+
+    def masked_loss(params, h0):
+        _, hs = jaxrnn.unroll(params.cell, xs, h0, **how)
+        logits = jaxrnn.apply_readout(params.readout, hs)
+        return jnp.sum(jnp.where(valid, jaxrnn.cross_entropy(logits, targets), 0))
+
+    expected = jax.value_and_grad(masked_loss, (0, 1))(params, h0)
+    assert_close((loss, (gradients.params, gradients.h0)), expected)
+
+
+def test_backward_is_linear_in_its_cotangent():
+    params, xs, h0, _ = random_case()
+    _, hs = jaxrnn.unroll(params.cell, xs, h0)
+    first, second = weights(hs.shape, 1), weights(hs.shape, 2)
+
+    def pull(dhs):
+        return jaxrnn.bptt(params.cell, xs, h0, hs, dhs)
+
+    both = jax.tree.map(lambda a, b: 2 * a - 3 * b, pull(first), pull(second))
+    assert_close(pull(2 * first - 3 * second), both)
+
+
+def test_gradients_have_the_tree_of_the_parameters():
+    params, xs, _, targets = random_case(activation="relu", leak=jnp.asarray(0.5))
+    _, gradients = jaxrnn.loss_and_grads(params, xs, targets)
+    _, by_sum = textbook.loss_and_grads(params, xs, targets)
+    for tree in (gradients.params, by_sum):
+        assert jax.tree.structure(tree) == jax.tree.structure(params)
