@@ -1,0 +1,104 @@
+"""Wrong formulas fail the suite: each mutant is a copy of the package with one line changed."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+WITNESSES = ["tests/test_gradients.py", "tests/test_orders.py"]
+
+# name -> (file, what stands there, what the mutant says instead, the witnesses that see it)
+MUTANTS = {
+    "adjoint off by a thousandth": (
+        "_recurrence.py", "product(J.scale(adjoint), J.W)",
+        "1.001 * product(J.scale(adjoint), J.W)",
+        "match_a_naive_scan and tanh and 7",
+    ),
+    "adjoint without its transpose": (
+        "_recurrence.py", "product(J.scale(adjoint), J.W)", "product(J.scale(adjoint), J.W.T)",
+        "match_a_naive_scan and tanh and 7",
+    ),
+    "adjoint added after the product": (
+        "_recurrence.py", "return transposed_times(J_t, adjoint), adjoint",
+        "return transposed_times(J_t, adjoint), from_later", "match_a_naive_scan and tanh and 7",
+    ),
+    "state before off by one": (
+        "_recurrence.py", "jnp.concatenate([h0[None], hs[:-1]])", "hs",
+        "match_a_naive_scan and tanh and 7",
+    ),
+    "slope off by a thousandth": (
+        "_activation.py", "(1 - h) * (1 + h)", "1.001 * (1 - h) * (1 + h)",
+        "match_a_naive_scan and tanh and 7",
+    ),
+    "leak that does not pass the state on": (
+        "_recurrence.py", "(1 - like(self.leak, v)) * v", "0.999 * (1 - like(self.leak, v)) * v",
+        "match_a_naive_scan and leak and 7",
+    ),
+    "tangent of W without its transpose": (
+        "_unroll.py", "product(h_prev, dcell.W.T)", "product(h_prev, dcell.W)",
+        "match_a_naive_scan and tanh and 7",
+    ),
+    "hand gradient of W from the later state": (
+        "_bptt.py", "_sum_outer(delta, h_prev)", "_sum_outer(delta, hs)",
+        "equations_of_section_3",
+    ),
+    "the source's sign": (
+        "_loss.py", "y_hat - jax.nn.one_hot(targets, logits.shape[-1], dtype=logits.dtype)",
+        "jax.nn.one_hot(targets, logits.shape[-1], dtype=logits.dtype) - y_hat",
+        "equations_of_section_3",
+    ),
+    "one Jacobian too few in the double sum": (
+        "textbook.py", "jnp.concatenate([jacobians[1:], jnp.zeros_like(jacobians[:1])])",
+        "jacobians", "double_sum",
+    ),
+    "wrong matvec, seen by second orders only": (
+        "_recurrence.py", "return y - _times(", "return y - 1.001 * _times(",
+        "hessian_vector_products and tanh and reverse",
+    ),
+}  # fmt: skip
+
+
+def verdict(copy, chosen):
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist",
+         "-o", "addopts=", *WITNESSES, "-k", chosen],
+        cwd=copy, capture_output=True, text=True, timeout=600,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+    )  # fmt: skip
+    return run.returncode, run.stdout
+
+
+@pytest.fixture
+def copy(tmp_path):
+    for folder in ("jaxrnn", "tests"):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignore)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS.keys())
+def test_mutant_fails(copy, mutant):
+    file, line, wrong, chosen = mutant
+    source = (copy / "jaxrnn" / file).read_text()
+    assert source.count(line) == 1, f"{file} no longer holds {line!r} once"
+    (copy / "jaxrnn" / file).write_text(source.replace(line, wrong))
+    code, output = verdict(copy, chosen)
+    assert code == 1 and "relative error" in output, output
+
+
+def test_the_unchanged_copy_passes(copy):
+    code, output = verdict(copy, "match_a_naive_scan and tanh and 7")
+    assert code == 0 and "passed" in output, output
+
+
+def test_a_wrong_matvec_is_invisible_at_first_order(copy):
+    file, line, wrong, _ = MUTANTS["wrong matvec, seen by second orders only"]
+    path = copy / "jaxrnn" / file
+    path.write_text(path.read_text().replace(line, wrong))
+    code, output = verdict(copy, "match_a_naive_scan and tanh and 7")
+    assert code == 0, output
