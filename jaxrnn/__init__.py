@@ -21,4 +21,6 @@ from jaxrnn._init import init_params as init_params
 from jaxrnn._loss import cross_entropy as cross_entropy
 from jaxrnn._step import apply_readout as apply_readout
 from jaxrnn._step import step as step
+from jaxrnn._text import Vocabulary as Vocabulary
+from jaxrnn._text import one_hot as one_hot
 from jaxrnn._unroll import unroll as unroll
