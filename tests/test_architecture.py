@@ -1,0 +1,93 @@
+"""The house: what imports what, what `import jaxrnn` brings in, what the face documents."""
+
+import ast
+import inspect
+import pathlib
+import subprocess
+import sys
+import tomllib
+
+import jaxrnn
+from jaxrnn import textbook, worked_example
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = ROOT / "jaxrnn"
+
+# A file imports only from floors below its own.
+FLOORS = [
+    ["_checks", "_dtypes", "_printed"],
+    ["_activation", "_fold", "_steps"],
+    ["_cell"],
+    ["_step", "_loss", "_init"],
+    ["_recurrence"],
+    ["_unroll"],
+    ["_bptt"],
+    ["textbook", "_text", "_example_training"],
+    ["worked_example"],
+    ["_example_report"],
+]
+
+
+def imports(path):
+    """The modules of the package that a file names, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "jaxrnn":
+            parts = (node.module or "").split(".")[1:]
+            yield from parts[:1] or [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.startswith("jaxrnn."):
+                    yield alias.name.split(".")[1]
+
+
+def test_files_import_from_floors_below_their_own():
+    floor = {name: n for n, names in enumerate(FLOORS) for name in names}
+    files = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
+    assert set(files) == set(floor)
+    for name, path in files.items():
+        for imported in imports(path):
+            assert floor[imported] < floor[name], f"{name} imports {imported}"
+
+
+def test_files_are_short():
+    for path in PACKAGE.glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 250, path.name
+
+
+def test_import_brings_in_nothing_beyond_jax_and_optax():
+    code = (
+        "import sys, jax, jax.numpy, optax; before = set(sys.modules); import jaxrnn;"
+        "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    brought = set(run.stdout.split()) - set(sys.stdlib_module_names)
+    assert brought == {"jaxrnn"}
+
+
+def public_functions():
+    for home in (jaxrnn, textbook, worked_example):
+        for name, value in vars(home).items():
+            own = home is jaxrnn or getattr(value, "__module__", "") == home.__name__
+            if own and inspect.isfunction(value) and not name.startswith("_"):
+                yield f"{home.__name__}.{name}", value
+
+
+def test_public_functions_document_arguments_results_and_errors():
+    functions = dict(public_functions())
+    assert {"jaxrnn.unroll", "jaxrnn.bptt", "jaxrnn.textbook.contributions"} <= set(functions)
+    for name, function in functions.items():
+        text = inspect.getdoc(function) or ""
+        for section in ("Args:", "Returns:", "Raises:"):
+            assert section in text, f"{name} lacks {section}"
+        for parameter in inspect.signature(function).parameters:
+            assert f"{parameter}:" in text, f"{name} does not describe {parameter}"
+
+
+def test_version_and_requirements():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == "0.1.0"
+    names = {line.split(">")[0] for line in project["dependencies"]}
+    assert names == {"jax", "jaxlib", "optax"}
+    assert set(project["optional-dependencies"]) == {
+        "cli", "plot", "bench", "peers", "test", "cuda", "tpu",
+    }  # fmt: skip
