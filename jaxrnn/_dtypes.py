@@ -9,6 +9,11 @@ def accumulation_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
 
 
+def wide(ids: jax.Array) -> jax.Array:
+    """Ids or lengths in at least 32 bits: a narrow dtype cannot hold the size they are held to."""
+    return ids.astype(jnp.int32) if ids.dtype.itemsize < 4 else ids
+
+
 def result_dtype(*trees: object) -> jnp.dtype:
     """What JAX promotes all float leaves to; ids and masks do not count."""
     leaves = [x for x in jax.tree.leaves(trees) if jnp.issubdtype(x.dtype, jnp.floating)]

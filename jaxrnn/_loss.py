@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrnn import _checks
-from jaxrnn._dtypes import accumulation_dtype
+from jaxrnn._dtypes import accumulation_dtype, wide
 from jaxrnn._steps import without_padding
 
 
@@ -46,13 +46,12 @@ def cross_entropy(
     # Selected before the logarithm too: NaN on an uncounted step then has no gradient.
     logits = without_padding(logits, where)
     if jnp.issubdtype(targets.dtype, jnp.integer):
-        inside = (targets >= 0) & (targets < logits.shape[-1])
+        targets, inside = _inside(targets, logits.shape[-1])
         losses = optax.softmax_cross_entropy_with_integer_labels(
             logits, jnp.where(inside, targets, 0)
         )
         losses = jnp.where(inside, losses, jnp.nan)
     else:
-        targets = without_padding(targets, where)
         losses = optax.softmax_cross_entropy(logits, targets.astype(logits.dtype))
     return without_padding(losses, where)
 
@@ -67,12 +66,19 @@ def output_error(
     logits = logits.astype(accumulation_dtype(logits.dtype))
     y_hat = jax.nn.softmax(without_padding(logits, where))
     if jnp.issubdtype(targets.dtype, jnp.integer):
+        targets, inside = _inside(targets, logits.shape[-1])
         # Compared, not gathered: XLA fuses the one-hot rows away.
         error = y_hat - jax.nn.one_hot(targets, logits.shape[-1], dtype=logits.dtype)
+        error = jnp.where(inside[..., None], error, jnp.nan)
     else:
         y = targets.astype(logits.dtype)
         error = y_hat * jnp.sum(y, axis=-1, keepdims=True) - y
     return without_padding(error, where)
+
+
+def _inside(targets, size):
+    targets = wide(targets)
+    return targets, (targets >= 0) & (targets < size)
 
 
 def check_targets(targets: jax.Array, shape: tuple[int, ...], where: jax.Array | None) -> jax.Array:

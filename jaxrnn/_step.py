@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxrnn import _checks
 from jaxrnn._activation import Activation, resolve
 from jaxrnn._cell import Cell, Ids, Readout, check_cell, check_inputs, check_readout
-from jaxrnn._dtypes import accumulation_dtype, cast, result_dtype
+from jaxrnn._dtypes import accumulation_dtype, cast, result_dtype, wide
 
 
 def product(y: jax.Array, matrix: jax.Array) -> jax.Array:
@@ -74,6 +74,7 @@ def like(value: jax.Array, a: jax.Array) -> jax.Array:
 
 def safe_ids(ids: jax.Array, size: int) -> Ids:
     """Send every invalid id to the row behind the last."""
+    ids = wide(ids)
     valid = (ids >= 0) & (ids < size)
     return Ids(jnp.where(valid, ids, 0).astype(jnp.int32) + jnp.where(valid, 0, size))
 

@@ -7,6 +7,7 @@ from jax import lax
 from jax.core import Tracer
 
 from jaxrnn import _checks
+from jaxrnn._dtypes import wide
 
 
 def check_valid(lengths, mask, steps: tuple[int, ...]) -> tuple[jax.Array | None, jax.Array | None]:
@@ -28,6 +29,7 @@ def valid_steps(lengths: jax.Array | None, mask: jax.Array | None, time: int) ->
     """Bool `[T, *batch]`, or None where every step is valid."""
     if lengths is None:
         return mask
+    lengths = wide(lengths)
     t = lax.broadcasted_iota(lengths.dtype, (time, *lengths.shape), 0)
     return t < jnp.broadcast_to(lengths, t.shape)
 

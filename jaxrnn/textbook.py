@@ -94,7 +94,9 @@ def _checked(params, xs, targets):
     steps = leading_shape(xs)
     if isinstance(xs, Ids):
         _checks.in_range("xs.ids", xs.ids, size)
-        xs = jax.nn.one_hot(xs.ids, size, dtype=result_dtype(params.cell))
+        rows = jax.nn.one_hot(xs.ids, size, dtype=result_dtype(params.cell))
+        # An invalid id has no row; traced, it is not seen above and gives NaN.
+        xs = jnp.where(jnp.sum(rows, axis=-1, keepdims=True) == 1, rows, jnp.nan)
     return params, xs, check_targets(targets, (*steps, params.readout.V.shape[0]), None)
 
 

@@ -1,0 +1,171 @@
+"""The loss, its gradient by hand and the output layer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxrnn
+from jaxrnn import Cell, Ids, Params, Readout, textbook
+from jaxrnn._loss import output_error
+
+T, B, K = 4, 3, 5
+EPS = 2.0**-52
+RNG = np.random.default_rng(0)
+LOGITS = 2 * RNG.normal(size=(T, B, K))
+IDS = RNG.integers(K, size=(T, B))
+WHERE = RNG.random((T, B)) < 0.6
+TARGETS = {
+    "ids": IDS,
+    "one_hot": np.eye(K)[IDS],
+    "soft": RNG.uniform(size=(T, B, K)),  # Rows that sum to something else than 1.
+}
+# A sum of K = 5 exponentials, a logarithm or a division, and K products with the targets:
+# 16 roundings of numbers that are no larger than the largest result (about 10 and 1).
+LOSS = 16 * EPS
+
+
+def log_softmax(logits):
+    logits = np.asarray(logits, np.float64)
+    top = logits.max(-1, keepdims=True)
+    return logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+
+
+def rows(targets):
+    return np.eye(K)[targets] if targets.ndim == 2 else targets
+
+
+def close(actual, expected, tolerance=LOSS):
+    expected = np.asarray(expected)
+    atol = tolerance * np.abs(expected).max()
+    np.testing.assert_allclose(np.asarray(actual), expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_cross_entropy_is_log_sum_exp(kind):
+    losses = jaxrnn.cross_entropy(LOGITS, TARGETS[kind])
+    assert losses.shape == (T, B) and losses.dtype == jnp.float64
+    close(losses, -(rows(TARGETS[kind]) * log_softmax(LOGITS)).sum(-1))
+
+
+def test_cross_entropy_of_one_step():
+    close(jaxrnn.cross_entropy(LOGITS[0, 0], IDS[0, 0]), -log_softmax(LOGITS)[0, 0, IDS[0, 0]])
+
+
+@pytest.mark.parametrize("one_hot", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_huge_logits_are_exact(dtype, one_hot):
+    # exp(−2e4) is 0 in both dtypes, so that every number below is exact.
+    logits = np.array([[1e4, -1e4, -1e4], [1e4, -1e4, -1e4], [-1e4, 1e4, 1e4]], dtype)
+    ids = np.array([0, 1, 0])
+    targets = np.eye(3, dtype=dtype)[ids] if one_hot else ids
+    loss = jax.jit(jaxrnn.cross_entropy)
+    losses = loss(logits, targets)
+    # ln 2 is lost beside 2e4 in float32, whose spacing there is 2e-3, and rounded to it.
+    expected = np.array([0, 2e4, 2e4 + np.log(2)])
+    np.testing.assert_allclose(losses, expected, rtol=jnp.finfo(dtype).eps, atol=0)
+    gradient = jax.grad(lambda x: loss(x, targets).sum())(logits)
+    expected = [[0, 0, 0], [1, -1, 0], [-1, 0.5, 0.5]]
+    np.testing.assert_array_equal(gradient, expected)
+    np.testing.assert_array_equal(output_error(jnp.array(logits), jnp.array(targets)), expected)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("kind", TARGETS)
+def test_uncounted_steps_have_no_loss_and_no_gradient(kind, bad):
+    logits = np.where(WHERE[..., None], LOGITS, bad)
+    targets = TARGETS[kind]
+    if kind == "ids":
+        targets = np.where(WHERE, targets, -1)
+    else:
+        targets = np.where(WHERE[..., None], targets, bad)
+
+    # Eagerly, where the ids are looked at; the gradient compiled, for speed.
+    losses = jaxrnn.cross_entropy(logits, targets, where=WHERE)
+    loss = jax.jit(lambda x: jaxrnn.cross_entropy(x, targets, where=WHERE).sum())
+    gradient = jax.grad(loss)(logits)
+    everywhere = np.asarray(jaxrnn.cross_entropy(LOGITS, TARGETS[kind]))
+    np.testing.assert_array_equal(np.asarray(losses)[~WHERE], 0)
+    close(np.asarray(losses)[WHERE], everywhere[WHERE])
+    np.testing.assert_array_equal(np.asarray(gradient)[~WHERE], 0)
+    y = rows(TARGETS[kind])
+    expected = y.sum(-1, keepdims=True) * np.exp(log_softmax(LOGITS)) - y
+    close(np.asarray(gradient)[WHERE], expected[WHERE])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("kind", ["ids", "one_hot"])
+def test_half_precision_returns_float32(kind, dtype):
+    logits = jnp.asarray(LOGITS, dtype)
+    targets = jnp.asarray(TARGETS[kind], None if kind == "ids" else dtype)
+    losses = jaxrnn.cross_entropy(logits, targets)
+    assert losses.dtype == jnp.float32
+    # Computed in float32 all along: the same roundings as above, of float32.
+    expected = -(rows(TARGETS[kind]) * log_softmax(logits)).sum(-1)
+    close(losses, expected, 16 * 2.0**-23)
+    assert output_error(logits, targets).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("bad", [-1, K, 10**6])
+def test_an_invalid_target_under_jit_gives_nan_and_touches_no_other(bad):
+    targets = IDS.copy()
+    targets[1, 2] = bad
+    losses = np.array(jax.jit(jaxrnn.cross_entropy)(LOGITS, targets))
+    assert np.isnan(losses[1, 2])
+    losses[1, 2] = -log_softmax(LOGITS)[1, 2, IDS[1, 2]]
+    close(losses, jaxrnn.cross_entropy(LOGITS, IDS))
+
+
+@pytest.mark.parametrize("call", [jaxrnn.loss_and_grads, textbook.loss_and_grads])
+@pytest.mark.parametrize("wrong", ["xs", "targets"])
+def test_an_invalid_id_under_jit_is_seen_in_the_loss(call, wrong):
+    params = Params(
+        Cell(np.ones((3, K)), np.eye(3), np.ones(3)), Readout(np.ones((K, 3)), np.ones(K))
+    )
+    ids = {"xs": IDS, "targets": IDS, wrong: np.full_like(IDS, -1)}
+    loss, _ = jax.jit(call)(params, Ids(ids["xs"]), ids["targets"])
+    assert np.isnan(loss)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("uint8", 256), ("int8", 200)])
+def test_targets_of_few_bits(dtype, size):
+    # The number of classes itself does not fit into the dtype of the ids: bytes, say.
+    ids = np.array([3, 100], dtype)
+    logits = np.random.default_rng(1).normal(size=(2, size))
+    expected = -log_softmax(logits)[[0, 1], ids]
+    # A sum of at most 256 terms.
+    close(jaxrnn.cross_entropy(logits, ids), expected, 256 * EPS)
+
+
+@pytest.mark.parametrize("where", [None, WHERE])
+@pytest.mark.parametrize("kind", TARGETS)
+def test_output_error_is_the_gradient_of_the_summed_loss(kind, where):
+    logits, targets = jnp.asarray(LOGITS), jnp.asarray(TARGETS[kind])
+    if where is not None:
+        logits = jnp.asarray(np.where(where[..., None], LOGITS, np.nan))
+    found = jax.jit(output_error)(logits, targets, where)
+    loss = jax.jit(lambda x: jaxrnn.cross_entropy(x, targets, where=where).sum())
+    expected = jax.grad(loss)(logits)
+    assert np.isfinite(found).all() and np.abs(found).max() > 0.1
+    close(found, expected)
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (T, B)])
+def test_apply_readout_is_the_formula(batch):
+    V, c, hs = (RNG.normal(size=shape) for shape in [(K, 6), K, (*batch, 6)])
+    logits = jaxrnn.apply_readout(Readout(V, c), hs)
+    # Sums of 7 terms, each no larger than about the largest result.
+    close(logits, hs @ V.T + c, 8 * EPS)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_apply_readout_rounds_once(dtype):
+    H = 256
+    V, c, hs = (jnp.asarray(RNG.uniform(size=shape), dtype) for shape in [(K, H), K, (T, H)])
+    logits = jaxrnn.apply_readout(Readout(V, c), hs)
+    assert logits.dtype == dtype
+    V, c, hs = (np.asarray(x, np.float64) for x in (V, c, hs))
+    # Half an ulp of the result, and H additions in float32, each of half an eps at most. All
+    # terms are positive: a sum formed in half precision would be off by many ulp.
+    rounding = float(jnp.finfo(dtype).eps) / 2 + H * 2.0**-24
+    np.testing.assert_allclose(np.asarray(logits, np.float64), hs @ V.T + c, rtol=rounding)
