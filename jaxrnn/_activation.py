@@ -27,7 +27,7 @@ class Activation:
     derivative_from_output: Elementwise | None = None
 
 
-# tanh' = (1 - h)(1 + h): 1 - h² would lose nine digits where the unit saturates.
+# tanh' = (1 − h)(1 + h): where the unit saturates, 1 − h² would round h² first and then cancel.
 NAMED = {
     "tanh": Activation(jnp.tanh, lambda h: (1 - h) * (1 + h)),
     "relu": Activation(jax.nn.relu, lambda h: (h > 0).astype(h.dtype)),
@@ -39,6 +39,11 @@ NAMED = {
 def resolve(activation: "str | Activation | Elementwise") -> Activation:
     """Return the Activation behind a name, an Activation or a plain callable."""
     if isinstance(activation, Activation):
+        for function in (activation.function, activation.derivative_from_output):
+            if function is not None and not callable(function):
+                _checks.bad_type(
+                    "activation", "callables in an Activation", type(function).__name__
+                )
         return activation
     if isinstance(activation, str):
         _checks.one_of("activation", activation, tuple(NAMED))

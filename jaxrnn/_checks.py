@@ -12,6 +12,10 @@ import numpy as np
 from jax.core import Tracer
 
 
+class InputError(ValueError):
+    """Bad input from outside the program: a file, a directory, an option. One line says it."""
+
+
 def bad_value(name: str, expected: str, got: object) -> NoReturn:
     """Raise the ValueError of this library."""
     raise ValueError(f"{name}: expected {expected}, got {got}")
@@ -46,7 +50,7 @@ def array(name: str, value: Any) -> jax.Array:
     """Make an array of anything array-like."""
     try:
         return jnp.asarray(value)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise TypeError(f"{name}: expected an array, got {type(value).__name__}") from error
 
 
@@ -56,6 +60,14 @@ def floating(name: str, value: Any, shape: tuple[int | None, ...] | None = None)
     if not jnp.issubdtype(result.dtype, jnp.floating):
         bad_type(name, "a floating dtype", result.dtype)
     return shaped(name, result, shape)
+
+
+def floating_dtype(name: str, dtype: Any) -> jnp.dtype:
+    """Require a float dtype."""
+    result = jnp.dtype(dtype)
+    if not jnp.issubdtype(result, jnp.floating):
+        bad_type(name, "a floating dtype", result)
+    return result
 
 
 def integers(name: str, value: Any, shape: tuple[int | None, ...] | None = None) -> jax.Array:

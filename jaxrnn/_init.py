@@ -49,6 +49,9 @@ def init_cell(
     _checks.positive("input_size", input_size)
     _checks.positive("hidden_size", hidden_size)
     _checks.one_of("recurrent", recurrent, RECURRENT)
+    dtype = _checks.floating_dtype("dtype", dtype)
+    if leak is not None:
+        leak = _checks.floating("leak", leak).astype(dtype)
     key_U, key_W = jax.random.split(key)
     square = (hidden_size, hidden_size)
     bound = hidden_size**-0.5
@@ -64,9 +67,9 @@ def init_cell(
     drawn = accumulation_dtype(dtype)
     cell = Cell(
         U_init(key_U, (hidden_size, input_size), drawn).astype(dtype),
-        (gain * W_init(key_W, square, drawn)).astype(dtype),
+        (float(gain) * W_init(key_W, square, drawn)).astype(dtype),
         jnp.zeros(hidden_size, dtype),
-        None if leak is None else jnp.asarray(leak, dtype),
+        leak,
         activation,
     )
     check_cell("cell", cell)
@@ -105,6 +108,7 @@ def init_params(
       TypeError, ValueError: as `init_cell`.
     """
     _checks.positive("output_size", output_size)
+    dtype = _checks.floating_dtype("dtype", dtype)
     key_cell, key_V = jax.random.split(key)
     cell = init_cell(
         key_cell, input_size, hidden_size,
