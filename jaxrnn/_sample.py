@@ -1,0 +1,60 @@
+"""Generation: the network reads a prompt and goes on by itself."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxrnn import _checks
+from jaxrnn._cell import Ids, Params, check_params
+from jaxrnn._step import apply_readout, step
+from jaxrnn._unroll import unroll
+
+
+def generate(
+    params: Params, key: jax.Array, prompt: jax.Array, length: int, temperature: float = 1.0
+) -> jax.Array:
+    """Draw characters one by one, each from the softmax after all those before it.
+
+    Args:
+      params: the `Params`; |A| inputs and outputs.
+      key: a JAX random key.
+      prompt: ids that are read first, `[N]`, N ≥ 1.
+      length: how many ids to draw.
+      temperature: logits are divided by it; at 0 the likeliest id is always taken.
+
+    Returns:
+      Ids, int32 `[length]`.
+
+    Raises:
+      ValueError: an empty prompt, a negative length or temperature.
+    """
+    params = check_params(params)
+    prompt = _checks.integers("prompt", prompt, (None,))
+    if prompt.shape[0] == 0:
+        _checks.bad_value("prompt", "at least one id", "none")
+    if length < 0:
+        _checks.bad_value("length", "at least 0", length)
+    if not (math.isfinite(temperature) and temperature >= 0):
+        _checks.bad_value("temperature", "a finite number, at least 0", temperature)
+    _checks.in_range("prompt", prompt, params.cell.U.shape[1])
+    sharpness = jnp.asarray(1.0 / temperature if temperature else 1.0, jnp.float32)
+    return _generate(params, key, prompt, sharpness, length=length, greedy=temperature == 0)
+
+
+@partial(jax.jit, static_argnames=("length", "greedy"))
+def _generate(params, key, prompt, sharpness, *, length, greedy):
+    h, _ = unroll(params.cell, Ids(prompt))
+
+    def body(h, key):
+        logits = apply_readout(params.readout, h).astype(jnp.float32)
+        if greedy:
+            drawn = jnp.argmax(logits)
+        else:
+            drawn = jax.random.categorical(key, logits * sharpness)
+        drawn = drawn.astype(jnp.int32)
+        return step(params.cell, Ids(drawn), h), drawn
+
+    return lax.scan(body, h, jax.random.split(key, length))[1]

@@ -1,0 +1,182 @@
+"""The update, the windows, evaluation and generation, as functions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import assert_close, naive_unroll
+
+import jaxrnn
+from jaxrnn import train
+from jaxrnn._ngram import bigram_bits, unigram_bits
+from jaxrnn._sample import generate
+from jaxrnn._text import streams
+
+T, B, D, H, K = 5, 3, 7, 6, 4
+
+
+@pytest.fixture(autouse=True)
+def _as_optax_needs_it():
+    """optax multiplies floats by its integer step counts."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
+def params():
+    return jaxrnn.init_params(jax.random.key(0), D, H, K, dtype=jnp.float64)
+
+
+def window(seed=0):
+    generator = np.random.default_rng(seed)
+    return generator.integers(0, D, (T, B)), generator.integers(0, K, (T, B))
+
+
+def mean_loss(params, inputs, targets, h0):
+    xs = jax.nn.one_hot(inputs, D, dtype=jnp.float64)
+    _, hs = naive_unroll(params.cell, xs, h0)
+    logits = jnp.einsum("tbi,ki->tbk", hs, params.readout.V)
+    logits += jnp.broadcast_to(params.readout.c, logits.shape)
+    log_likelihood = jax.nn.log_softmax(logits)
+    chosen = jnp.take_along_axis(log_likelihood, jnp.asarray(targets)[..., None], axis=-1)
+    return -jnp.mean(chosen)
+
+
+def test_sgd_is_the_sources_update(params):
+    state = train.init_state(params, optax.sgd(0.1), B)
+    new, loss = train.make_update(optax.sgd(0.1))(state, *window())
+    expected, gradient = jax.value_and_grad(mean_loss)(params, *window(), jnp.zeros((B, H)))
+    by_hand = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
+    assert_close((loss, new.params), (expected, by_hand))
+    assert new.step == 1
+
+
+OPTIMIZERS = {
+    "adam": optax.adam(1e-2),
+    "rmsprop": optax.rmsprop(1e-2),
+    "clipped lion": optax.chain(optax.clip_by_global_norm(0.1), optax.lion(1e-2)),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+def test_any_optimizer_sees_the_mean_gradient_and_the_carried_state(params, optimizer):
+    update, state = train.make_update(optimizer), train.init_state(params, optimizer, B)
+    expected, kept, h = params, optimizer.init(params), jnp.zeros((B, H))
+    for seed in range(3):
+        inputs, targets = window(seed)
+        state, _ = update(state, inputs, targets)
+        gradient = jax.grad(mean_loss)(expected, inputs, targets, h)
+        h, _ = naive_unroll(expected.cell, jax.nn.one_hot(inputs, D, dtype=jnp.float64), h)
+        change, kept = optimizer.update(gradient, kept, expected)
+        expected = optax.apply_updates(expected, change)
+    # Adam's 1/√v takes relative errors of small gradients up: three updates, two digits.
+    assert_close((state.params, state.h), (expected, h), 1e-10)
+    assert not np.any(train.start_over(state).h)
+
+
+def test_inputs_are_ids_and_stay_so(params):
+    """No array has a one-hot axis: its size D is no other size here."""
+    update = train.make_update(optax.sgd(0.1))
+    jaxpr = jax.make_jaxpr(update)(train.init_state(params, optax.sgd(0.1), B), *window())
+    text = str(jaxpr)
+    assert f"f64[{H},{D}]" in text  # U
+    assert f"{T},{B},{D}]" not in text and f"{B},{D}]" not in text
+
+
+def test_windows_read_the_streams_and_start_over():
+    inputs, targets = streams(np.arange(30), 2)  # 14 steps a stream
+    reader = train.windows(inputs, targets, 5)
+    seen = [next(reader) for _ in range(4)]
+    assert [first for _, _, first in seen] == [True, False, True, False]
+    np.testing.assert_array_equal(seen[1][0], inputs[5:10])
+    np.testing.assert_array_equal(seen[1][1], inputs[5:10] + 1)
+    np.testing.assert_array_equal(seen[2][0], seen[0][0])
+    with pytest.raises(ValueError, match="inputs: expected at least 15 steps, got 14"):
+        next(train.windows(inputs, targets, 15))
+
+
+def test_evaluation_does_not_depend_on_its_windows(params, monkeypatch):
+    generator = np.random.default_rng(0)
+    inputs, targets = generator.integers(0, D, (17, 2)), generator.integers(0, K, (17, 2))
+    whole = train.evaluate(params, inputs, targets)
+    np.testing.assert_allclose(
+        whole, mean_loss(params, inputs, targets, jnp.zeros((2, H))), rtol=1e-12
+    )
+    monkeypatch.setattr(train, "EVALUATION_WINDOW", 5)
+    np.testing.assert_allclose(train.evaluate(params, inputs, targets), whole, rtol=1e-12)
+    with pytest.raises(ValueError, match="targets: expected at least one"):
+        train.evaluate(params, inputs[:0], targets[:0])
+
+
+def test_a_short_cycle_is_learned():
+    ids = np.array([0, 1, 2, 1, 0, 3] * 40)
+    optimizer = optax.adam(1e-2)
+    params = jaxrnn.init_params(jax.random.key(0), 4, 16, 4)
+    state, update = train.init_state(params, optimizer, 4), train.make_update(optimizer)
+    reader = train.windows(*streams(ids, 4), 12)
+    for _ in range(200):
+        inputs, targets, first = next(reader)
+        state, loss = update(train.start_over(state) if first else state, inputs, targets)
+    # Only the character after the first, 0 or 1, is uncertain, and only at a fresh start.
+    assert loss < 0.02
+    drawn = generate(state.params, jax.random.key(1), jnp.array([0, 1, 2]), 12, 0)
+    np.testing.assert_array_equal(drawn, [1, 0, 3, 0, 1, 2] * 2)
+
+
+def test_generation_follows_the_softmax():
+    params = jaxrnn.init_params(jax.random.key(3), 4, 8, 4)
+    prompt = jnp.array([1, 2, 0])
+    h, _ = jaxrnn.unroll(params.cell, jaxrnn.Ids(prompt))
+    logits = jaxrnn.apply_readout(params.readout, h)
+    keys = jax.random.split(jax.random.key(0), 4000)
+    for temperature in (0.5, 2.0):
+        first = jax.vmap(lambda key, t=temperature: generate(params, key, prompt, 1, t))(keys)
+        share = np.bincount(np.ravel(first), minlength=4) / len(keys)
+        # Five standard deviations of a share of 4,000 draws, at most √(1/4 / 4000) = 0.008 each.
+        np.testing.assert_allclose(
+            share, jax.nn.softmax(logits / jnp.float32(temperature)), atol=0.04
+        )
+
+
+def test_greedy_generation_is_step_by_step_argmax():
+    params = jaxrnn.init_params(jax.random.key(3), 4, 8, 4)
+    drawn = generate(params, jax.random.key(0), jnp.array([1]), 6, 0)
+    h, expected = jaxrnn.step(params.cell, jaxrnn.Ids(jnp.array(1)), jnp.zeros(8, jnp.float32)), []
+    for _ in range(6):
+        expected.append(int(jnp.argmax(jaxrnn.apply_readout(params.readout, h))))
+        h = jaxrnn.step(params.cell, jaxrnn.Ids(jnp.array(expected[-1])), h)
+    np.testing.assert_array_equal(drawn, expected)
+    same = [generate(params, jax.random.key(5), jnp.array([1]), 20) for _ in range(2)]
+    np.testing.assert_array_equal(*same)
+    assert generate(params, jax.random.key(0), jnp.array([1]), 0).shape == (0,)
+
+
+@pytest.mark.parametrize(("how", "message"), [
+    ({"prompt": jnp.zeros(0, jnp.int32)}, "prompt: expected at least one id"),
+    ({"prompt": jnp.array([4])}, "prompt: expected ids from 0 to 3, got 4"),
+    ({"length": -1}, "length: expected at least 0, got -1"),
+    ({"temperature": -0.5}, "temperature: expected a finite number, at least 0, got -0.5"),
+    ({"temperature": float("nan")}, "temperature: expected a finite number"),
+])  # fmt: skip
+def test_generation_refuses(how, message):
+    params = jaxrnn.init_params(jax.random.key(3), 4, 8, 4)
+    args = {"prompt": jnp.array([1]), "length": 2, "temperature": 1.0, **how}
+    with pytest.raises(ValueError, match=message):
+        generate(params, jax.random.key(0), **args)
+
+
+def test_references_are_cross_entropies_of_counts():
+    train_ids, held_out = np.array([0, 1, 0, 1, 0, 2]), np.array([0, 1, 2, 0])
+    size, k = 3, 0.1
+    share = (np.array([3, 2, 1]) + k) / (6 + size * k)
+    np.testing.assert_allclose(
+        unigram_bits(train_ids, held_out, size), -np.log2(share[[1, 2, 0]]).mean()
+    )
+    after = np.full((size, size), k)
+    np.add.at(after, (train_ids[:-1], train_ids[1:]), 1)
+    after /= after.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(
+        bigram_bits(train_ids, held_out, size),
+        -np.log2([after[0, 1], after[1, 2], after[2, 0]]).mean(),
+    )
