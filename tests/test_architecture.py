@@ -8,23 +8,25 @@ import sys
 import tomllib
 
 import jaxrnn
-from jaxrnn import textbook, worked_example
+from jaxrnn import textbook, train, worked_example
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxrnn"
 
 # A file imports only from floors below its own.
 FLOORS = [
-    ["_checks", "_dtypes", "_printed"],
+    ["_checks", "_dtypes", "_printed", "_ngram", "_plots", "_progress"],
     ["_activation", "_fold", "_steps"],
     ["_cell"],
     ["_step", "_loss", "_init"],
     ["_recurrence"],
     ["_unroll"],
     ["_bptt"],
-    ["textbook", "_text", "_example_training"],
-    ["worked_example"],
-    ["_example_report"],
+    ["textbook", "_text", "_example_training", "train", "_sample"],
+    ["worked_example", "_corpus", "_checkpoint"],
+    ["_example_report", "_run"],
+    ["_cli"],
+    ["__main__"],
 ]
 
 
@@ -65,7 +67,7 @@ def test_import_brings_in_nothing_beyond_jax_and_optax():
 
 
 def public_functions():
-    for home in (jaxrnn, textbook, worked_example):
+    for home in (jaxrnn, textbook, train, worked_example):
         for name, value in vars(home).items():
             own = home is jaxrnn or getattr(value, "__module__", "") == home.__name__
             if own and inspect.isfunction(value) and not name.startswith("_"):
@@ -77,7 +79,8 @@ def test_public_functions_document_arguments_results_and_errors():
     assert {"jaxrnn.unroll", "jaxrnn.bptt", "jaxrnn.textbook.contributions"} <= set(functions)
     for name, function in functions.items():
         text = inspect.getdoc(function) or ""
-        for section in ("Args:", "Returns:", "Raises:"):
+        result = "Yields:" if inspect.isgeneratorfunction(function) else "Returns:"
+        for section in ("Args:", result, "Raises:"):
             assert section in text, f"{name} lacks {section}"
         for parameter in inspect.signature(function).parameters:
             assert f"{parameter}:" in text, f"{name} does not describe {parameter}"
