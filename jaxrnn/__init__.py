@@ -19,6 +19,7 @@ from jaxrnn._cell import Readout as Readout
 from jaxrnn._init import init_cell as init_cell
 from jaxrnn._init import init_params as init_params
 from jaxrnn._loss import cross_entropy as cross_entropy
+from jaxrnn._sample import generate as generate
 from jaxrnn._step import apply_readout as apply_readout
 from jaxrnn._step import step as step
 from jaxrnn._text import Vocabulary as Vocabulary

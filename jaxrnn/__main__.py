@@ -1,19 +1,41 @@
 """`python -m jaxrnn` and the console script."""
 
+import io
+import os
 import sys
+
+EXTRAS = {"rich": "cli", "orbax": "cli", "matplotlib": "plot"}
 
 
 def main() -> int:
-    """Run the command line, or say which extra it needs."""
+    """Run the command line; say which extra it needs, and end quietly when told to.
+
+    Returns:
+      The exit code: that of the command, 2 for a missing extra, 130 after Ctrl-C.
+    """
+    # A terminal that cannot show a character shows its number, not a traceback.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         from jaxrnn._cli import main as run
+
+        code = run()
+        sys.stdout.flush()
+        return code
     except ModuleNotFoundError as error:
         missing = (error.name or "").split(".")[0]
-        if missing != "rich":
+        if missing not in EXTRAS:
             raise
-        print(f"jaxrnn: error: {missing} is missing; pip install 'jaxrnn[cli]'", file=sys.stderr)
+        needs = f"pip install 'jaxrnn[{EXTRAS[missing]}]'"
+        print(f"jaxrnn: error: {missing} is missing; {needs}", file=sys.stderr)
         return 2
-    return run()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read the output has had enough; Python would complain once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
@@ -61,10 +63,12 @@ _TRAIN = {
 }  # fmt: skip
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The options of all commands."""
     from jaxrnn._run import Config
 
     parser = _Parser(prog="jaxrnn", description="The Elman recurrent network in JAX.")
+    parser.add_argument("--version", action="version", version=version("jaxrnn"))
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     example = commands.add_parser("example", help="the source's example beside its numbers")
@@ -101,6 +105,8 @@ def _option(parser, flag, kind, default, text) -> None:
 def _example(args) -> int:
     from jaxrnn._example_report import run
 
+    if args.plot is not None:
+        import_module("matplotlib")  # missed now, not after all has been computed
     try:
         agrees = run(Console(), plot=args.plot)
     except ValueError as error:
@@ -111,6 +117,7 @@ def _example(args) -> int:
 def _train(args) -> int:
     from jaxrnn import _checkpoint, _corpus, _progress, _run
 
+    import_module("orbax.checkpoint")  # missed now, not when the trained network is saved
     config = _run.Config(**{name: getattr(args, name) for name in _TRAIN})
     text, name = _corpus.read_text(args.files)
     corpus = _corpus.make_corpus(
@@ -147,8 +154,8 @@ def _train(args) -> int:
 
         plot_run(rows, references, out / "loss.png")
         console.print(f"loss curves: {out / 'loss.png'}")
-    except ModuleNotFoundError as error:
-        console.print(f"no loss curves: {error.name} is missing; pip install 'jaxrnn[plot]'")
+    except ModuleNotFoundError:
+        console.print("no loss curves: matplotlib is missing; pip install 'jaxrnn[plot]'")
     console.print(f"run directory: {out}; go on with: jaxrnn sample {out} --prompt TEXT")
     return EXIT_INTERRUPTED if result.stopped else 0
 
@@ -186,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       0; 1 where numbers disagree or the loss is no number; 2 for bad input, with one line on
       standard error; 130 where Ctrl-C ended training early.
     """
-    args = _parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     try:
         return args.run(args)
     except InputError as error:

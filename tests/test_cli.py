@@ -221,8 +221,49 @@ def test_help_fits_80_columns(command):
     assert all(len(line) <= 80 for line in run.stdout.splitlines())
 
 
-def test_a_missing_extra_is_named():
-    code = "import sys; sys.modules['rich'] = None; from jaxrnn.__main__ import main; exit(main())"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.returncode == 2
-    assert run.stderr == "jaxrnn: error: rich is missing; pip install 'jaxrnn[cli]'\n"
+@pytest.mark.parametrize(
+    ("module", "arguments", "extra"),
+    [
+        ("rich", ["example"], "cli"),
+        ("orbax", ["train", "{text}"], "cli"),
+        ("matplotlib", ["example", "--plot", "x.png"], "plot"),
+    ],
+)
+def test_a_missing_extra_is_named(module, arguments, extra, text_file, tmp_path):
+    arguments = [argument.format(text=text_file) for argument in arguments]
+    code = (
+        f"import sys; sys.modules[{module!r}] = None; sys.argv = ['jaxrnn', *{arguments!r}];"
+        "from jaxrnn.__main__ import main; sys.exit(main())"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    message = f"jaxrnn: error: {module} is missing; pip install 'jaxrnn[{extra}]'\n"
+    assert (run.returncode, run.stdout, run.stderr) == (2, "", message)
+    assert not list(tmp_path.iterdir())
+
+
+def test_training_without_matplotlib_says_so(text_file, tmp_path):
+    code = (
+        "import sys; sys.modules['matplotlib'] = None;"
+        f"sys.argv = ['jaxrnn', 'train', {str(text_file)!r}, '--out', 'run', *{SMALL!r}];"
+        "from jaxrnn.__main__ import main; sys.exit(main())"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "no loss curves: matplotlib is missing; pip install 'jaxrnn[plot]'" in run.stdout
+    assert (tmp_path / "run" / "checkpoint").is_dir()
+
+
+def test_output_that_nobody_reads_any_more():
+    code = "jaxrnn example | head -n 1"
+    command = code.replace("jaxrnn", f"{sys.executable} -m jaxrnn", 1)
+    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert run.stdout == "5 Forward pass\n" and run.stderr == ""
+
+
+def test_a_terminal_of_few_characters():
+    run = jaxrnn("example", PYTHONIOENCODING="ascii")
+    assert (run.returncode, run.stderr) == (0, "") and "68 of 68" in run.stdout
+
+
+def test_version():
+    assert jaxrnn("--version").stdout == "0.1.0\n"
