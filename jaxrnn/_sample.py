@@ -29,7 +29,8 @@ def generate(
       Ids, int32 `[length]`.
 
     Raises:
-      ValueError: an empty prompt, a negative length or temperature.
+      TypeError: ids that are not integers, params of another kind.
+      ValueError: an empty prompt, an invalid id, a negative length or temperature.
     """
     params = check_params(params)
     prompt = _checks.integers("prompt", prompt, (None,))

@@ -20,6 +20,7 @@ from jaxrnn._bptt import loss_and_grads
 from jaxrnn._cell import Ids, Params, check_params
 from jaxrnn._loss import cross_entropy
 from jaxrnn._step import apply_readout
+from jaxrnn._text import streams as streams
 from jaxrnn._unroll import unroll
 
 # Held-out text is read in windows of this many steps, so that memory does not grow with it.
