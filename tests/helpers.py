@@ -1,7 +1,5 @@
 """What the tests share: a naive network, random cases, and one notion of agreement."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,22 +32,22 @@ def naive_unroll(cell, xs, h0):
 
 
 def random_case(seed=0, T=6, batch=(3,), D=4, H=5, K=3, dtype=jnp.float64, **cell):
-    """Params, xs, h0 and ids as targets."""
-    keys = jax.random.split(jax.random.key(seed), 6)
-    params = jaxrnn.init_params(keys[0], D, H, K, gain=0.9, dtype=dtype)
-    b = jax.random.normal(keys[1], (H,), dtype) / 3
-    c = jax.random.normal(keys[2], (K,), dtype) / 3
-    params = jaxrnn.Params(
-        dataclasses.replace(params.cell, b=b, **cell),
-        dataclasses.replace(params.readout, c=c),
-    )
-    xs = jax.random.normal(keys[3], (T, *batch, D), dtype)
-    h0 = jax.random.normal(keys[4], (*batch, H), dtype) / 2
-    return params, xs, h0, jax.random.randint(keys[5], (T, *batch), 0, K)
+    """Params, xs, h0 and ids as targets. Drawn by NumPy: JAX would compile every draw."""
+    generator = np.random.default_rng(seed)
+
+    def draw(shape, scale):
+        return jnp.asarray(scale * generator.standard_normal(shape), dtype)
+
+    # 0.9 times an orthogonal matrix: its spectral norm is below 1, and so are all Jacobians'.
+    W = jnp.asarray(0.9 * np.linalg.qr(generator.standard_normal((H, H)))[0], dtype)
+    cell = jaxrnn.Cell(draw((H, D), D**-0.5), W, draw(H, 1 / 3), **cell)
+    params = jaxrnn.Params(cell, jaxrnn.Readout(draw((K, H), H**-0.5), draw(K, 1 / 3)))
+    xs, h0 = draw((T, *batch, D), 1), draw((*batch, H), 1 / 2)
+    return params, xs, h0, jnp.asarray(generator.integers(0, K, (T, *batch)))
 
 
 def weights(shape, seed=9, dtype=jnp.float64):
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
 def error(actual, expected):
