@@ -1,13 +1,22 @@
-"""Examples that stand in docstrings run, with JAX as a user has it."""
+"""Examples in docstrings and in the README run, with JAX as a user has it."""
 
 import doctest
 import importlib
+import os
 import pathlib
+import re
+import shlex
+import subprocess
+import sys
 
 import jax
 import pytest
 
-PACKAGE = pathlib.Path(__file__).parent.parent / "jaxrnn"
+from jaxrnn._cli import make_parser
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = ROOT / "jaxrnn"
+README = (ROOT / "README.md").read_text()
 EXAMPLES = sorted(path.stem for path in PACKAGE.glob("*.py") if ">>> " in path.read_text())
 
 
@@ -21,3 +30,27 @@ def test_docstring_examples_run(name):
 
 def test_examples_are_found():
     assert {"_step", "_unroll", "_bptt", "_text", "worked_example"} <= set(EXAMPLES)
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def test_python_in_the_readme_runs(tmp_path):
+    code = "\n".join(blocks("python"))
+    assert "jaxrnn.unroll" in code and "train.make_update" in code
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
+    )  # fmt: skip
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_commands_in_the_readme_are_understood():
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    commands = [line.split("&&")[-1].strip() for line in lines]
+    assert "jaxrnn train" in commands and "python -m pytest" in commands
+    ours = [shlex.split(command)[1:] for command in commands if command.startswith("jaxrnn")]
+    assert len(ours) >= 4
+    for arguments in ours:
+        make_parser().parse_args(arguments)
