@@ -15,6 +15,7 @@ class Reporter:
     def __init__(self, console: Console, steps: int, bar: Progress | None):
         self.console, self.steps, self.bar = console, steps, bar
         self.held_out = "–"
+        self.before = {"step": 0, "seconds": 0.0}
         if bar is not None:
             self.task = bar.add_task("", total=steps, figures="compiling")
 
@@ -27,10 +28,11 @@ class Reporter:
         if self.bar is not None:
             self.bar.update(self.task, completed=row["step"], figures=figures)
         elif "held_out_bits" in row:
-            rest = row["seconds"] / row["step"] * (self.steps - row["step"])
-            left = timedelta(seconds=round(rest))
+            pace = (row["seconds"] - self.before["seconds"]) / (row["step"] - self.before["step"])
+            left = timedelta(seconds=round(pace * (self.steps - row["step"])))
             step = f"step {row['step']:>{len(str(self.steps))}}/{self.steps}"
             self.console.print(f"{step}  {figures}  {left} left", highlight=False, soft_wrap=True)
+        self.before = row
 
 
 @contextmanager

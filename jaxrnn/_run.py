@@ -150,26 +150,33 @@ def _loop(corpus, config, report):
     update = train.make_update(make_optimizer(config))
     held_out = corpus.held_out_streams(config.batch_size)
     windows = train.windows(*streams(corpus.train, config.batch_size), config.seq_length)
-    losses, step, bits = [], 0, math.nan
+    losses, step, timed_from, bits = [], 0, 0, math.nan
     begun = since = time.perf_counter()
     with _interrupts() as interrupted:
-        while step < config.steps and not interrupted():
+        done = False
+        while not done:
             inputs, targets, first = next(windows)
             if first:
                 state = train.start_over(state)
             state, loss = update(state, inputs, targets)
             losses.append(loss)
             step += 1
-            due = step % config.eval_every == 0 or step == config.steps or interrupted()
+            if step == 1:
+                # The first update compiles; it does not count as reading.
+                loss.block_until_ready()
+                timed_from, since = step, time.perf_counter()
+            done = step == config.steps or interrupted()
+            due = done or step % config.eval_every == 0
             if step % REPORT_EVERY and not due:
                 continue
             mean = _finite_mean(losses, step)
             seconds = time.perf_counter() - since
+            read = (step - timed_from) * targets.size
             row = {
                 "step": step,
                 "loss": mean,
                 "bits": mean / math.log(2),
-                "characters_per_second": round(len(losses) * targets.size / seconds),
+                "characters_per_second": round(read / seconds),
                 "seconds": round(time.perf_counter() - begun, 3),
             }
             if due:
@@ -177,7 +184,7 @@ def _loop(corpus, config, report):
                 _require_finite(bits, step)
                 row["held_out_bits"] = bits
             report(row)
-            losses, since = [], time.perf_counter()
+            losses, timed_from, since = [], step, time.perf_counter()
         return Result(state, step, bits, time.perf_counter() - begun, step < config.steps)
 
 

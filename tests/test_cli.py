@@ -47,7 +47,7 @@ def test_training_without_a_terminal(trained):
     assert (run.returncode, run.stderr) == (0, "")
     assert "2,430 characters to train on, 270 held out, 29 distinct" in run.stdout
     assert re.search(r"unigram \d\.\d\d, bigram \d\.\d\d", run.stdout)
-    line = r"step 10/30  loss \d\.\d+ bits \d\.\d+ held-out \d\.\d+ \d+k char/s  0:00:0\d left"
+    line = r"step 10/30  loss \d\.\d+ bits \d\.\d+ held-out \d\.\d+ \d+k char/s  0:\d\d:\d\d left"
     assert re.search(line, run.stdout), run.stdout
     found = float(re.search(r"held-out bits per character: (\d\.\d+)", run.stdout)[1])
     rows = [json.loads(row) for row in (out / "metrics.jsonl").read_text().splitlines()]
