@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jaxrnn import _checks
 
@@ -20,7 +21,8 @@ class Activation:
       derivative_from_output: `phi(a) -> phi'(a)`, elementwise, or None: then JAX
         differentiates `function` at the pre-activation, which is recomputed for it.
 
-    Both are static under jit: two Activations are equal when their functions are.
+    Both are static under jit: two Activations are equal when their functions are, and a new
+    lambda at every call compiles at every call. Neither may close over a traced value.
     """
 
     function: Elementwise
@@ -39,11 +41,6 @@ NAMED = {
 def resolve(activation: "str | Activation | Elementwise") -> Activation:
     """Return the Activation behind a name, an Activation or a plain callable."""
     if isinstance(activation, Activation):
-        for function in (activation.function, activation.derivative_from_output):
-            if function is not None and not callable(function):
-                _checks.bad_type(
-                    "activation", "callables in an Activation", type(function).__name__
-                )
         return activation
     if isinstance(activation, str):
         _checks.one_of("activation", activation, tuple(NAMED))
@@ -53,6 +50,28 @@ def resolve(activation: "str | Activation | Elementwise") -> Activation:
             "activation", "a name, a jaxrnn.Activation or a callable", type(activation).__name__
         )
     return Activation(activation)
+
+
+def check(activation: "str | Activation | Elementwise") -> None:
+    """Require a known name, or callables of the pre-activation alone.
+
+    A callable that closes over a traced value is refused: the derivative rule would take that
+    value for a constant, and under jit the gradient by it would silently be 0.
+    """
+    resolved = resolve(activation)
+    if isinstance(activation, str):
+        return
+    for function in (resolved.function, resolved.derivative_from_output):
+        if function is None:
+            continue
+        if not callable(function):
+            _checks.bad_type("activation", "callables in an Activation", type(function).__name__)
+        constants = jax.make_jaxpr(function)(jnp.zeros((1, 1))).consts
+        if any(isinstance(constant, Tracer) for constant in constants):
+            _checks.bad_value(
+                "activation", "a function of a alone", "one that closes over a traced value; "
+                "make it a part of the cell or of the inputs",
+            )  # fmt: skip
 
 
 def slope(activation: Activation, output: jax.Array, preactivation: jax.Array) -> jax.Array:

@@ -11,11 +11,11 @@ from jaxrnn._cell import Cell, Ids, Params, Readout, check_params, leading_shape
 from jaxrnn._dtypes import accumulation_dtype, cast_like
 from jaxrnn._loss import check_targets, cross_entropy, output_error
 from jaxrnn._recurrence import (
-    adjoint_states,
     first_step,
     jacobians,
     previous,
     select,
+    solve_transposed,
     transposed_times,
 )
 from jaxrnn._step import apply_readout, product
@@ -135,7 +135,7 @@ def _adjoint(cell, xs, h0, hs, dhs, dh_last, drive, mask, reverse):
     hs = frozen_states(hs.astype(h0.dtype), h0, mask, reverse)
     h_prev = previous(hs, h0, reverse)
     J, phi = jacobians(cell, xs, h_prev, hs, drive, mask)
-    adjoint = adjoint_states(J, g.at[0 if reverse else -1].add(dh_last), reverse)
+    adjoint = solve_transposed(J, g.at[0 if reverse else -1].add(dh_last), reverse)
     delta = select(mask, J.scale(adjoint), 0)
     dh_first = transposed_times(first_step(J, reverse), adjoint[-1 if reverse else 0])
     time_and_batch = tuple(range(delta.ndim - 1))

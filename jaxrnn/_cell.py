@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrnn import _checks
-from jaxrnn._activation import Activation, resolve
+from jaxrnn._activation import Activation, check
 
 
 @jax.tree_util.register_dataclass
@@ -94,7 +94,7 @@ def check_cell(name: str, cell: Cell) -> Cell:
         leak = _checks.floating(f"{name}.leak", leak)
         if leak.shape not in ((), (size,)):
             _checks.bad_value(f"{name}.leak", f"shape [] or [{size}]", list(leak.shape))
-    resolve(cell.activation)
+    check(cell.activation)
     return Cell(U, W, b, leak, cell.activation)
 
 

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jaxrnn._dtypes import wide
+
 
 class InputError(ValueError):
     """Bad input from outside the program: a file, a directory, an option. One line says it."""
@@ -102,7 +104,7 @@ def in_range(name: str, ids: jax.Array, size: int, where: jax.Array | None = Non
     """Require 0 <= ids < size wherever `where` holds; traced values cannot be looked at."""
     if any(isinstance(value, Tracer) for value in (ids, where)) or ids.size == 0:
         return
-    values = np.asarray(ids)
+    values = np.asarray(wide(ids))
     wrong = (values < 0) | (values >= size)
     if where is not None:
         wrong &= np.broadcast_to(np.asarray(where), values.shape)

@@ -3,7 +3,7 @@
 JAX's own batching of a scan puts the new axis in front of time and transposes whole
 `[T, B, H]` arrays to get there. The loops wrapped here take the axis behind time instead, as a
 batch axis, and so cost what the native batch costs. They stand only where JAX never
-differentiates (a primal, a solve), so that `custom_vmap` has no derivative rule is no loss.
+differentiates (a primal, a solve), so it is no loss that `custom_vmap` has no derivative rule.
 """
 
 from collections.abc import Callable

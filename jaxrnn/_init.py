@@ -67,7 +67,7 @@ def init_cell(
     drawn = accumulation_dtype(dtype)
     cell = Cell(
         U_init(key_U, (hidden_size, input_size), drawn).astype(dtype),
-        (float(gain) * W_init(key_W, square, drawn)).astype(dtype),
+        (jnp.asarray(gain, drawn) * W_init(key_W, square, drawn)).astype(dtype),
         jnp.zeros(hidden_size, dtype),
         leak,
         activation,

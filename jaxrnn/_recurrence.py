@@ -35,14 +35,6 @@ def previous(hs: jax.Array, h0: jax.Array, reverse: bool) -> jax.Array:
     return jnp.concatenate([h0[None], hs[:-1]])
 
 
-def _scan(body: Callable, carry: jax.Array, sequences, reverse: bool) -> jax.Array:
-    # Adding the zeros gives the carry the sharding and, inside shard_map, the varying axes
-    # that the loop's body will give it. XLA removes the step they were shaped after.
-    first = jax.tree.map(lambda s: s[0], sequences)
-    carry = carry + jnp.zeros_like(body(carry, first)[0])
-    return lax.scan(body, carry, sequences, reverse=reverse)[1]
-
-
 # The nonlinear recurrence.
 
 
@@ -64,7 +56,7 @@ def states(
             h = select(mask, advance(activation, weights.leak, a, h_prev), h_prev)
             return h, h
 
-        return _scan(body, h0, sequences, reverse)
+        return lax.scan(body, h0, sequences, reverse=reverse)[1]
 
     return foldable(loop)(row_weights(cell, xs), (xs, drive, mask), h0)
 
@@ -153,7 +145,7 @@ def tangent_states(J: Jacobians, e: jax.Array, reverse: bool) -> jax.Array:
             y = e + _times(Jacobians(W, leak, basis, mask, J.slope_of), W_T, y)
             return y, y
 
-        return _scan(body, y, sequences, reverse)
+        return lax.scan(body, y, sequences, reverse=reverse)[1]
 
     return foldable(loop)((J.W, J.leak), (J.basis, J.mask, e), jnp.zeros_like(e[0]))
 
@@ -174,7 +166,7 @@ def adjoint_states(J: Jacobians, g: jax.Array, reverse: bool) -> jax.Array:
             J_t = Jacobians(W, leak, basis, mask, J.slope_of)
             return transposed_times(J_t, adjoint), adjoint
 
-        return _scan(body, from_later, sequences, not reverse)
+        return lax.scan(body, from_later, sequences, reverse=not reverse)[1]
 
     return foldable(loop)((J.W, J.leak), (J.basis, J.mask, g), jnp.zeros_like(g[0]))
 
@@ -196,6 +188,12 @@ def solve_linear(J: Jacobians, e: jax.Array, reverse: bool) -> jax.Array:
         solve=lambda _, e: tangent_states(J, e, reverse),
         transpose_solve=lambda _, g: adjoint_states(J, g, reverse),
     )
+
+
+def solve_transposed(J: Jacobians, g: jax.Array, reverse: bool) -> jax.Array:
+    """The λ of λ_t = g_t + J_{t+1}ᵀ λ_{t+1}, by the same transposed solve, differentiable too."""
+    (adjoint,) = jax.linear_transpose(lambda e: solve_linear(J, e, reverse), g)(g)
+    return adjoint
 
 
 def apply_first(J: Jacobians, y0: jax.Array, reverse: bool) -> jax.Array:

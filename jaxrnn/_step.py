@@ -112,10 +112,14 @@ def step(cell: Cell, x: jax.Array | Ids, h: jax.Array) -> jax.Array:
     else:
         batch = x.shape[:-1]
     h = _checks.floating("h", h, (*batch, hidden_size))
-    dtype = result_dtype(cell, x, h)
-    cell, x, h = cast((cell, x, h), dtype)
-    weights = row_weights(cell, x)
-    return advance(resolve(cell.activation), cell.leak, preactivation(weights, x, h), h)
+    return _step(*cast((cell, x, h), result_dtype(cell, x, h)))
+
+
+# Compiled, so that the row of NaN for invalid ids is no array that jax_debug_nans could see.
+@jax.jit
+def _step(cell, x, h):
+    a = preactivation(row_weights(cell, x), x, h)
+    return advance(resolve(cell.activation), cell.leak, a, h)
 
 
 def apply_readout(readout: Readout, hs: jax.Array) -> jax.Array:

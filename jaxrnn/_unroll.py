@@ -17,7 +17,7 @@ from jaxrnn._recurrence import (
     solve_linear,
     states,
 )
-from jaxrnn._step import like, product, safe_ids
+from jaxrnn._step import like, preactivation, product, row_weights, safe_ids
 from jaxrnn._steps import check_valid, valid_steps, without_padding
 
 
@@ -105,7 +105,23 @@ def prepare(cell, xs, h0, lengths, mask, drive):
     xs, drive = jax.tree.map(lambda x: without_padding(x, mask), (xs, drive))
     if isinstance(xs, Ids):
         xs = safe_ids(xs.ids, cell.U.shape[1])
+    if leading_shape(xs)[0]:
+        cell, h0 = _spread(cell, xs, h0, drive)
     return cell, xs, h0, drive, mask
+
+
+def _spread(cell, xs, h0, drive):
+    """The same values, placed as the states will be.
+
+    Adding zeros gives h_0 the sharding of a state and, inside shard_map, gives h_0 and the
+    cell the axes over which states vary: the loops keep what they start from, and JAX adds
+    up the cell's gradient over those axes here, once. XLA removes all of it.
+    """
+    now = jax.tree.map(lambda s: s[0], (xs, drive))
+    a = preactivation(row_weights(cell, xs), now[0], h0, now[1])
+    h0 = h0 + jnp.zeros_like(a, h0.dtype)
+    zero = jnp.zeros_like(jnp.sum(a), h0.dtype)
+    return jax.tree.map(lambda leaf: leaf + zero, cell), h0
 
 
 # Compiled once per shape: a scan called eagerly would be compiled at every call.

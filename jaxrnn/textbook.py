@@ -11,6 +11,8 @@ to check with. Errata of the printed formulas, mended here:
 * The upper limits S and T are both the length of the sequence.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -18,7 +20,7 @@ from jax import lax
 from jaxrnn import _checks
 from jaxrnn._activation import resolve, slope
 from jaxrnn._cell import Cell, Ids, Params, Readout, check_inputs, check_params, leading_shape
-from jaxrnn._dtypes import cast, cast_like, result_dtype
+from jaxrnn._dtypes import cast, cast_like, result_dtype, wide
 from jaxrnn._loss import check_targets, cross_entropy, output_error
 from jaxrnn._recurrence import previous
 from jaxrnn._step import apply_readout, preactivation, row_weights
@@ -94,7 +96,7 @@ def _checked(params, xs, targets):
     steps = leading_shape(xs)
     if isinstance(xs, Ids):
         _checks.in_range("xs.ids", xs.ids, size)
-        rows = jax.nn.one_hot(xs.ids, size, dtype=result_dtype(params.cell))
+        rows = jax.nn.one_hot(wide(xs.ids), size, dtype=result_dtype(params.cell))
         # An invalid id has no row; traced, it is not seen above and gives NaN.
         xs = jnp.where(jnp.sum(rows, axis=-1, keepdims=True) == 1, rows, jnp.nan)
     return params, xs, check_targets(targets, (*steps, params.readout.V.shape[0]), None)
@@ -110,7 +112,7 @@ def _forward(params, xs, targets):
 
 
 def _one_batch_axis(x):
-    return x.reshape(x.shape[0], -1, x.shape[-1])
+    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
 
 
 def _double_sum(params, xs, hs, error, kept):
@@ -119,7 +121,7 @@ def _double_sum(params, xs, hs, error, kept):
     cell, V = cast(params.cell, dtype), params.readout.V.astype(dtype)
     xs = _one_batch_axis(xs).astype(dtype)
     time, batch, size = hs.shape
-    h_prev = previous(hs, jnp.zeros((batch, size), dtype), reverse=False)
+    h_prev = previous(hs, jnp.zeros((batch, size), dtype), reverse=False)[:time]
     a = preactivation(row_weights(cell, xs), xs, h_prev)
     activation = resolve(cell.activation)
     phi = activation.function(a)
@@ -133,13 +135,14 @@ def _double_sum(params, xs, hs, error, kept):
         # Row t holds (ŷ_t − y_t)ᵀ V Π_{j=k}^{t−1} ∂h_{j+1}/∂h_j; row k starts here.
         k, jacobian, error = now
         products = jnp.einsum("tbi,bij->tbj", products, jacobian)
-        products = products.at[k].set(jnp.einsum("bo,oi->bi", error, V))
+        own = jnp.einsum("bo,oi->bi", error, V)[None]
+        products = jnp.where((steps == k)[:, None, None], own, products)
         return products, products
 
+    steps = jnp.arange(time)
     later = jnp.concatenate([jacobians[1:], jnp.zeros_like(jacobians[:1])])
-    start = jnp.zeros((time, batch, size), dtype)
-    steps = (jnp.arange(time), later, error)
-    products = lax.scan(multiply, start, steps, reverse=True)[1].swapaxes(0, 1)
+    start = jnp.zeros_like(dh_da)
+    products = lax.scan(multiply, start, (steps, later, error), reverse=True)[1].swapaxes(0, 1)
 
     # Times the immediate derivatives ∂h_k/∂θ, with h_{k−1} held fixed.
     delta = jnp.einsum("tkbi,kbi->tkbi", products, dh_da)

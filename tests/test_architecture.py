@@ -15,7 +15,8 @@ PACKAGE = ROOT / "jaxrnn"
 
 # A file imports only from floors below its own.
 FLOORS = [
-    ["_checks", "_dtypes", "_printed", "_ngram", "_plots", "_progress"],
+    ["_dtypes", "_printed", "_ngram", "_plots", "_progress"],
+    ["_checks"],
     ["_activation", "_fold", "_steps"],
     ["_cell"],
     ["_step", "_loss", "_init"],

@@ -42,7 +42,8 @@ def counted():
     traces = []
 
     def phi(a):
-        traces.append(a.shape)
+        if a.shape != (1, 1):  # the shape with which arguments are checked, at every call
+            traces.append(a.shape)
         return jnp.tanh(a)
 
     return phi, traces

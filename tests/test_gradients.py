@@ -228,3 +228,62 @@ def test_gradients_have_the_tree_of_the_parameters():
     _, by_sum = textbook.loss_and_grads(params, xs, targets)
     for tree in (gradients.params, by_sum):
         assert jax.tree.structure(tree) == jax.tree.structure(params)
+
+
+@pytest.mark.parametrize("dtypes", [
+    ("bfloat16", "float32", "float16", "float32"), ("float32", "bfloat16", "float32", "bfloat16"),
+    ("float64", "float32", "bfloat16", "float16"), ("bfloat16",) * 4,
+])  # fmt: skip
+def test_each_gradient_has_the_dtype_of_its_own(dtypes):
+    params, xs, h0, targets = random_case()
+    drive = weights((6, 3, 5))
+    p, x, h, d = (jnp.dtype(name) for name in dtypes)
+    params = jax.tree.map(lambda leaf: leaf.astype(p), params)
+    xs, h0, drive = xs.astype(x), h0.astype(h), drive.astype(d)
+    with jax.numpy_dtype_promotion("standard"):
+        _, hs = jaxrnn.unroll(params.cell, xs, h0, drive=drive)
+        by_hand = jaxrnn.bptt(params.cell, xs, h0, hs, hs, drive=drive)
+        _, gradients = jaxrnn.loss_and_grads(params, xs, targets, h0=h0, drive=drive)
+        _, by_sum = textbook.loss_and_grads(params, xs, targets)
+        terms = textbook.contributions(params, xs, targets)
+        assert hs.dtype == jnp.result_type(p, x, h, d)
+    for tree in (by_hand.cell, gradients.params, by_sum, terms):
+        assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {p}
+    assert (by_hand.xs.dtype, by_hand.h0.dtype, by_hand.delta.dtype) == (x, h, d)
+    assert gradients.h0.dtype == h
+
+
+@pytest.mark.parametrize("how", [VARIANTS["lengths"], VARIANTS["mask"]], ids=["lengths", "mask"])
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_bptt_ignores_what_padding_holds(how, reverse):
+    params, xs, h0, _ = random_case(T=7, leak=jnp.asarray(0.7))
+    how = {**how, "reverse": reverse}
+    valid = how.get("mask", jnp.arange(7)[:, None] < jnp.array([[7, 0, 4]]))[..., None]
+    h_last, hs = jaxrnn.unroll(params.cell, xs, h0, **how)
+    clean = jaxrnn.bptt(params.cell, xs, h0, hs, hs, dh_last=h_last, **how)
+    xs, hs = jnp.where(valid, xs, jnp.nan), jnp.where(valid, hs, jnp.nan)
+    spoilt = jaxrnn.bptt(params.cell, xs, h0, hs, hs, dh_last=h_last, **how)
+    jax.tree.map(np.testing.assert_array_equal, spoilt, clean)
+    for on_padding in (spoilt.xs, spoilt.delta):
+        assert not np.any(np.where(valid, 0, on_padding))
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 0)])
+def test_empty_sequences_have_gradients_of_zero(batch):
+    params, xs, h0, targets = random_case(T=0, batch=batch)
+    loss, gradients = jaxrnn.loss_and_grads(params, xs, targets, h0=h0)
+    found, by_sum = textbook.loss_and_grads(params, xs, targets)
+    assert loss == found == 0
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves((gradients.params, by_sum)))
+    nothing = jnp.zeros((0, *batch, 5))
+    pulled = jaxrnn.bptt(params.cell, xs, h0, nothing, nothing, dh_last=h0)
+    np.testing.assert_array_equal(pulled.h0, h0)
+
+
+@pytest.mark.parametrize("kind", ["uint8", "int8", "int64"])
+def test_ids_of_few_bits_in_the_double_sum(kind):
+    params, *_ = random_case(D=300)
+    ids, targets = np.array([3, 100, 120], kind), jnp.array([0, 2, 1])
+    found = textbook.loss_and_grads(params, jaxrnn.Ids(ids), targets)[1]
+    expected = jaxrnn.loss_and_grads(params, jaxrnn.Ids(jnp.asarray(ids, jnp.int32)), targets)[1]
+    assert_close(found, expected.params)

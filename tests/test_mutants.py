@@ -9,7 +9,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-WITNESSES = ["tests/test_gradients.py", "tests/test_orders.py"]
+WITNESSES = ["tests/test_gradients.py", "tests/test_orders.py", "tests/test_vmap.py"]
 
 # name -> (file, what stands there, what the mutant says instead, the witnesses that see it)
 MUTANTS = {
@@ -54,6 +54,34 @@ MUTANTS = {
     "one Jacobian too few in the double sum": (
         "textbook.py", "jnp.concatenate([jacobians[1:], jnp.zeros_like(jacobians[:1])])",
         "jacobians", "double_sum",
+    ),
+    "gradient of a leak without the state before": (
+        "_bptt.py", "adjoint * (phi - h_prev.astype(phi.dtype))", "adjoint * phi",
+        "match_a_naive_scan and leak and 7",
+    ),
+    "tangent of a leak without the state before": (
+        "_unroll.py", "(phi - h_prev.astype(e.dtype))", "phi.astype(e.dtype)",
+        "match_a_naive_scan and leak and 7",
+    ),
+    "cotangent of the last state at the first": (
+        "_bptt.py", "g.at[0 if reverse else -1]", "g.at[-1 if reverse else 0]",
+        "match_a_naive_scan and tanh and 7",
+    ),
+    "tangent of the first state at the last step": (
+        "_unroll.py", "first = -1 if reverse else 0", "first = 0 if reverse else -1",
+        "match_a_naive_scan and tanh and 7",
+    ),
+    "frozen steps that have a Jacobian": (
+        "_recurrence.py", "select(J.mask, J.scale(product(y, W_T)) + J.keep(y), y)",
+        "J.scale(product(y, W_T)) + J.keep(y)", "reverse_and_lengths and lengths",
+    ),
+    "a fold that turns the members around": (
+        "_fold.py", "return jnp.moveaxis(x, 0, to)", "return jnp.moveaxis(x[::-1], 0, to)",
+        "under_vmap and batch and first",
+    ),
+    "ids that miss their column": (
+        "_bptt.py", "columns.at[xs.ids].add(", "columns.at[xs.ids - 1].add(",
+        "every_variant and ids and plain",
     ),
     "wrong matvec, seen by second orders only": (
         "_recurrence.py", "return y - _times(", "return y - 1.001 * _times(",

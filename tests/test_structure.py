@@ -9,6 +9,7 @@ import pytest
 from helpers import naive_unroll, random_case, weights
 
 import jaxrnn
+from jaxrnn import textbook
 
 T, B, D, H = 20, 6, 3, 16
 
@@ -173,24 +174,36 @@ def test_temporaries_are_four_arrays_of_states():
     assert compiled.memory_analysis().temp_size_in_bytes <= 4 * states + rest
 
 
-def test_eager_calls_compile_once_per_shape():
+CALLS = {
+    "unroll": lambda p, xs, h0, y: jaxrnn.unroll(p.cell, xs, h0),
+    "unroll with lengths": lambda p, xs, h0, y: jaxrnn.unroll(p.cell, xs, lengths=y[0]),
+    "step": lambda p, xs, h0, y: jaxrnn.step(p.cell, xs[0], h0),
+    "bptt": lambda p, xs, h0, y: jaxrnn.bptt(p.cell, xs, h0, hs := h0 + 0 * xs[..., :1], hs),
+    "loss_and_grads": lambda p, xs, h0, y: jaxrnn.loss_and_grads(p, xs, y, h0=h0),
+    "textbook.loss_and_grads": lambda p, xs, h0, y: textbook.loss_and_grads(p, xs, y),
+    "textbook.contributions": lambda p, xs, h0, y: textbook.contributions(p, xs, y),
+    "a gradient": lambda p, xs, h0, y: jax.grad(
+        lambda xs: jnp.sum(jaxrnn.unroll(p.cell, xs, h0)[1])
+    )(xs),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_eager_calls_compile_once_per_shape(call):
     traces = []
 
     def counted(a):
-        traces.append(a.shape)
+        if a.shape != (1, 1):  # the shape with which arguments are checked, at every call
+            traces.append(a.shape)
         return jnp.tanh(a)
 
-    params, xs, h0, targets = random_case(activation=counted)
-    for _ in range(3):
-        jaxrnn.unroll(params.cell, xs, h0)
-    first = len(traces)
-    for _ in range(3):
-        jaxrnn.unroll(params.cell, 2 * xs, h0)
-    assert len(traces) == first
-    jaxrnn.loss_and_grads(params, xs, targets)
-    second = len(traces)
-    jaxrnn.loss_and_grads(params, 2 * xs, targets)
-    jax.grad(lambda xs: jnp.sum(jaxrnn.unroll(params.cell, xs, h0)[1]))(xs)
-    third = len(traces)
-    jax.grad(lambda xs: jnp.sum(jaxrnn.unroll(params.cell, xs, h0)[1]))(2 * xs)
-    assert (len(traces), second) == (third, second)
+    def traced(**how):
+        before = len(traces)
+        params, xs, h0, targets = random_case(activation=counted, seed=before, **how)
+        with jax.numpy_rank_promotion("allow"):
+            call(params, xs, h0, targets)
+        return len(traces) - before
+
+    assert traced() > 0 and traced() == 0
+    assert (traced(T=4) > 0) != (call is CALLS["step"])
+    assert traced() == 0

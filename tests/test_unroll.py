@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxrnn
-from jaxrnn import Activation, Cell, Ids
+from jaxrnn import Cell, Ids
 
 EPS = 2.0**-52
 T, B, D, H = 5, 3, 4, 3
@@ -168,24 +168,6 @@ def test_each_state_is_rounded_once(dtype):
     drift = np.linalg.norm(hs - loop(cell, xs, h0)[1], axis=-1).max()
     growth = (np.linalg.norm(cell.W, 2) ** np.arange(T)).sum()
     assert 0 < drift < np.sqrt(size) * rounding * growth
-
-
-def test_eager_calls_compile_once_per_shape():
-    traces = []
-
-    def phi(a):
-        traces.append(a.shape)
-        return jnp.tanh(a)
-
-    def count(T=T, **how):
-        before = len(traces)
-        cell, xs, h0, _ = case(T, seed=before, activation=Activation(phi))
-        jaxrnn.unroll(cell, xs, h0, **how)
-        return len(traces) - before
-
-    assert count() > 0 and count() == 0
-    assert count(lengths=[1, 2, 3]) > 0 and count(lengths=[0, 5, 4]) == 0
-    assert count(T=T + 1) > 0 and count() == 0
 
 
 few = settings(derandomize=True, database=None, deadline=None, max_examples=12)

@@ -1,5 +1,7 @@
 """vmap means the same as the batch axis, over data, over parameters, and nested."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -76,8 +78,6 @@ def test_members_of_one_array_only():
         stacked = jnp.stack([value, 0.5 * value])
 
         def with_one(f, one, xs, name=name):
-            import dataclasses
-
             return f(dataclasses.replace(params.cell, **{name: one}), xs, h0)
 
         found, expected = (

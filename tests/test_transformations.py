@@ -1,0 +1,187 @@
+"""The unroll inside other programs: devices, control flow, checkpoints, export, nested rules."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close, naive_unroll, random_case
+from jax import export, lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxrnn
+from jaxrnn import textbook
+
+BATCH = 4
+
+
+def mesh(kind=AxisType.Auto):
+    return jax.make_mesh((4,), ("data",), axis_types=(kind,))
+
+
+def squares(unroll):
+    return lambda cell, xs, h0: jnp.sum(jnp.square(unroll(cell, xs, h0)[1]))
+
+
+@pytest.fixture(scope="module")
+def case():
+    params, xs, h0, targets = random_case(batch=(BATCH,))
+    return params, xs, h0, targets
+
+
+def split(loss):
+    """A loss of shared parameters and data split over four devices."""
+
+    def local(cell, xs, h0):
+        return lax.psum(loss(cell, xs, h0), "data")
+
+    return jax.shard_map(
+        local, mesh=mesh(), in_specs=(P(), P(None, "data"), P("data")), out_specs=P()
+    )
+
+
+@pytest.mark.parametrize("leak", [None, jnp.asarray(0.6)], ids=["plain", "leaky"])
+def test_derivatives_of_data_parallel_losses(leak):
+    params, xs, h0, _ = random_case(batch=(BATCH,), leak=leak)
+    args = (params.cell, xs, h0)
+    ours, whole = split(squares(jaxrnn.unroll)), squares(naive_unroll)
+    for derivative in (
+        lambda f: jax.grad(f, (0, 1, 2))(*args),
+        lambda f: jax.jvp(f, args, args),
+        lambda f: jax.jvp(jax.grad(f, (0, 1, 2)), args, args),
+    ):
+        found = jax.jit(partial(derivative, ours))()
+        assert_close(found, jax.jit(partial(derivative, whole))(), 6e-12)
+
+
+def test_data_parallel_ids_and_default_state(case):
+    params, *_ = case
+    ids = jnp.arange(24).reshape(6, BATCH) % 4
+    lengths = jnp.array([6, 2, 0, 5])
+
+    def loss(cell, ids, lengths):
+        return jnp.sum(jnp.square(jaxrnn.unroll(cell, jaxrnn.Ids(ids), lengths=lengths)[1]))
+
+    found = jax.jit(jax.grad(split(loss)))(params.cell, ids, lengths)
+    assert_close(found, jax.grad(loss)(params.cell, ids, lengths))
+
+
+@pytest.mark.parametrize("by_hand", [jaxrnn.loss_and_grads, textbook.loss_and_grads])
+def test_hand_gradients_add_up_over_devices(case, by_hand):
+    params, xs, _, targets = case
+
+    def gradients(*args):
+        result = by_hand(*args)[1]
+        return getattr(result, "params", result)
+
+    data = P(None, "data")
+    found = jax.shard_map(
+        lambda *args: lax.psum(gradients(*args), "data"),
+        mesh=mesh(), in_specs=(P(), data, data), out_specs=P(),
+    )(params, xs, targets)  # fmt: skip
+    assert_close(found, gradients(params, xs, targets))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_sharded_arrays(case, kind):
+    params, xs, h0, _ = case
+    devices = mesh(kind)
+    placed = jax.device_put(xs, NamedSharding(devices, P(None, "data")))
+    everywhere = jax.device_put((params.cell, h0), NamedSharding(devices, P()))
+    loss = squares(jaxrnn.unroll)
+    with jax.set_mesh(devices):
+        default = jax.jit(jax.grad(lambda c, x: loss(c, x, None), (0, 1)))(everywhere[0], placed)
+    assert_close(default, jax.grad(lambda c, x: loss(c, x, None), (0, 1))(params.cell, xs))
+
+
+def test_inside_loops_branches_and_checkpoints(case):
+    params, xs, h0, _ = case
+
+    def composed(unroll):
+        def loss(cell, xs, h0):
+            @partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
+            def chunk(h, xs):
+                h, hs = unroll(cell, xs, h)
+                return h, jnp.sum(hs)
+
+            h, sums = lax.scan(chunk, h0, xs.reshape(3, 2, *xs.shape[1:]))
+            h = lax.fori_loop(0, 2, lambda _, h: unroll(cell, xs[:2], h)[0], h)
+            branch = lax.cond(jnp.sum(h) > 0, lambda: jnp.sum(unroll(cell, xs, h)[0]), lambda: 0.0)
+            return jnp.sum(jnp.sin(sums)) + jnp.sum(h) + branch
+
+        args = (params.cell, xs, h0)
+        gradient = jax.jit(jax.grad(loss, (0, 1, 2)))
+        return gradient(*args), jax.jvp(gradient, args, args)[1]
+
+    assert_close(composed(jaxrnn.unroll), composed(naive_unroll), 1e-11)
+
+
+def test_export_with_symbolic_lengths(case):
+    params, xs, h0, _ = case
+    gradient = jax.jit(jax.grad(squares(jaxrnn.unroll), (0, 1, 2)))
+    T, B = export.symbolic_shape("T, B")
+    shapes = (
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params.cell),
+        jax.ShapeDtypeStruct((T, B, 4), xs.dtype),
+        jax.ShapeDtypeStruct((B, 5), h0.dtype),
+    )
+    exported = export.export(gradient)(*shapes)
+    args = (params.cell, xs[:5, :3], h0[:3])
+    assert_close(exported.call(*args), gradient(*args))
+
+
+def test_gradients_by_hand_are_differentiable(case):
+    params, xs, h0, targets = case
+
+    def curvature(gradient):
+        def size(params):
+            return sum(jnp.sum(jnp.sin(g)) for g in jax.tree.leaves(gradient(params)))
+
+        return jax.grad(size)(params), jax.jvp(size, (params,), (params,))[1]
+
+    def loss(params):
+        logits = jaxrnn.apply_readout(params.readout, jaxrnn.unroll(params.cell, xs, h0)[1])
+        return jnp.sum(jaxrnn.cross_entropy(logits, targets))
+
+    by_hand = curvature(lambda p: jaxrnn.loss_and_grads(p, xs, targets, h0=h0)[1].params)
+    assert_close(by_hand, curvature(jax.grad(loss)), 6e-12)
+    value = jax.grad(lambda p: jaxrnn.loss_and_grads(p, xs, targets, h0=h0)[0])(params)
+    assert_close(value, jax.grad(loss)(params))
+
+
+def test_without_64_bits(case):
+    params, xs, _, targets = case
+    host = jax.tree.map(np.asarray, (params, xs, targets))
+    with jax.enable_x64(False):
+        loss, gradients = jaxrnn.loss_and_grads(*host)
+        assert {x.dtype.name for x in jax.tree.leaves((loss, gradients))} == {"float32"}
+    wide, expected = jaxrnn.loss_and_grads(params, xs, targets)
+    assert_close((loss, gradients.params), (wide, expected.params), 1e-5)
+
+
+def test_debug_nans_sees_none(case):
+    params, *_ = case
+    ids = jaxrnn.Ids(jnp.array([1, 0, 3]))
+    with jax.debug_nans(True):
+        jaxrnn.step(params.cell, jaxrnn.Ids(jnp.array(2)), jnp.zeros(5))
+        jaxrnn.unroll(params.cell, ids)
+        jaxrnn.loss_and_grads(params, ids, jnp.array([0, 1, 2]))
+
+
+@pytest.mark.parametrize("transformed", [
+    lambda f: jax.grad(f)(2.0), lambda f: jax.jit(jax.grad(f))(2.0), lambda f: jax.jit(f)(2.0),
+    lambda f: jax.vmap(f)(jnp.ones(2)),
+], ids=["grad", "jit of grad", "jit", "vmap"])  # fmt: skip
+def test_an_activation_over_a_traced_value_is_refused(case, transformed):
+    params, xs, h0, _ = case
+
+    def loss(scale):
+        cell = jaxrnn.Cell(
+            params.cell.U, params.cell.W, params.cell.b, activation=lambda a: jnp.tanh(scale * a)
+        )
+        return jnp.sum(jaxrnn.unroll(cell, xs, h0)[0])
+
+    with pytest.raises(ValueError, match="activation: expected a function of a alone, got one"):
+        transformed(loss)
