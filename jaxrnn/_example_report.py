@@ -12,6 +12,7 @@ from rich.text import Text
 from jaxrnn import _checks, _printed, worked_example
 from jaxrnn._cell import Params
 from jaxrnn._example_training import by_member
+from jaxrnn._plots import new_figure, save_png
 from jaxrnn.worked_example import Comparison, agreeing, four_digits
 
 EPOCHS = max(_printed.TOTALS)
@@ -91,13 +92,7 @@ def plot_ensemble(losses: np.ndarray, path: str | os.PathLike) -> None:
       ValueError: losses of another shape, or a path that cannot be a file.
     """
     path = _writable("path", path)
-    figure = _figure(_all_epochs(losses))
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        figure.savefig(partial, format="png", dpi=150)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    save_png(_figure(_all_epochs(losses)), path)
 
 
 def _writable(name, path):
@@ -191,12 +186,7 @@ def _print_ensemble(console, losses):
 
 
 def _figure(losses):
-    # Not pyplot: it would choose a backend for the caller and keep the figure alive.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 5)
     whole, end = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
     for axes in (whole, end):
         _draw(axes, losses)

@@ -1,10 +1,33 @@
-"""The picture of a training run."""
+"""Pictures: how a figure is made and written, and that of a training run."""
 
 import os
 from pathlib import Path
 from typing import Any
 
 LN_2 = 0.6931471805599453
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure, in inches.
+
+    Not pyplot's: that would choose a back end for the caller and keep the figure alive.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_png(figure: Any, path: Path) -> None:
+    """Write a figure whole or not at all; an old file is replaced when the new one is complete."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        figure.savefig(partial, format="png", dpi=150)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _nats(bits: Any) -> Any:
@@ -21,14 +44,9 @@ def plot_run(rows: list[dict[str, Any]], references: dict[str, float], path: Pat
     Args:
       rows: the metrics of a run.
       references: bits per character of other predictors, drawn as lines.
-      path: the file; an old one is replaced when the new one is complete.
+      path: the file.
     """
-    # Not pyplot: it would choose a backend for the caller and keep the figure alive.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 5)
     axes = figure.subplots()
     held_out = [row for row in rows if "held_out_bits" in row]
     axes.plot([r["step"] for r in rows], [r["bits"] for r in rows], label="training")
@@ -45,9 +63,4 @@ def plot_run(rows: list[dict[str, Any]], references: dict[str, float], path: Pat
     nats.set_ylabel("loss (nats per character)")
     axes.grid(alpha=0.3)
     axes.legend()
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        figure.savefig(partial, format="png", dpi=120)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    save_png(figure, path)

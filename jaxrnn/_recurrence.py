@@ -35,9 +35,6 @@ def previous(hs: jax.Array, h0: jax.Array, reverse: bool) -> jax.Array:
     return jnp.concatenate([h0[None], hs[:-1]])
 
 
-# The nonlinear recurrence.
-
-
 def states(
     cell: Cell,
     xs: jax.Array | Ids,
@@ -59,9 +56,6 @@ def states(
         return lax.scan(body, h0, sequences, reverse=reverse)[1]
 
     return foldable(loop)(row_weights(cell, xs), (xs, drive, mask), h0)
-
-
-# The linear recurrence.
 
 
 @jax.tree_util.register_dataclass
