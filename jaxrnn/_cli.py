@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -107,10 +108,7 @@ def _example(args) -> int:
 
     if args.plot is not None:
         import_module("matplotlib")  # missed now, not after all has been computed
-    try:
-        agrees = run(Console(), plot=args.plot)
-    except ValueError as error:
-        raise InputError(f"--{error}") from error
+    agrees = run(Console(), plot=args.plot)
     return 0 if agrees else EXIT_DIFFERENT
 
 
@@ -129,9 +127,10 @@ def _train(args) -> int:
     size, hidden = len(corpus.vocabulary), config.hidden_size
     weights = hidden * (2 * size + hidden + 1) + size
     console.print(
-        f"{corpus.name}: {len(corpus.train):,} characters to train on, "
-        f"{len(corpus.held_out):,} held out, {size} distinct; {weights:,} parameters"
+        f"{corpus.name}: {len(corpus.train):,} characters, {len(corpus.held_out):,} more held out, "
+        f"{size} distinct"
     )
+    console.print(f"{weights:,} parameters, {config.steps:,} updates")
     references = corpus.references()
     lines = ", ".join(f"{name} {bits:.2f}" for name, bits in references.items())
     console.print(f"held-out bits per character for reference: {lines}")
@@ -156,7 +155,8 @@ def _train(args) -> int:
         console.print(f"loss curves: {out / 'loss.png'}")
     except ModuleNotFoundError:
         console.print("no loss curves: matplotlib is missing; pip install 'jaxrnn[plot]'")
-    console.print(f"run directory: {out}; go on with: jaxrnn sample {out} --prompt TEXT")
+    go_on = shlex.join(["jaxrnn", "sample", str(out), "--prompt", "TEXT"])
+    console.print(f"run directory: {out}; go on with: {go_on}")
     return EXIT_INTERRUPTED if result.stopped else 0
 
 

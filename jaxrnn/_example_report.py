@@ -42,7 +42,7 @@ def run(
         `plot_ensemble`.
     """
     if plot is not None:
-        plot = _writable("plot", plot)
+        plot = _writable("--plot", plot)
     losses = worked_example.ensemble(members, EPOCHS)
     start = worked_example.recovered_params() if start is None else start
     comparisons = worked_example.compare(start)
@@ -98,7 +98,7 @@ def plot_ensemble(losses: np.ndarray, path: str | os.PathLike) -> None:
 def _writable(name, path):
     path = Path(path)
     if path.is_dir() or not path.parent.is_dir():
-        _checks.bad_value(name, "a file in a folder that exists", str(path))
+        raise _checks.InputError(f"{name}: expected a file in a folder that exists, got {path}")
     return path
 
 

@@ -45,7 +45,10 @@ def trained(text_file, tmp_path_factory):
 def test_training_without_a_terminal(trained):
     out, run = trained
     assert (run.returncode, run.stderr) == (0, "")
-    assert "2,430 characters to train on, 270 held out, 29 distinct" in run.stdout
+    assert (
+        "2,430 characters, 270 more held out, 29 distinct\n1,229 parameters, 30 updates"
+        in run.stdout
+    )
     assert re.search(r"unigram \d\.\d\d, bigram \d\.\d\d", run.stdout)
     line = r"step 10/30  loss \d\.\d+ bits \d\.\d+ held-out \d\.\d+ \d+k char/s  0:\d\d:\d\d left"
     assert re.search(line, run.stdout), run.stdout
