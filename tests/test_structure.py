@@ -110,13 +110,12 @@ def test_second_order_needs_four_loops_and_no_more(case, mixture):
 
 @pytest.mark.parametrize(("unroll", "held"), [(jaxrnn.unroll, False), (naive_unroll, True)])
 def test_no_carry_holds_a_gradient_of_the_weights(case, unroll, held):
-    carries = [
-        var.aval.shape
-        for eqn, _ in equations(jax.make_jaxpr(jax.grad(loss(unroll)))(*case))
-        if eqn.primitive.name == "scan"
-        for var in eqn.outvars[: eqn.params["num_carry"]]
-    ]
-    assert ((H, H) in carries) == held
+    found = equations(jax.make_jaxpr(jax.grad(loss(unroll)))(*case))
+    bodies = [eqn.params["jaxpr"] for eqn, _ in found if eqn.primitive.name == "scan"]
+    # What a body puts out is a carry or one step of [T, B, H];
+    carried = [var.aval.shape for body in bodies for var in getattr(body, "jaxpr", body).outvars]
+    assert (B, H) in carried
+    assert ((H, H) in carried) == held
 
 
 def shapes(f, *args):
