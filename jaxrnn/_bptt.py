@@ -10,6 +10,7 @@ from jaxrnn import _checks
 from jaxrnn._cell import Cell, Ids, Params, Readout, check_params, leading_shape
 from jaxrnn._dtypes import accumulation_dtype, cast_like
 from jaxrnn._loss import check_targets, cross_entropy, output_error
+from jaxrnn._padding import frozen_states, valid_steps, without_padding
 from jaxrnn._recurrence import (
     first_step,
     jacobians,
@@ -19,7 +20,6 @@ from jaxrnn._recurrence import (
     transposed_times,
 )
 from jaxrnn._step import apply_readout, product
-from jaxrnn._steps import frozen_states, valid_steps, without_padding
 from jaxrnn._unroll import check_sequences, prepare, unroll
 
 

@@ -6,7 +6,7 @@ import optax
 
 from jaxrnn import _checks
 from jaxrnn._dtypes import accumulation_dtype, wide
-from jaxrnn._steps import without_padding
+from jaxrnn._padding import without_padding
 
 
 def cross_entropy(

@@ -9,6 +9,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxrnn import _checks
 from jaxrnn._cell import Cell, Ids, check_cell, check_inputs, leading_shape
 from jaxrnn._dtypes import accumulation_dtype, cast, result_dtype
+from jaxrnn._padding import check_valid, valid_steps, without_padding
 from jaxrnn._recurrence import (
     apply_first,
     jacobians,
@@ -18,7 +19,6 @@ from jaxrnn._recurrence import (
     states,
 )
 from jaxrnn._step import like, preactivation, product, row_weights, safe_ids
-from jaxrnn._steps import check_valid, valid_steps, without_padding
 
 
 def unroll(

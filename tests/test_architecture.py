@@ -17,7 +17,7 @@ PACKAGE = ROOT / "jaxrnn"
 FLOORS = [
     ["_dtypes", "_printed", "_ngram", "_plots", "_progress"],
     ["_checks"],
-    ["_activation", "_fold", "_steps"],
+    ["_activation", "_fold", "_padding"],
     ["_cell"],
     ["_step", "_loss", "_init"],
     ["_recurrence"],

@@ -49,7 +49,8 @@ def test_python_in_the_readme_runs(tmp_path):
 def test_commands_in_the_readme_are_understood():
     lines = [line for block in blocks("sh") for line in block.splitlines()]
     commands = [line.split("&&")[-1].strip() for line in lines]
-    assert "jaxrnn train" in commands and "python -m pytest" in commands
+    assert "jaxrnn train" in commands
+    assert any(command.startswith("python -m pytest") for command in commands)
     ours = [shlex.split(command)[1:] for command in commands if command.startswith("jaxrnn")]
     assert len(ours) >= 4
     for arguments in ours:
