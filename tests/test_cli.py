@@ -15,6 +15,16 @@ SMALL = ["--steps", "30", "--hidden-size", "16", "--seq-length", "8", "--batch-s
          "--eval-every", "10", "--sample-length", "20"]  # fmt: skip
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _compile_once(tmp_path_factory):
+    """The processes share compiled programs, with those of a parallel pytest worker too."""
+    cache = tmp_path_factory.getbasetemp().parent / "jax-cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        yield
+
+
 def start(*args, cwd=None, stdout=subprocess.PIPE, **env):
     return subprocess.Popen(
         [sys.executable, "-m", "jaxrnn", *map(str, args)],
