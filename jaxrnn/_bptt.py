@@ -136,7 +136,7 @@ def _adjoint(cell, xs, h0, hs, dhs, dh_last, drive, mask, reverse):
     h_prev = previous(hs, h0, reverse)
     J, phi = jacobians(cell, xs, h_prev, hs, drive, mask)
     adjoint = solve_transposed(J, g.at[0 if reverse else -1].add(dh_last), reverse)
-    delta = select(mask, J.scale(adjoint), 0)
+    delta = select(mask, J.scale(adjoint), 0)  # δ_t = α D_t λ_t
     dh_first = transposed_times(first_step(J, reverse), adjoint[-1 if reverse else 0])
     time_and_batch = tuple(range(delta.ndim - 1))
     leak = None
@@ -229,8 +229,9 @@ def _loss_and_grads(params, targets, xs, h0, lengths, mask, drive, *, reverse):
     valid = valid_steps(lengths, mask, hs.shape[0])
     loss = jnp.sum(cross_entropy(logits, targets, where=valid))
 
-    error = output_error(logits, targets, valid)
-    gradients = bptt(cell, xs, h0, hs, product(error, readout.V), **how)
+    error = output_error(logits, targets, valid)  # ŷ_t − y_t (3.1)
+    gradients = bptt(cell, xs, h0, hs, product(error, readout.V), **how)  # g_t = Vᵀ error (3.3)
+    # dL/dV = Σ error h_tᵀ, dL/dc = Σ error (3.2)
     readout = Readout(V=_sum_outer(error, hs), c=jnp.sum(error, tuple(range(error.ndim - 1))))
     params = Params(gradients.cell, cast_like(readout, params.readout))
     return loss, Gradients(params, gradients.h0, h_last)

@@ -52,6 +52,14 @@ def test_files_import_from_floors_below_their_own():
             assert floor[imported] < floor[name], f"{name} imports {imported}"
 
 
+def test_the_picture_in_the_readme_is_the_house():
+    blocks = (ROOT / "README.md").read_text().split("```text\n")
+    picture = next(block for block in blocks if block.startswith(" __main__")).split("```")[0]
+    known = {name for names in FLOORS for name in names}
+    drawn = [set(line.split()) & known for line in picture.splitlines()]
+    assert drawn == [set(names) for names in reversed(FLOORS)]
+
+
 def test_files_are_short():
     for path in PACKAGE.glob("*.py"):
         assert len(path.read_text().splitlines()) <= 250, path.name
