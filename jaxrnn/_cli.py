@@ -18,6 +18,8 @@ from jaxrnn._checks import InputError
 
 EXIT_DIFFERENT, EXIT_DIVERGED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 1, 2, 130
 TEMPERATURE = 0.8
+# Characters of held-out text that the closing sample reads first, and does not repeat.
+SAMPLE_CONTEXT = 100
 
 
 class _Parser(argparse.ArgumentParser):
@@ -144,9 +146,12 @@ def _train(args) -> int:
         console.print(f"stopped at step {result.steps} of {config.steps}")
     console.print(f"held-out bits per character: {result.bits:.3f} ({result.seconds:.0f} s)")
     if args.sample_length:
-        console.print(f"a sample, at temperature {TEMPERATURE}:")
+        console.print(
+            f"a sample, at temperature {TEMPERATURE}, from where the held-out text begins:"
+        )
         params, vocabulary = result.state.params, corpus.vocabulary
-        print(_generated(params, vocabulary, None, args.sample_length, TEMPERATURE, args.seed))
+        prompt = vocabulary.decode(corpus.held_out[:SAMPLE_CONTEXT])
+        print(_generated(params, vocabulary, prompt, args.sample_length, TEMPERATURE, args.seed))
     rows = _checkpoint.read_metrics(out)
     try:
         from jaxrnn._plots import plot_run

@@ -62,6 +62,10 @@ def test_training_without_a_terminal(trained):
     assert re.search(r"unigram \d\.\d\d, bigram \d\.\d\d", run.stdout)
     line = r"step 10/30  loss \d\.\d+ bits \d\.\d+ held-out \d\.\d+ \d+k char/s  0:\d\d:\d\d left"
     assert re.search(line, run.stdout), run.stdout
+    sample = re.search(
+        r"from where the held-out text begins:\n(.*)\nloss curves", run.stdout, re.DOTALL
+    )
+    assert len(sample[1]) == 20
     found = float(re.search(r"held-out bits per character: (\d\.\d+)", run.stdout)[1])
     rows = [json.loads(row) for row in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [10, 20, 25, 30]
