@@ -83,10 +83,10 @@ def load(out: Path) -> tuple[train.TrainState, Vocabulary, Config]:
     values = _checkpoint.load_json(out, _checkpoint.CONFIG)
     try:
         config = Config(**values["options"])
-    except (KeyError, TypeError) as error:
+        template = jax.eval_shape(lambda: initial_state(config, len(vocabulary)))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         path = out / _checkpoint.CONFIG
         raise _checks.InputError(f"{path}: expected the options of a run: {error}") from error
-    template = jax.eval_shape(lambda: initial_state(config, len(vocabulary)))
     return _checkpoint.load_state(out, template), vocabulary, config
 
 
@@ -122,7 +122,7 @@ def run(
       InputError: `out` cannot be used.
       DivergedError: a loss that is not finite; nothing is left in `out`.
     """
-    existed = out.exists()
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
     _checkpoint.claim(out)
     try:
         _checkpoint.write_json(
@@ -140,8 +140,8 @@ def run(
     except BaseException:
         for path in out.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if not existed:
-            out.rmdir()
+        for folder in made:
+            folder.rmdir()
         raise
 
 

@@ -66,6 +66,7 @@ def unroll(
 
     Cost: two products a step forward and one a step backward; the gradient of each parameter
     is one matrix product over all steps, and beyond inputs and parameters only hs is kept.
+    Outside jit, checking ids and lengths that lie on a device waits for them.
 
     Source: section 2, equation 1; section 3.3 for its derivative.
 

@@ -186,7 +186,7 @@ def test_bad_training_input_is_one_line(args, message, bad, text_file, tmp_path)
 
 def test_a_loss_that_is_no_number_leaves_nothing(text_file, tmp_path):
     run = jaxrnn("train", text_file, *SMALL, "--activation", "identity", "--optimizer", "sgd",
-                 "--learning-rate", "1e30", "--grad-clip", "0", "--out", "run",
+                 "--learning-rate", "1e30", "--grad-clip", "0", "--out", "deep/run",
                  cwd=tmp_path)  # fmt: skip
     assert run.returncode == 1
     assert re.fullmatch(
@@ -214,6 +214,12 @@ def test_bad_sampling_input_is_one_line(trained, tmp_path):
         assert (run.returncode, run.stdout) == (2, "")
         assert re.fullmatch(r"jaxrnn sample: error: .*\n", run.stderr), run.stderr
         assert re.search(message, run.stderr), run.stderr
+    config = (broken / "config.json").read_text()
+    (broken / "config.json").write_text(config.replace('"hidden_size": 16', '"hidden_size": "x"'))
+    run = jaxrnn("sample", broken)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert re.fullmatch(r".*config.json: expected the options of a run: .*\n", run.stderr)
+    (broken / "config.json").write_text(config)
     (broken / "checkpoint").mkdir()
     (broken / "checkpoint" / "_METADATA").write_text("{")
     run = jaxrnn("sample", broken)
