@@ -6,21 +6,15 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jaxrnn import _checks
+from jaxrnn import _checks, _schedule
 from jaxrnn._cell import Cell, Ids, Params, Readout, check_params, leading_shape
-from jaxrnn._dtypes import accumulation_dtype, cast_like
+from jaxrnn._dtypes import accumulation_dtype, cast, cast_like
 from jaxrnn._loss import check_targets, cross_entropy, output_error
 from jaxrnn._padding import frozen_states, valid_steps, without_padding
-from jaxrnn._recurrence import (
-    first_step,
-    jacobians,
-    previous,
-    select,
-    solve_transposed,
-    transposed_times,
-)
+from jaxrnn._segments import over_segments, starts
 from jaxrnn._step import apply_readout, product
-from jaxrnn._unroll import check_sequences, prepare, unroll
+from jaxrnn._tangent import Steps, Tangents, segment_gradient, tangent_of_states
+from jaxrnn._unroll import check_sequences, prepare, recurrence
 
 
 @jax.tree_util.register_dataclass
@@ -114,57 +108,26 @@ def bptt(
 # Compiled once per shape, as the unroll is.
 @partial(jax.jit, static_argnames="reverse")
 def _bptt(cell, xs, h0, hs, dhs, dh_last, lengths, mask, drive, *, reverse):
-    inputs = None if isinstance(xs, Ids) else xs
-    given_cell, given_h0, given_drive = cell, h0, drive
+    given = Tangents(cell, None if isinstance(xs, Ids) else xs, drive, h0)
     cell, xs, h0, drive, mask = prepare(cell, xs, h0, lengths, mask, drive)
-    dh_first, cell_gradient, delta = _adjoint(cell, xs, h0, hs, dhs, dh_last, drive, mask, reverse)
-    return CellGradients(
-        cell=cast_like(cell_gradient, given_cell),
-        xs=None if inputs is None else product(delta, cell.U).astype(inputs.dtype),
-        h0=dh_first.astype(h0.dtype if given_h0 is None else given_h0.dtype),
-        delta=delta.astype(h0.dtype if given_drive is None else given_drive.dtype),
-    )
-
-
-def _adjoint(cell, xs, h0, hs, dhs, dh_last, drive, mask, reverse):
-    """dL/dh_0, the gradients of the cell and delta, all in the dtype of sums."""
-    g = without_padding(dhs, mask).astype(accumulation_dtype(h0.dtype))
-    dh_last = jnp.zeros_like(h0, g.dtype) if dh_last is None else dh_last.astype(g.dtype)
+    g = without_padding(dhs, mask).astype(h0.dtype)
+    if dh_last is None:
+        dh_last = jnp.zeros_like(h0)
     if hs.shape[0] == 0:
-        return dh_last, jax.tree.map(jnp.zeros_like, cell), g
-    hs = frozen_states(hs.astype(h0.dtype), h0, mask, reverse)
-    h_prev = previous(hs, h0, reverse)
-    J, phi = jacobians(cell, xs, h_prev, hs, drive, mask)
-    adjoint = solve_transposed(J, g.at[0 if reverse else -1].add(dh_last), reverse)
-    delta = select(mask, J.scale(adjoint), 0)  # δ_t = α D_t λ_t
-    dh_first = transposed_times(first_step(J, reverse), adjoint[-1 if reverse else 0])
-    time_and_batch = tuple(range(delta.ndim - 1))
-    leak = None
-    if cell.leak is not None:
-        passed = select(mask, adjoint * (phi - h_prev.astype(phi.dtype)), 0)
-        leak = jnp.sum(passed, time_and_batch if cell.leak.ndim else None)
-    gradient = Cell(
-        U=_input_gradient(delta, xs, cell.U.shape),
-        W=_sum_outer(delta, h_prev),
-        b=jnp.sum(delta, time_and_batch),
-        leak=leak,
-        activation=cell.activation,
+        nothing = jax.tree.map(jnp.zeros_like, given)
+        return CellGradients(nothing.cell, nothing.xs, dh_last.astype(h0.dtype), g)
+    steps = Steps(xs, drive, mask, frozen_states(hs.astype(h0.dtype), h0, mask, reverse))
+    g = g.at[0 if reverse else -1].add(dh_last.astype(g.dtype))
+    # δ is the gradient of a drive, whether there is one or not.
+    wanted = Tangents(cell, None if isinstance(xs, Ids) else xs, jnp.zeros_like(g), h0)
+    tangent = partial(tangent_of_states, cell, steps, h0, reverse=reverse)
+    (found,) = jax.linear_transpose(tangent, wanted)(g)
+    return CellGradients(
+        cell=cast_like(found.cell, given.cell),
+        xs=cast_like(found.xs, given.xs),
+        h0=found.h0 if given.h0 is None else found.h0.astype(given.h0.dtype),
+        delta=found.drive if given.drive is None else found.drive.astype(given.drive.dtype),
     )
-    return dh_first, gradient, delta
-
-
-def _sum_outer(delta, x):
-    """Σ δ_t x_tᵀ over time and batch: one product."""
-    axes = tuple(range(delta.ndim - 1))
-    return jnp.tensordot(delta, x.astype(delta.dtype), (axes, axes))
-
-
-def _input_gradient(delta, xs, shape):
-    if isinstance(xs, Ids):
-        # x_t is a one-hot row: each δ_t is added to the column of its id.
-        columns = jnp.zeros(shape[::-1], delta.dtype)
-        return columns.at[xs.ids].add(delta, mode="drop").T
-    return _sum_outer(delta, xs)
 
 
 def loss_and_grads(
@@ -222,16 +185,42 @@ def loss_and_grads(
 
 @partial(jax.jit, static_argnames="reverse")
 def _loss_and_grads(params, targets, xs, h0, lengths, mask, drive, *, reverse):
-    cell, readout = params.cell, params.readout
-    how = dict(lengths=lengths, mask=mask, drive=drive, reverse=reverse)
-    h_last, hs = unroll(cell, xs, h0, **how)
-    logits = apply_readout(readout, hs)
-    valid = valid_steps(lengths, mask, hs.shape[0])
-    loss = jnp.sum(cross_entropy(logits, targets, where=valid))
+    given_h0 = h0
+    cell, xs, h0, drive, mask = prepare(params.cell, xs, h0, lengths, mask, drive)
+    wide = accumulation_dtype(h0.dtype)
+    sums = cast(jax.tree.map(jnp.zeros_like, Params(cell, params.readout)), wide)
+    from_later, loss = jnp.zeros_like(h0, wide), jnp.zeros((), wide)
+    h_last = h0
+    if leading_shape(xs)[0]:
+        hs = recurrence(cell, (xs, drive, mask), h0, reverse)
+        h_last = hs[0 if reverse else -1]
 
-    error = output_error(logits, targets, valid)  # ŷ_t − y_t (3.1)
-    gradients = bptt(cell, xs, h0, hs, product(error, readout.V), **how)  # g_t = Vᵀ error (3.3)
-    # dL/dV = Σ error h_tᵀ, dL/dc = Σ error (3.2)
-    readout = Readout(V=_sum_outer(error, hs), c=jnp.sum(error, tuple(range(error.ndim - 1))))
-    params = Params(gradients.cell, cast_like(readout, params.readout))
-    return loss, Gradients(params, gradients.h0, h_last)
+        def segment(carry, now, h_before):
+            steps, targets = now
+            from_later, sums, loss = carry
+            logits = apply_readout(params.readout, steps.hs)
+            loss += jnp.sum(cross_entropy(logits, targets, where=steps.mask))
+            error = output_error(logits, targets, steps.mask)  # ŷ_t − y_t (3.1)
+            # dL/dV = Σ error h_tᵀ, dL/dc = Σ error (3.2)
+            V, c = _sum_outer(error, steps.hs), jnp.sum(error, tuple(range(error.ndim - 1)))
+            g = product(error, params.readout.V)  # g_t = Vᵀ error (3.3)
+            wanted = Tangents(sums.cell, None, None, h0)
+            g = g.astype(wide)
+            found = segment_gradient(cell, steps, h_before, g, from_later, wanted, reverse)
+            shares = Params(found.cell, Readout(V, c))
+            return (found.h0, jax.tree.map(jnp.add, sums, shares), loss), ()
+
+        longest = max(hs.shape[-1], params.readout.V.shape[0])
+        length = _schedule.segment_length(hs.shape[0], h0.shape[:-1], longest)
+        before = starts(hs, h0, length, reverse)
+        now, carry = (Steps(xs, drive, mask, hs), targets), (from_later, sums, loss)
+        carry, _ = over_segments(segment, carry, now, before, length, reverse=not reverse)
+        from_later, sums, loss = carry
+    dh0 = from_later.astype(h0.dtype if given_h0 is None else given_h0.dtype)
+    return loss, Gradients(cast_like(sums, params), dh0, h_last)
+
+
+def _sum_outer(delta, x):
+    """Σ δ_t x_tᵀ over time and batch: one product."""
+    axes = tuple(range(delta.ndim - 1))
+    return jnp.tensordot(delta, x.astype(delta.dtype), (axes, axes))

@@ -1,61 +1,122 @@
 """vmap of a loop over time without its price: a mapped axis becomes part of the batch.
 
 JAX's own batching of a scan puts the new axis in front of time and transposes whole
-`[T, B, H]` arrays to get there. The loops wrapped here take the axis behind time instead, as a
-batch axis, and so cost what the native batch costs. They stand only where JAX never
-differentiates (a primal, a solve), so it is no loss that `custom_vmap` has no derivative rule.
+`[T, B, H]` arrays to get there, and under vmap a derivative rule is batched operation by
+operation. A loop wrapped here takes the axis as one more batch axis, before it is
+differentiated: what follows, the choice of how to run it and its derivatives, sees one larger
+batch. `jax.custom_batching.custom_vmap` has no reverse mode and returns the mapped axis in
+front, so this is a primitive of its own, by the parts of JAX made for that (`jax.extend`).
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
+from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.interpreters import ad, batching, mlir
+
+_loop_p = Primitive("recurrence")
+_loop_p.multiple_results = True
 
 
-def foldable(loop: Callable, members: int = 0) -> Callable:
-    """Wrap `loop(weights, sequences, carry) -> states` with a batching rule of its own.
+def foldable(loop: Callable, time_axis: int | None = None) -> Callable:
+    """Give `loop(weights, sequences, carry) -> (carry, states)` a batching rule of its own.
+
+    Under vmap with shared weights, the mapped axis joins the batch; with weights of their own,
+    each member runs the loop, and axes mapped later still join its batch.
 
     Args:
-      loop: sequences are a pytree of `[T, *members, *batch, …]`, carry is `[*members, *batch, H]`,
-        and states are `[T, *members, *batch, H]`.
-      members: how many axes behind time pair with axes of the weights, one for each `vmap`
-        over parameters.
+      loop: sequences are a pytree of `[*front, T, *members, *batch, …]`, carry is
+        `[*front, *members, *batch, H]`, or None as a result, and states are like sequences.
+        `front` are batch axes too; for each vmap over parameters, members pair with an axis
+        of the weights.
+      time_axis: how many front axes there are; the loop is told as `time_axis=`, and more may
+        come. None where time stands in front whatever comes.
 
     Returns:
-      The same function. Under vmap with shared weights, the axis joins the batch; with weights
-      of their own, each member runs the loop, and axes mapped later still join its batch.
+      The same function, with the same derivatives.
     """
 
-    @custom_vmap
     def run(weights, sequences, carry):
-        return loop(weights, sequences, carry)
-
-    @run.def_vmap
-    def _rule(size, mapped, weights, sequences, carry):
-        weights_mapped, sequences_mapped, carry_mapped = mapped
-        own_weights = any(jax.tree.leaves(weights_mapped))
-        axis = 0 if own_weights else members
-
-        def place(behind_time):
-            to = axis + behind_time
-
-            def placed(x, is_mapped):
-                if is_mapped:
-                    return jnp.moveaxis(x, 0, to)
-                shape = (*x.shape[:to], size, *x.shape[to:])
-                return jnp.broadcast_to(jnp.expand_dims(x, to), shape)
-
-            return placed
-
-        sequences = jax.tree.map(place(1), sequences, sequences_mapped)
-        carry = jax.tree.map(place(0), carry, carry_mapped)
-        if own_weights:
-            weights_axes = jax.tree.map(lambda m: 0 if m else None, weights_mapped)
-            each = jax.vmap(loop, in_axes=(weights_axes, 1, 0), out_axes=1, axis_size=size)
-            states = foldable(each, members + 1)(weights, sequences, carry)
-        else:
-            states = run(weights, sequences, carry)
-        return jnp.moveaxis(states, axis + 1, 0), True
+        leaves, tree = jax.tree.flatten((weights, sequences, carry))
+        *carry, states = _bind(leaves, loop, tree, 0, time_axis or 0, time_axis is None)
+        return (carry[0] if carry else None), states
 
     return run
+
+
+def _bind(leaves, loop, tree, members, time_axis, fixed):
+    def flat(*leaves):
+        return loop(
+            *jax.tree.unflatten(tree, leaves), **({} if fixed else {"time_axis": time_axis})
+        )
+
+    call = jax.make_jaxpr(flat)(*leaves)
+    how = dict(loop=loop, tree=tree, members=members, time_axis=time_axis, fixed=fixed)
+    return _loop_p.bind(*leaves, call=call, **how)
+
+
+def _run(*leaves, call, **_):
+    return jaxpr_as_fun(call)(*leaves)
+
+
+_loop_p.def_impl(_run)
+_loop_p.def_abstract_eval(lambda *_, call, **__: call.out_avals)
+mlir.register_lowering(_loop_p, mlir.lower_fun(_run, multiple_results=True))
+
+
+def _differentiate(primals, tangents, *, call, **_):
+    # As if the loop stood here itself: its own rule decides, with zeros it can see.
+    moving = [n for n, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
+
+    def of_moving(*values):
+        leaves = list(primals)
+        for n, value in zip(moving, values, strict=True):
+            leaves[n] = value
+        return _run(*leaves, call=call)
+
+    return jax.jvp(of_moving, [primals[n] for n in moving], [tangents[n] for n in moving])
+
+
+ad.primitive_jvps[_loop_p] = _differentiate
+
+
+def _fold(leaves, axes, *, call, loop, tree, members, time_axis, fixed):
+    del call  # of the shapes before
+    (size,) = {x.shape[a] for x, a in zip(leaves, axes, strict=True) if a is not None}
+    of_weights, of_sequences, _ = (part.num_leaves for part in tree.children())
+    sequence_axes = {a for a in axes[of_weights : of_weights + of_sequences] if a is not None}
+    own_weights = any(a is not None for a in axes[:of_weights])
+    # What lies in front of time stays there: to move it would transpose whole arrays. One
+    # sequence is moved for nothing.
+    in_front = bool(sequence_axes) and max(sequence_axes) <= time_axis and size > 1
+    if own_weights or fixed or not in_front:
+        carry_to = time_axis + (0 if own_weights else members)
+        sequence_to = carry_to + 1
+    else:
+        carry_to = sequence_to = 0
+        time_axis += 1
+
+    def placed(n, x, axis):
+        if n < of_weights:
+            return x
+        to = sequence_to if n < of_weights + of_sequences else carry_to
+        if axis is not None:
+            return jnp.moveaxis(x, axis, to)
+        shape = (*x.shape[:to], size, *x.shape[to:])
+        return jnp.broadcast_to(jnp.expand_dims(x, to), shape)
+
+    leaves = [placed(n, x, a) for n, (x, a) in enumerate(zip(leaves, axes, strict=True))]
+    if own_weights:
+        weights_axes = jax.tree.unflatten(tree, axes)[0]
+        one = loop if fixed else partial(loop, time_axis=time_axis)
+        every = (weights_axes, sequence_to, carry_to)
+        out = (carry_to, sequence_to)
+        loop = jax.vmap(one, in_axes=every, out_axes=out, axis_size=size)
+        members, fixed = members + 1, True
+    out = _bind(leaves, loop, tree, members, time_axis, fixed)
+    return out, (carry_to, sequence_to)[-len(out) :]
+
+
+batching.primitive_batchers[_loop_p] = _fold

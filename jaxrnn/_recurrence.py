@@ -12,15 +12,25 @@ Steps where the mask is False are frozen: h_t = h_{t−1} and J_t = I.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxrnn import _schedule
 from jaxrnn._activation import resolve, slope
-from jaxrnn._cell import Cell, Ids
+from jaxrnn._cell import Cell, Ids, leading_shape
 from jaxrnn._fold import foldable
-from jaxrnn._step import advance, like, preactivation, product, row_weights
+from jaxrnn._step import (
+    advance,
+    from_inputs,
+    like,
+    preactivation,
+    product,
+    repeated_product,
+    row_weights,
+)
 
 
 def select(mask: jax.Array | None, valid: jax.Array, frozen: jax.Array | float) -> jax.Array:
@@ -36,26 +46,55 @@ def previous(hs: jax.Array, h0: jax.Array, reverse: bool) -> jax.Array:
 
 
 def states(
-    cell: Cell,
-    xs: jax.Array | Ids,
-    h0: jax.Array,
-    drive: jax.Array | None,
-    mask: jax.Array | None,
-    reverse: bool,
+    cell: Cell, sequences: tuple, h0: jax.Array, *, reverse: bool, time_axis: int = 0
 ) -> jax.Array:
-    """h_t of every step, frozen where the mask is False."""
-    activation = resolve(cell.activation)
+    """h_t of every step, frozen where the mask is False.
 
-    def loop(weights, sequences, h0):
-        def body(h_prev, now):
-            x, drive, mask = now
-            a = preactivation(weights, x, h_prev, drive)
-            h = select(mask, advance(activation, weights.leak, a, h_prev), h_prev)
+    Args:
+      cell: the `Cell`.
+      sequences: (xs, drive, mask), with time as axis number `time_axis` and batches around it.
+      h0: h_0, `[*batch, H]`.
+      reverse: whether time runs backward.
+      time_axis: how many batch axes stand in front of time.
+    """
+    xs, drive, mask = sequences
+    activation = resolve(cell.activation)
+    weights = row_weights(cell, xs)
+    batch = h0.shape[:-1]
+    time = leading_shape(xs)[time_axis]
+    hoisted = not isinstance(xs, Ids) and _schedule.hoists_inputs(time, batch, *cell.U.shape[::-1])
+    if hoisted:
+        xs, drive = from_inputs(weights, xs, drive), None
+    from_state = repeated_product(weights.W_T, batch)
+
+    def body(h_prev, now):
+        x, drive, mask = now
+        a = from_state(h_prev) + (x if hoisted else from_inputs(weights, x, drive))
+        return select(mask, advance(activation, weights.leak, a, h_prev), h_prev)
+
+    return _over_time(body, h0, (xs, drive, mask), time, reverse, time_axis)
+
+
+def _over_time(body, h0, sequences, time, reverse, time_axis):
+    if time_axis == 0:
+
+        def step(h, now):
+            h = body(h, now)
             return h, h
 
-        return lax.scan(body, h0, sequences, reverse=reverse)[1]
+        return lax.scan(step, h0, sequences, reverse=reverse)[1]
 
-    return foldable(loop)(row_weights(cell, xs), (xs, drive, mask), h0)
+    # Read and written in place, step by step: a scan would want time in front.
+    def step_in_place(carry, t):
+        h, hs = carry
+        now = jax.tree.map(
+            lambda s: lax.dynamic_index_in_dim(s, t, time_axis, keepdims=False), sequences
+        )
+        h = body(h, now)
+        return (h, lax.dynamic_update_index_in_dim(hs, h, t, time_axis)), None
+
+    hs = jnp.repeat(jnp.expand_dims(jnp.zeros_like(h0), time_axis), time, time_axis)
+    return lax.scan(step_in_place, (h0, hs), jnp.arange(time), reverse=reverse)[0][1]
 
 
 @jax.tree_util.register_dataclass
@@ -83,14 +122,10 @@ class Jacobians:
         return 0.0 if self.leak is None else (1 - like(self.leak, v)) * v
 
 
-def _times(J: Jacobians, W_T: jax.Array, y: jax.Array) -> jax.Array:
-    """J y, for one step or for all; the transpose of W is formed once, outside the loop."""
-    return select(J.mask, J.scale(product(y, W_T)) + J.keep(y), y)
-
-
-def transposed_times(J: Jacobians, adjoint: jax.Array) -> jax.Array:
-    """Jᵀ λ, for one step or for all."""
-    return select(J.mask, product(J.scale(adjoint), J.W) + J.keep(adjoint), adjoint)
+def times(J: Jacobians, y: jax.Array, W_times: Callable | None = None) -> jax.Array:
+    """J y, for one step or for all."""
+    W_times = W_times or partial(product, matrix=J.W.T)
+    return select(J.mask, J.scale(W_times(y)) + J.keep(y), y)
 
 
 def jacobians(
@@ -120,77 +155,89 @@ def _identity(x: jax.Array) -> jax.Array:
     return x
 
 
-def first_step(J: Jacobians, reverse: bool) -> Jacobians:
-    """J of the first step in scan order."""
-    t = -1 if reverse else 0
-    mask = None if J.mask is None else J.mask[t]
-    return Jacobians(J.W, J.leak, J.basis[t], mask, J.slope_of)
+def tangent_states(
+    J: Jacobians, e: jax.Array, reverse: bool, y0: jax.Array | None = None
+) -> jax.Array:
+    """Solve y_t = e_t + J_t y_{t−1} forward in time, y_0 = 0 unless given."""
 
-
-def tangent_states(J: Jacobians, e: jax.Array, reverse: bool) -> jax.Array:
-    """Solve y_t = e_t + J_t y_{t−1}, y_0 = 0, forward in time."""
-
-    def loop(weights, sequences, y):
+    def loop(weights, sequences, y0):
         W, leak = weights
-        W_T = W.T
+        W_times = repeated_product(W.T, y0.shape[:-1])
 
         def body(y, now):
             basis, mask, e = now
-            y = e + _times(Jacobians(W, leak, basis, mask, J.slope_of), W_T, y)
+            y = e + times(Jacobians(W, leak, basis, mask, J.slope_of), y, W_times)
             return y, y
 
-        return lax.scan(body, y, sequences, reverse=reverse)[1]
+        return None, lax.scan(body, y0, sequences, reverse=reverse)[1]
 
-    return foldable(loop)((J.W, J.leak), (J.basis, J.mask, e), jnp.zeros_like(e[0]))
+    y0 = jnp.zeros_like(e[0]) if y0 is None else y0
+    return foldable(loop)((J.W, J.leak), (J.basis, J.mask, e), y0)[1]
 
 
-def adjoint_states(J: Jacobians, g: jax.Array, reverse: bool) -> jax.Array:
-    """Solve λ_t = g_t + J_{t+1}ᵀ λ_{t+1}, λ_{T+1} = 0, backward in time: this is BPTT.
+def adjoint_states(
+    J: Jacobians,
+    g: jax.Array,
+    reverse: bool,
+    from_later: jax.Array | None = None,
+    *,
+    as_delta: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Solve λ_t = g_t + J_{t+1}ᵀ λ_{t+1} backward in time: this is BPTT.
 
     With g_t = ∂L/∂h_t at fixed later states, λ_t = dL/dh_t through all of them. It is the
     source's double sum (section 3.3) with the sum over t > k taken once for all k.
+
+    Args:
+      J: of the steps.
+      g: `[T, *batch, H]`.
+      reverse: whether time runs backward.
+      from_later: J_{T+1}ᵀ λ_{T+1}, `[*batch, H]`; zeros by default.
+      as_delta: return δ_t = α D_t λ_t, 0 on frozen steps, in place of λ_t.
+
+    Returns:
+      (J_1ᵀ λ_1, which is dL/dh_0; λ or δ).
     """
 
     def loop(weights, sequences, from_later):
         W, leak = weights
+        W_T_times = repeated_product(W, from_later.shape[:-1])
 
         def body(from_later, now):
             basis, mask, g = now
-            adjoint = g + from_later
             J_t = Jacobians(W, leak, basis, mask, J.slope_of)
-            return transposed_times(J_t, adjoint), adjoint
+            adjoint = g + from_later
+            delta = J_t.scale(adjoint)
+            from_here = select(mask, W_T_times(delta) + J_t.keep(adjoint), adjoint)
+            return from_here, select(mask, delta, 0) if as_delta else adjoint
 
-        return lax.scan(body, from_later, sequences, reverse=not reverse)[1]
+        return lax.scan(body, from_later, sequences, reverse=not reverse)
 
-    return foldable(loop)((J.W, J.leak), (J.basis, J.mask, g), jnp.zeros_like(g[0]))
+    from_later = jnp.zeros_like(g[0]) if from_later is None else from_later
+    return foldable(loop)((J.W, J.leak), (J.basis, J.mask, g), from_later)
 
 
 def solve_linear(J: Jacobians, e: jax.Array, reverse: bool) -> jax.Array:
     """The y of y_t = e_t + J_t y_{t−1}, differentiable to every order.
 
     Over all steps it is the system (I − J S) y = e, S the shift by one step. JAX transposes
-    the forward solve into the adjoint one. `matvec` runs only in second and higher orders,
-    where JAX differentiates the system itself: two solves more, and products of all steps.
+    the forward solve into the adjoint one, and differentiates the system itself by `matvec`: two
+    solves more, and products of all steps.
     """
 
     def matvec(y):
-        return y - _times(J, J.W.T, previous(y, jnp.zeros_like(y[0]), reverse))
+        return y - times(J, previous(y, jnp.zeros_like(y[0]), reverse))
 
     return lax.custom_linear_solve(
         matvec,
         e,
         solve=lambda _, e: tangent_states(J, e, reverse),
-        transpose_solve=lambda _, g: adjoint_states(J, g, reverse),
+        transpose_solve=lambda _, g: adjoint_states(J, g, reverse)[1],
     )
 
 
-def solve_transposed(J: Jacobians, g: jax.Array, reverse: bool) -> jax.Array:
-    """The λ of λ_t = g_t + J_{t+1}ᵀ λ_{t+1}, by the same transposed solve, differentiable too."""
-    (adjoint,) = jax.linear_transpose(lambda e: solve_linear(J, e, reverse), g)(g)
-    return adjoint
-
-
 def apply_first(J: Jacobians, y0: jax.Array, reverse: bool) -> jax.Array:
-    """J_1 y_0, what a tangent of h_0 brings to the first step."""
-    J = first_step(J, reverse)
-    return _times(J, J.W.T, y0)
+    """J_1 y_0, what a tangent of h_0 brings to the first step in scan order."""
+    t = -1 if reverse else 0
+    mask = None if J.mask is None else J.mask[t]
+    return times(Jacobians(J.W, J.leak, J.basis[t], mask, J.slope_of), y0)

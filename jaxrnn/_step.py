@@ -4,12 +4,14 @@ The source writes column vectors, `U x + W h + b`. Here features stand last, so 
 line serves one vector and any batch: `W h` is written `h @ W.T`.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from jaxrnn import _checks
+from jaxrnn import _checks, _schedule
 from jaxrnn._activation import Activation, resolve
 from jaxrnn._cell import Cell, Ids, Readout, check_cell, check_inputs, check_readout
 from jaxrnn._dtypes import accumulation_dtype, cast, result_dtype, wide
@@ -19,6 +21,22 @@ def product(y: jax.Array, matrix: jax.Array) -> jax.Array:
     """y @ matrix in the matrix's dtype, accumulated in float32 or better."""
     accumulate = accumulation_dtype(matrix.dtype)
     return jnp.matmul(y.astype(matrix.dtype), matrix, preferred_element_type=accumulate)
+
+
+def repeated_product(matrix: jax.Array, batch: tuple[int, ...]) -> Callable:
+    """`product` by one matrix for the steps of a loop, in the faster orientation."""
+    if not _schedule.puts_weights_left(batch, *matrix.shape):
+        return lambda y: product(y, matrix)
+    left, accumulate = matrix.T, accumulation_dtype(matrix.dtype)
+
+    def run(y):
+        contracted = (((1,), (y.ndim - 1,)), ((), ()))
+        y = y.astype(left.dtype)
+        found = lax.dot_general(left, y, contracted, preferred_element_type=accumulate)
+        # Without the barrier, XLA turns the product around to spare the small transpose.
+        return jnp.moveaxis(lax.optimization_barrier(found), 0, -1)
+
+    return run
 
 
 class RowWeights(NamedTuple):
@@ -43,17 +61,24 @@ def row_weights(cell: Cell, xs: jax.Array | Ids) -> RowWeights:
     return RowWeights(U_T, cell.W.T, cell.b, cell.leak)
 
 
+def from_inputs(
+    weights: RowWeights, x: jax.Array | Ids, drive: jax.Array | None = None
+) -> jax.Array:
+    """U x + b + drive, the part of a that needs no state, for one step or for all."""
+    if isinstance(x, Ids):
+        # The ids have been made safe: an invalid one names the row of NaN.
+        a = weights.U_T.at[x.ids].get(mode="promise_in_bounds")
+    else:
+        a = product(x, weights.U_T)
+        a += like(weights.b, a)
+    return a if drive is None else a + drive.astype(a.dtype)
+
+
 def preactivation(
     weights: RowWeights, x: jax.Array | Ids, h_prev: jax.Array, drive: jax.Array | None = None
 ) -> jax.Array:
     """a = U x + W h_prev + b + drive, for one step or, as two GEMMs, for all steps at once."""
-    a = product(h_prev, weights.W_T)
-    if isinstance(x, Ids):
-        # The ids have been made safe: an invalid one names the row of NaN.
-        a += weights.U_T.at[x.ids].get(mode="promise_in_bounds")
-    else:
-        a += product(x, weights.U_T) + like(weights.b, a)
-    return a if drive is None else a + drive.astype(a.dtype)
+    return product(h_prev, weights.W_T) + from_inputs(weights, x, drive)
 
 
 def advance(

@@ -8,17 +8,12 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxrnn import _checks
 from jaxrnn._cell import Cell, Ids, check_cell, check_inputs, leading_shape
-from jaxrnn._dtypes import accumulation_dtype, cast, result_dtype
+from jaxrnn._dtypes import cast, result_dtype
+from jaxrnn._fold import foldable
 from jaxrnn._padding import check_valid, valid_steps, without_padding
-from jaxrnn._recurrence import (
-    apply_first,
-    jacobians,
-    previous,
-    select,
-    solve_linear,
-    states,
-)
-from jaxrnn._step import like, preactivation, product, row_weights, safe_ids
+from jaxrnn._recurrence import states
+from jaxrnn._step import preactivation, row_weights, safe_ids
+from jaxrnn._tangent import Steps, Tangents, tangent_of_states
 
 
 def unroll(
@@ -131,70 +126,42 @@ def _unroll(cell, xs, h0, lengths, mask, drive, *, reverse):
     cell, xs, h0, drive, mask = prepare(cell, xs, h0, lengths, mask, drive)
     if leading_shape(xs)[0] == 0:
         return h0, jnp.zeros((0, *h0.shape), h0.dtype)
-    hs = _states(reverse, cell, xs, h0, drive, mask)
+    hs = recurrence(cell, (xs, drive, mask), h0, reverse)
     return hs[0 if reverse else -1], without_padding(hs, mask)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _states(reverse, cell, xs, h0, drive, mask):
-    return states(cell, xs, h0, drive, mask, reverse)
+def recurrence(cell, sequences, h0, reverse):
+    """The states of all steps, frozen where the mask is False: what JAX differentiates."""
+    return _recurrence_at(reverse, 0)(cell, sequences, h0)[1]
+
+
+def _recurrence_at(reverse, time_axis):
+    def loop(cell, sequences, h0, time_axis):
+        return None, _states(reverse, time_axis, cell, sequences, h0)
+
+    return foldable(loop, time_axis)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _states(reverse, time_axis, cell, sequences, h0):
+    return states(cell, sequences, h0, reverse=reverse, time_axis=time_axis)
 
 
 @partial(_states.defjvp, symbolic_zeros=True)
-def _states_jvp(reverse, primals, tangents):
-    # Take the tangent of h_t = (1 − α) h_{t−1} + α φ(a_t),  a_t = U x_t + W h_{t−1} + b:
-    #
-    #   dh_t = J_t dh_{t−1} + e_t,          J_t = (1 − α) I + α D_t W,   D_t = diag(φ'(a_t))
-    #   e_t  = α D_t (dU x_t + U dx_t + dW h_{t−1} + db + ddrive_t) + dα (φ(a_t) − h_{t−1})
-    #
-    # with dh_0 given. e is a few products over all steps at once, and what remains is the
-    # linear recurrence. JAX transposes both for the backward: the adjoint recursion, and then
-    # one product over all steps for the gradient of each parameter (section 3.3).
-    hs = _states(reverse, *primals)
+def _states_jvp(reverse, time_axis, primals, tangents):
+    _, hs = _recurrence_at(reverse, time_axis)(*primals)
+    cell, sequences, h0 = primals
     tangents = jax.tree.map(_none_if_zero, tangents, is_leaf=lambda t: isinstance(t, SymbolicZero))
-    # Everything but the solves is recomputed in the backward: only hs is kept.
-    tangent = jax.checkpoint(partial(_tangent, reverse), policy=_keep_solves)
-    return hs, tangent(primals, hs, tangents)
+    dcell, (dxs, ddrive, _), dh0 = tangents
+    if isinstance(dxs, Ids):
+        dxs = None
+    how = dict(reverse=reverse, time_axis=time_axis)
+    moving = Tangents(dcell, dxs, ddrive, dh0)
+    xs, drive, mask = sequences
+    steps = Steps(xs, drive, mask, hs)
+    return hs, tangent_of_states(cell, steps, h0, moving, **how)
 
 
 def _none_if_zero(tangent):
     is_zero = isinstance(tangent, SymbolicZero) or tangent.dtype == jax.dtypes.float0
     return None if is_zero else tangent
-
-
-def _keep_solves(primitive, *_, **__):
-    return primitive.name == "custom_linear_solve"
-
-
-def _tangent(reverse, primals, hs, tangents):
-    cell, xs, h0, drive, mask = primals
-    dcell, dxs, dh0, ddrive, _ = tangents
-    h_prev = previous(hs, h0, reverse)
-    J, phi = jacobians(cell, xs, h_prev, hs, drive, mask)
-    da = jnp.zeros(hs.shape, accumulation_dtype(hs.dtype))
-    if dcell.U is not None:
-        da += _input_tangent(dcell.U, xs)
-    if dcell.W is not None:
-        da += product(h_prev, dcell.W.T)
-    if dcell.b is not None:
-        da += like(dcell.b, da)
-    if isinstance(dxs, jax.Array):
-        da += product(dxs, cell.U.T)
-    if ddrive is not None:
-        da += ddrive.astype(da.dtype)
-    e = J.scale(da)
-    if dcell.leak is not None:
-        e += like(dcell.leak, e) * (phi - h_prev.astype(e.dtype))
-    e = select(mask, e, 0)
-    if dh0 is not None:
-        first = -1 if reverse else 0
-        e = e.at[first].add(apply_first(J, dh0.astype(e.dtype), reverse))
-    return solve_linear(J, e, reverse).astype(hs.dtype)
-
-
-def _input_tangent(dU, xs):
-    if isinstance(xs, Ids):
-        # A row of dUᵀ for each id; its transpose adds each delta to the row of its id.
-        rows = dU.T.astype(accumulation_dtype(dU.dtype))
-        return rows.at[xs.ids].get(mode="fill", fill_value=0)
-    return product(xs, dU.T)

@@ -15,12 +15,14 @@ PACKAGE = ROOT / "jaxrnn"
 
 # A file imports only from floors below its own.
 FLOORS = [
+    ["_fold", "_linear_map", "_segments", "_schedule"],
     ["_dtypes", "_printed", "_ngram", "_plots", "_progress"],
     ["_checks"],
-    ["_activation", "_fold", "_padding"],
+    ["_activation", "_padding"],
     ["_cell"],
     ["_step", "_loss", "_init"],
     ["_recurrence"],
+    ["_tangent"],
     ["_unroll"],
     ["_bptt"],
     ["textbook", "_text", "_example_training", "_sample"],
@@ -72,7 +74,7 @@ def test_import_brings_in_nothing_beyond_jax_and_optax():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     brought = set(run.stdout.split()) - set(sys.stdlib_module_names)
-    assert brought == {"jaxrnn"}
+    assert brought - {"jax"} == {"jaxrnn"}
 
 
 def public_functions():

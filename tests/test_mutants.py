@@ -9,22 +9,21 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-WITNESSES = ["tests/test_gradients.py", "tests/test_orders.py", "tests/test_vmap.py"]
+WITNESSES = [f"tests/test_{name}.py" for name in ("gradients", "orders", "vmap", "schedule")]
 
 # name -> (file, what stands there, what the mutant says instead, the witnesses that see it)
 MUTANTS = {
     "adjoint off by a thousandth": (
-        "_recurrence.py", "product(J.scale(adjoint), J.W)",
-        "1.001 * product(J.scale(adjoint), J.W)",
+        "_recurrence.py", "W_T_times(delta) + J_t.keep", "1.001 * W_T_times(delta) + J_t.keep",
         "match_a_naive_scan and tanh and 7",
     ),
     "adjoint without its transpose": (
-        "_recurrence.py", "product(J.scale(adjoint), J.W)", "product(J.scale(adjoint), J.W.T)",
-        "match_a_naive_scan and tanh and 7",
+        "_recurrence.py", "W_T_times = repeated_product(W, ",
+        "W_T_times = repeated_product(W.T, ", "match_a_naive_scan and tanh and 7",
     ),
     "adjoint added after the product": (
-        "_recurrence.py", "return transposed_times(J_t, adjoint), adjoint",
-        "return transposed_times(J_t, adjoint), from_later", "match_a_naive_scan and tanh and 7",
+        "_recurrence.py", "adjoint = g + from_later", "adjoint = from_later",
+        "match_a_naive_scan and tanh and 7",
     ),
     "state before off by one": (
         "_recurrence.py", "jnp.concatenate([h0[None], hs[:-1]])", "hs",
@@ -39,11 +38,11 @@ MUTANTS = {
         "match_a_naive_scan and leak and 7",
     ),
     "tangent of W without its transpose": (
-        "_unroll.py", "product(h_prev, dcell.W.T)", "product(h_prev, dcell.W)",
+        "_tangent.py", "product(at.h_prev, dcell.W.T)", "product(at.h_prev, dcell.W)",
         "match_a_naive_scan and tanh and 7",
     ),
-    "hand gradient of W from the later state": (
-        "_bptt.py", "_sum_outer(delta, h_prev)", "_sum_outer(delta, hs)",
+    "hand gradient of V from the state before": (
+        "_bptt.py", "_sum_outer(error, steps.hs)", "_sum_outer(error, jnp.roll(steps.hs, 1, 0))",
         "equations_of_section_3",
     ),
     "the source's sign": (
@@ -56,36 +55,55 @@ MUTANTS = {
         "jacobians", "double_sum",
     ),
     "gradient of a leak without the state before": (
-        "_bptt.py", "adjoint * (phi - h_prev.astype(phi.dtype))", "adjoint * phi",
+        "_tangent.py", "adjoint * (at.phi - at.h_prev.astype(adjoint.dtype))", "adjoint * at.phi",
         "match_a_naive_scan and leak and 7",
     ),
     "tangent of a leak without the state before": (
-        "_unroll.py", "(phi - h_prev.astype(e.dtype))", "phi.astype(e.dtype)",
-        "match_a_naive_scan and leak and 7",
+        "_tangent.py", "(at.phi - at.h_prev.astype(e.dtype))", "at.phi.astype(e.dtype)",
+        "forward_mode and leaky and 2",
     ),
     "cotangent of the last state at the first": (
         "_bptt.py", "g.at[0 if reverse else -1]", "g.at[-1 if reverse else 0]",
         "match_a_naive_scan and tanh and 7",
     ),
-    "tangent of the first state at the last step": (
-        "_unroll.py", "first = -1 if reverse else 0", "first = 0 if reverse else -1",
-        "match_a_naive_scan and tanh and 7",
+    "tangent of the first state at the last step, in second orders": (
+        "_tangent.py", "e.at[-1 if reverse else 0]", "e.at[0 if reverse else -1]",
+        "hessian_vector_products and tanh",
     ),
     "frozen steps that have a Jacobian": (
-        "_recurrence.py", "select(J.mask, J.scale(product(y, W_T)) + J.keep(y), y)",
-        "J.scale(product(y, W_T)) + J.keep(y)", "reverse_and_lengths and lengths",
+        "_recurrence.py", "adjoint), adjoint)", "adjoint), 0 * adjoint)",
+        "reverse_and_lengths and lengths",
     ),
     "a fold that turns the members around": (
-        "_fold.py", "return jnp.moveaxis(x, 0, to)", "return jnp.moveaxis(x[::-1], 0, to)",
+        "_fold.py", "return jnp.moveaxis(x, axis, to)", "return jnp.moveaxis(x, axis, to)[::-1]",
         "under_vmap and batch and first",
     ),
     "ids that miss their column": (
-        "_bptt.py", "columns.at[xs.ids].add(", "columns.at[xs.ids - 1].add(",
-        "every_variant and ids and plain",
+        "_tangent.py", "dU.T.at[xs.ids]", "dU.T.at[xs.ids - 1]", "ids_under_every_choice and 2",
     ),
     "wrong matvec, seen by second orders only": (
-        "_recurrence.py", "return y - _times(", "return y - 1.001 * _times(",
+        "_recurrence.py", "return y - times(", "return y - 1.001 * times(",
         "hessian_vector_products and tanh and reverse",
+    ),
+    "a segment that starts from the state after": (
+        "_segments.py", "else (length - 1, time - 1)", "else (length, time)",
+        "gradients_under_every_choice and plain and 2",
+    ),
+    "a segment that forgets what the later ones pass back": (
+        "_tangent.py", "return (share.h0, sums)", "return (0 * share.h0, sums)",
+        "gradients_under_every_choice and plain and 2",
+    ),
+    "a rest that is written over": (
+        "_segments.py", "last = count * length", "last = (count - 1) * length",
+        "gradients_under_every_choice and plain and 2",
+    ),
+    "inputs before the loop without the drive": (
+        "_recurrence.py", "from_inputs(weights, xs, drive), None",
+        "from_inputs(weights, xs), None", "gradients_under_every_choice and plain and before",
+    ),
+    "weights on the left, not transposed": (
+        "_step.py", "left, accumulate = matrix.T,", "left, accumulate = matrix,",
+        "gradients_under_every_choice and plain and left",
     ),
 }  # fmt: skip
 

@@ -1,17 +1,18 @@
 """What the compiled programs do, counted: products in loops, arrays, temporaries, compilations."""
 
 import itertools
+import math
 import re
 
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import naive_unroll, random_case, weights
+from helpers import naive_unroll, random_case
 
 import jaxrnn
-from jaxrnn import textbook
+from jaxrnn import _schedule, textbook
 
-T, B, D, H = 20, 6, 3, 16
+T, B, D, H = 20, 6, 16, 24
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +82,10 @@ def test_walkers_see_the_naive_backward(case):
 
 
 def test_loops_of_the_gradient(case):
-    """The forward loop has two products, the backward one; none accumulates a gradient."""
+    """Each loop has one product; none accumulates a gradient."""
     gradient = jax.grad(loss(jaxrnn.unroll), (0, 1, 2))
-    assert products_per_loop(gradient, *case) == [1, 2]
-    assert products_per_compiled_loop(gradient, *case) == [1, 2]
+    assert products_per_loop(gradient, *case) == [1, 1]
+    assert products_per_compiled_loop(gradient, *case) == [1, 1]
 
 
 def test_loops_of_bptt(case):
@@ -105,7 +106,7 @@ def test_second_order_needs_four_loops_and_no_more(case, mixture):
         def product(*args):
             return jax.grad(lambda *a: jax.jvp(f, a, args)[1], (0, 1, 2))(*args)
 
-    assert products_per_loop(product, *case) == [1, 1, 1, 2]
+    assert products_per_loop(product, *case) == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(("unroll", "held"), [(jaxrnn.unroll, False), (naive_unroll, True)])
@@ -144,12 +145,14 @@ def test_vmap_runs_the_same_loops_as_the_batch(case):
 
     first = jnp.moveaxis(xs, 1, 0)
     gradient = jax.grad(loss(vmapped), (0, 1, 2))
-    assert products_per_compiled_loop(gradient, cell, first, h0) == [1, 2]
-    # Folded loops carry the batch, time in front.
-    stacked = [eqn.outvars[-1].aval.shape for eqn, _ in
-               equations(jax.make_jaxpr(gradient)(cell, first, h0))
-               if eqn.primitive.name == "scan"]  # fmt: skip
-    assert stacked == [(T, B, H)] * 2
+    assert products_per_compiled_loop(gradient, cell, first, h0) == [1, 1]
+    # Folded loops carry the batch: the states are written where the batch stands.
+    found = [eqn.outvars for eqn, _ in equations(jax.make_jaxpr(gradient)(cell, first, h0))
+             if eqn.primitive.name == "scan"]  # fmt: skip
+    assert [tuple(var.aval.shape for var in out) for out in found] == [
+        ((B, H), (B, T, H)),
+        ((B, H), (T, B, H)),
+    ]
 
 
 def test_gradients_nobody_asked_for_are_not_computed(case):
@@ -159,18 +162,87 @@ def test_gradients_nobody_asked_for_are_not_computed(case):
     def dots(found):
         return sum(eqn.primitive.name == "dot_general" for eqn, _ in found)
 
-    # dx and dh_0 are one product each.
-    assert dots(only_cell) == dots(everything) - 2
+    # dx is one product; dh_0 is what the backward loop ends with.
+    assert dots(only_cell) == dots(everything) - 1
 
 
-def test_temporaries_are_four_arrays_of_states():
-    """The states, those before each, the adjoint and delta; no more with T."""
-    params, xs, h0, _ = random_case(T=100, batch=(16,), D=8, H=64, dtype=jnp.float32)
-    g = weights((100, 16, 64), dtype=jnp.float32)
-    gradient = jax.grad(lambda *a: jnp.sum(jaxrnn.unroll(*a)[1] * g), (0, 1, 2))
-    compiled = jax.jit(gradient).lower(params.cell, xs, h0).compile()
-    states, rest = 100 * 16 * 64 * 4, 8 * 64 * 64 * 4
-    assert compiled.memory_analysis().temp_size_in_bytes <= 4 * states + rest
+def compiled(unroll, T, B, D, H, axis=1):
+    """The gradient of everything, compiled for these sizes, of which no array need exist."""
+
+    def shape(*sizes):
+        return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+    def of_batch(cell, xs, h0):
+        if axis == 1:
+            return unroll(cell, xs, h0)
+        return jax.vmap(lambda x, h: unroll(cell, x, h))(xs, h0)
+
+    def gradient(cell, xs, h0, g):
+        return jax.grad(lambda *a: jnp.sum(of_batch(*a)[1] * g), (0, 1, 2))(cell, xs, h0)
+
+    cell = jaxrnn.Cell(shape(H, D), shape(H, H), shape(H))
+    time_and_batch = (T, B) if axis else (B, T)
+    args = cell, shape(*time_and_batch, D), shape(B, H), shape(*time_and_batch, H)
+    return jax.jit(gradient).lower(*args).compile()
+
+
+def temporaries(*args, **how):
+    return compiled(*args, **how).memory_analysis().temp_size_in_bytes
+
+
+# (T, B, D, H), and how many arrays of states the gradient may have beside one segment.
+SIZES = {
+    "in one piece": ((100, 16, 8, 64), 3),
+    "in segments": ((784, 128, 1, 128), 1),
+    "in segments, wide": ((100, 128, 512, 512), 1),
+    "in segments, long": ((50_000, 1, 8, 32), 1),
+}
+
+
+@pytest.mark.parametrize(("sizes", "arrays"), SIZES.values(), ids=SIZES.keys())
+def test_temporaries(sizes, arrays):
+    """The states; of a segment eight arrays more; weights and their like."""
+    T, B, D, H = sizes
+    state = 4 * B * H
+    length = _schedule.segment_length(T, (B,), H)
+    rest = 8 * length * state * (length < T) + 4 * 8 * H * (H + D)
+    limit = arrays * T * state + rest
+    assert temporaries(jaxrnn.unroll, *sizes) <= limit
+    # In one piece the states and g are turned around for the backward; of one sequence too,
+    # which then are copies and no more.
+    turned = 2 * T * state * (length == T or B == 1)
+    assert temporaries(jaxrnn.unroll, *sizes, axis=0) <= limit + turned
+    assert temporaries(jaxrnn.unroll, *sizes) <= temporaries(naive_unroll, *sizes)
+
+
+def test_no_whole_array_is_transposed_or_copied():
+    T, B, D, H = SIZES["in segments"][0]
+    for axis in (0, 1):
+        text = compiled(jaxrnn.unroll, T, B, D, H, axis=axis).as_text()
+        made = re.findall(r"= f32\[([\d,]+)\]\S* (\w+)\(.*(?:calls=%(\S*))?", text)
+        whole = [
+            (name, calls) for sizes, name, calls in made
+            if math.prod(map(int, sizes.split(","))) == T * B * H
+        ]  # fmt: skip
+        moved = [w for w in whole if w[0] in ("copy", "transpose") or "transpose" in w[1]]
+        assert whole and not moved, moved
+
+
+def test_loss_and_grads_keeps_no_more_than_the_states():
+    """Logits, errors and cotangents of [T, B, …] exist for a segment only."""
+    T, B, D, H, K = 512, 64, 65, 128, 65
+
+    def shape(*sizes, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    cell = jaxrnn.Cell(shape(H, D), shape(H, H), shape(H))
+    params = jaxrnn.Params(cell, jaxrnn.Readout(shape(K, H), shape(K)))
+    ids = shape(T, B, dtype=jnp.int32)
+    run = jax.jit(lambda params, ids, y: jaxrnn.loss_and_grads(params, jaxrnn.Ids(ids), y))
+    found = run.lower(params, ids, ids).compile().memory_analysis().temp_size_in_bytes
+    length = _schedule.segment_length(T, (B,), H)
+    assert length < T
+    assert found <= 4 * B * (T * (H + 2) + length * (4 * H + 3 * K)) + 4 * 8 * H * (H + D + K)
 
 
 CALLS = {

@@ -1,0 +1,151 @@
+"""A linear map that JAX runs, and transposes, as its author wrote both.
+
+`jax.lax.custom_linear_solve` takes a hand-written transpose too, but of a square system alone, and
+`jax.custom_derivatives.linear_call` has no batching rule. So this is a primitive of its own, by the
+parts of JAX made for that (`jax.extend`).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.interpreters import ad, batching, mlir
+
+
+class LinearMap(NamedTuple):
+    """A map that is linear in its second argument, written three times.
+
+    Args:
+      forward: `forward(known, given) -> out`, pytrees of arrays.
+      transpose: `transpose(known, out, given) -> given`, its transpose by hand; the last
+        argument has the shapes and dtypes that are wanted, and no values.
+      plain: the same as forward in operations that JAX differentiates by itself. It runs
+        where `known` moves, which is to say from the second order on.
+    """
+
+    forward: Callable[[Any, Any], Any]
+    transpose: Callable[[Any, Any, Any], Any]
+    plain: Callable[[Any, Any], Any]
+
+    def __call__(self, known, given):
+        """Apply the map."""
+        known, known_tree = jax.tree.flatten(known)
+        given, given_tree = jax.tree.flatten(given)
+        flat = partial(_flat, known_tree, given_tree)
+        out_tree = []
+
+        def forward(known, given):
+            out, tree = jax.tree.flatten(flat(self.forward)(known, given))
+            out_tree.append(tree)
+            return out
+
+        def transpose(known, out, wanted):
+            wanted = jax.tree.unflatten(given_tree, wanted)
+            known = jax.tree.unflatten(known_tree, known)
+            out = jax.tree.unflatten(out_tree[0], out)
+            return jax.tree.leaves(self.transpose(known, out, wanted))
+
+        def plain(known, given):
+            return jax.tree.leaves(flat(self.plain)(known, given))
+
+        out = _bind(LinearMap(forward, transpose, plain), known, given)
+        return jax.tree.unflatten(out_tree[0], out)
+
+
+def _flat(known_tree, given_tree, f):
+    def run(known, given):
+        return f(jax.tree.unflatten(known_tree, known), jax.tree.unflatten(given_tree, given))
+
+    return run
+
+
+_map_p = Primitive("linear_map")
+_map_p.multiple_results = True
+
+
+def _bind(linear, known, given):
+    call = jax.make_jaxpr(linear.forward)(list(known), list(given))
+    return _map_p.bind(*known, *given, call=call, linear=linear, split=len(known))
+
+
+def _run(*leaves, call, **_):
+    return jaxpr_as_fun(call)(*leaves)
+
+
+_map_p.def_impl(_run)
+_map_p.def_abstract_eval(lambda *_, call, **__: call.out_avals)
+mlir.register_lowering(_map_p, mlir.lower_fun(_run, multiple_results=True))
+
+
+def _differentiate(primals, tangents, *, call, linear, split):
+    known, given = list(primals[:split]), list(primals[split:])
+    if all(isinstance(t, ad.Zero) for t in tangents[:split]):
+        moved = [ad.instantiate_zeros(t) for t in tangents[split:]]
+        out = _map_p.bind(*primals, call=call, linear=linear, split=split)
+        return out, _map_p.bind(*known, *moved, call=call, linear=linear, split=split)
+    moving = [n for n, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
+
+    def of_moving(*values):
+        leaves = known + given
+        for n, value in zip(moving, values, strict=True):
+            leaves[n] = value
+        return linear.plain(leaves[:split], leaves[split:])
+
+    return jax.jvp(of_moving, [primals[n] for n in moving], [tangents[n] for n in moving])
+
+
+ad.primitive_jvps[_map_p] = _differentiate
+
+
+def _transposed(linear, wanted):
+    def plain(known, out):
+        (given,) = jax.linear_transpose(lambda given: linear.plain(known, given), wanted)(out)
+        return given
+
+    return LinearMap(
+        forward=lambda known, out: linear.transpose(known, out, wanted),
+        transpose=lambda known, given, _: linear.forward(known, given),
+        plain=plain,
+    )
+
+
+def _transpose(cotangents, *leaves, call, linear, split):
+    del call
+    known, given = leaves[:split], leaves[split:]
+    undefined = [ad.is_undefined_primal(x) for x in given]
+    wanted = [x.aval if u else jax.typeof(x) for x, u in zip(given, undefined, strict=True)]
+    cotangents = [ad.instantiate_zeros(c) for c in cotangents]
+    found = _bind(_transposed(linear, wanted), known, cotangents)
+    return [None] * split + [x if u else None for x, u in zip(found, undefined, strict=True)]
+
+
+ad.primitive_transposes[_map_p] = _transpose
+
+
+def _batch(leaves, axes, *, call, linear, split):
+    del call
+    (size,) = {x.shape[a] for x, a in zip(leaves, axes, strict=True) if a is not None}
+    known, given = list(leaves[:split]), list(leaves[split:])
+    known_axes, given_axes = list(axes[:split]), list(axes[split:])
+    if any(a is None for a in given_axes):
+        # By hand the shared ones would be taken apart, and what is summed over the batch
+        # would exist for each member.
+        out = jax.vmap(linear.plain, (known_axes, given_axes), axis_size=size)(known, given)
+        return out, [0] * len(out)
+    given = [jnp.moveaxis(x, a, 0) for x, a in zip(given, given_axes, strict=True)]
+
+    def each(f):
+        return jax.vmap(f, (known_axes, 0), axis_size=size)
+
+    def transpose(known, out, wanted):
+        one = [jax.ShapeDtypeStruct(w.shape[1:], w.dtype) for w in wanted]
+        return each(lambda known, out: linear.transpose(known, out, one))(known, out)
+
+    out = _bind(LinearMap(each(linear.forward), transpose, each(linear.plain)), known, given)
+    return out, [0] * len(out)
+
+
+batching.primitive_batchers[_map_p] = _batch

@@ -1,0 +1,233 @@
+"""However the loops are run, the results are the same: every choice, forced at a small size."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers import assert_close, naive_unroll, random_case, weights
+
+import jaxrnn
+from jaxrnn import _schedule
+
+T = 7
+CHOICES = {
+    "inputs before the loop": {"hoists_inputs": True},
+    "inputs in the loop": {"hoists_inputs": False},
+    "weights on the left": {"puts_weights_left": True},
+    "segments of 1": {"segment_length": 1},
+    "segments of 2 and a rest": {"segment_length": 2},
+    "segments of 3 and a rest, weights on the left": {
+        "segment_length": 3, "puts_weights_left": True, "hoists_inputs": True,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(params=CHOICES.values(), ids=CHOICES.keys())
+def chosen(request, monkeypatch):
+    for rule, answer in request.param.items():
+        monkeypatch.setattr(_schedule, rule, lambda *shape, answer=answer: answer)
+    jax.clear_caches()  # what was traced under another choice
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture
+def in_pairs(monkeypatch):
+    monkeypatch.setattr(_schedule, "segment_length", lambda *shape: 2)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+def loss(unroll, **how):
+    def run(cell, xs, h0, drive):
+        h_last, hs = unroll(cell, xs, h0, drive=drive, **how)
+        return jnp.sum(jnp.sin(hs) * weights(hs.shape)) + jnp.sum(jnp.cos(h_last))
+
+    return run
+
+
+def case(**cell):
+    params, xs, h0, targets = random_case(**{"T": T, **cell})
+    return params, xs, h0, 0.3 * weights((T, 3, 5), seed=3), targets
+
+
+def naive(cell, xs, h0, drive, mask=None, reverse=False):
+    """A plain scan that knows drives, masks and both directions."""
+
+    def body(h, now):
+        x, drive, valid = now
+        if isinstance(x, jaxrnn.Ids):
+            x = jax.nn.one_hot(x.ids, cell.U.shape[1], dtype=h.dtype)
+        a = x @ cell.U.T + h @ cell.W.T + drive
+        new = jnp.tanh(a + jnp.broadcast_to(cell.b, a.shape))
+        if cell.leak is not None:
+            new = (1 - cell.leak) * h + cell.leak * new
+        new = jnp.where(valid[:, None], new, h)
+        return new, (new, jnp.where(valid[:, None], new, 0))
+
+    valid = jnp.ones(drive.shape[:-1], bool) if mask is None else mask
+    h_last, (_, hs) = jax.lax.scan(body, h0, (xs, drive, valid), reverse=reverse)
+    return h_last, hs
+
+
+MASK = jnp.array([[1, 1, 0], [1, 0, 0], [0, 1, 1], [1, 1, 1], [1, 0, 1], [0, 0, 1], [1, 0, 0]]) == 1
+VARIANTS = {
+    "plain": ({}, {}),
+    "mask": ({}, {"mask": MASK}),
+    "reverse": ({}, {"reverse": True}),
+    "leak, mask and reverse": ({"leak": jnp.asarray(0.6)}, {"mask": MASK, "reverse": True}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
+def test_gradients_under_every_choice(chosen, variant):
+    cell, how = variant
+    params, xs, h0, drive, _ = case(**cell)
+    args = (params.cell, xs, h0, drive)
+    found = jax.value_and_grad(loss(jaxrnn.unroll, **how), (0, 1, 2, 3))(*args)
+    assert_close(found, jax.value_and_grad(loss(naive, **how), (0, 1, 2, 3))(*args))
+
+
+def test_ids_under_every_choice(chosen):
+    params, _, h0, drive, targets = case()
+    xs = jaxrnn.Ids(targets)
+    found = jax.grad(loss(jaxrnn.unroll), (0, 2))(params.cell, xs, h0, drive)
+    assert_close(found, jax.grad(loss(naive), (0, 2))(params.cell, xs, h0, drive))
+
+
+def test_gradients_by_hand_under_every_choice(chosen):
+    params, xs, h0, drive, targets = case()
+
+    def by_jax(params, h0):
+        hs = naive(params.cell, xs, h0, drive, MASK)[1]
+        logits = jaxrnn.apply_readout(params.readout, hs)
+        return jnp.sum(jaxrnn.cross_entropy(logits, targets, where=MASK))
+
+    expected, (of_params, of_h0) = jax.value_and_grad(by_jax, (0, 1))(params, h0)
+    loss, found = jaxrnn.loss_and_grads(params, xs, targets, h0=h0, mask=MASK, drive=drive)
+    assert_close((loss, found.params, found.h0), (expected, of_params, of_h0))
+
+    hs, pull = jax.vjp(lambda *args: naive(*args)[1], params.cell, xs, h0, drive)
+    by_hand = jaxrnn.bptt(params.cell, xs, h0, hs, weights(hs.shape), drive=drive)
+    found = (by_hand.cell, by_hand.xs, by_hand.h0, by_hand.delta)
+    assert_close(found, pull(weights(hs.shape)))
+
+
+@pytest.mark.parametrize("axes", [((0, 0), 0), ((1, 0), 1), ((2, 1), 2)], ids=str)
+def test_gradients_of_vmap_under_every_choice(chosen, axes):
+    params, xs, h0, _, _ = case()
+    axes, out = axes
+    xs, h0 = jnp.moveaxis(xs, 1, axes[0]), jnp.moveaxis(h0, 0, axes[1])
+
+    def gradient(unroll):
+        def of(cell, xs, h0):
+            hs = jax.vmap(lambda x, h: unroll(cell, x, h)[1], axes, out)(xs, h0)
+            return jnp.sum(jnp.sin(hs) * weights(hs.shape))
+
+        return jax.grad(of, (0, 1, 2))(params.cell, xs, h0)
+
+    assert_close(gradient(jaxrnn.unroll), gradient(naive_unroll))
+
+
+@pytest.mark.parametrize("leak", [None, jnp.asarray(0.6)], ids=["plain", "leaky"])
+def test_forward_mode_under_every_choice(chosen, leak):
+    params, xs, h0, drive, _ = case(leak=leak)
+    args = (params.cell, xs, h0, drive)
+    tangents = jax.tree.map(jnp.cos, args)
+    found, expected = (
+        jax.jvp(lambda *a, f=f: f(*a, mask=MASK), args, tangents)
+        for f in (lambda c, x, h, d, mask: jaxrnn.unroll(c, x, h, drive=d, mask=mask), naive)
+    )
+    assert_close(found, expected)
+
+
+# What JAX does with the linear map itself, which differentiates by hand in segments.
+TRANSFORMS = {
+    "gradients of each sequence": lambda f: jax.vmap(jax.grad(f, (0, 1)), (None, 1)),
+    "one direction, each sequence": lambda f: jax.vmap(
+        lambda cell, x: jax.jvp(f, (cell, x), (cell, x)), (None, 1)
+    ),
+    "directions shared by the sequences": lambda f: jax.vmap(
+        lambda cell, x: jax.jvp(lambda cell: f(cell, x), (cell,), (cell,)), (None, 1)
+    ),
+    "transpose of linearize": lambda f: (
+        lambda cell, xs: jax.linear_transpose(jax.linearize(f, cell, xs[:, 0])[1], cell, xs[:, 0])(
+            1.0
+        )
+    ),
+    "transpose of linearize, of some only": lambda f: (
+        lambda cell, xs: jax.vjp(lambda x: jax.jvp(f, (cell, xs[:, 0]), (cell, x))[1], xs[:, 0])[1](
+            1.0
+        )
+    ),
+    "jacobian, forward": lambda f: lambda cell, xs: jax.jacfwd(f)(cell, xs[:, 0]),
+    "forward over reverse": lambda f: (
+        lambda cell, xs: jax.jvp(jax.grad(f), (cell, xs[:, 0]), (cell, xs[:, 1]))
+    ),
+    "reverse over reverse, each sequence": lambda f: jax.vmap(
+        jax.grad(lambda cell, x: sum(map(jnp.sum, jax.tree.leaves(jax.grad(f)(cell, x))))),
+        (None, 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
+def test_transformations_of_the_segments(in_pairs, transform):
+    params, xs, _, _, _ = case()
+
+    def of(unroll):
+        def scalar(cell, x):
+            hs = unroll(cell, x, jnp.zeros(5))[1]
+            return jnp.sum(jnp.sin(hs) * weights(hs.shape))
+
+        return scalar
+
+    found = jax.jit(transform(of(jaxrnn.unroll)))(params.cell, xs)
+    assert_close(found, jax.jit(transform(of(naive_unroll)))(params.cell, xs), 6e-12)
+
+
+def test_members_in_segments(in_pairs):
+    params, xs, h0, _, _ = case()
+    cells = jax.tree.map(lambda x: jnp.stack([x, 0.9 * x]), params.cell)
+
+    def gradient(unroll):
+        def of(cells):
+            hs = jax.vmap(lambda cell: unroll(cell, xs, h0)[1])(cells)
+            return jnp.sum(jnp.sin(hs) * weights(hs.shape))
+
+        return jax.grad(of)(cells)
+
+    assert_close(gradient(jaxrnn.unroll), gradient(naive_unroll))
+
+
+def test_half_precision_sums_over_segments_in_float32(monkeypatch):
+    params, xs, h0, _, _ = case(T=64)
+    cell = dataclasses.replace(params.cell, W=0.1 * params.cell.W)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (cell, xs, h0))
+
+    def gradient(length):
+        monkeypatch.setattr(_schedule, "segment_length", lambda *shape: length)
+        jax.clear_caches()
+        return jax.grad(lambda *a: jnp.sum(jaxrnn.unroll(*a)[1]))(*half)
+
+    # The same products of the same numbers: only the last rounding of a sum may differ.
+    assert_close(gradient(2), gradient(64), 2**-8)
+
+
+def test_schedule_of_sizes_to_come():
+    def symbolic(sizes):
+        return jax.export.symbolic_shape(sizes)
+
+    (time,), (batch,) = symbolic("T"), symbolic("B")
+    assert _schedule.segment_length(time, (batch,), 64) is time
+    assert _schedule.hoists_inputs(time, (batch,), 64, 64) in (True, False)
+    assert _schedule.puts_weights_left((batch,), 512, 512) is False
+
+
+@pytest.mark.parametrize("shape", [(784, (128,), 128), (100, (128,), 512), (1009, (64,), 64)])
+def test_segments_divide_time_where_they_can(shape):
+    length = _schedule.segment_length(*shape)
+    assert 1 < length < shape[0]
+    assert (shape[0] % length == 0) == (shape[0] != 1009)
