@@ -1,0 +1,1 @@
+"""How fast jaxrnn is, measured beside its peers: `python -m benchmarks`."""

@@ -1,0 +1,46 @@
+"""jaxrnn itself: the native batch, and the single sequence under `jax.vmap`."""
+
+import jax
+import jax.numpy as jnp
+
+import jaxrnn
+from benchmarks.subjects import JaxSubject
+
+
+def native(activation: str = "tanh") -> JaxSubject:
+    """The batch as `jaxrnn.unroll` takes it, time first."""
+    name = "jaxrnn" if activation == "tanh" else f"jaxrnn, {activation}"
+    return _subject(name, _states, activation=activation)
+
+
+def mapped() -> JaxSubject:
+    """`jax.vmap` of one sequence, the batch in front."""
+    return _subject("jaxrnn, vmap", jax.vmap(_states, in_axes=(None, 0)), batch_first=True)
+
+
+def mapped_axis_1() -> JaxSubject:
+    """`jax.vmap` of one sequence, on arrays with time in front."""
+    unroll = jax.vmap(_states, in_axes=(None, 1), out_axes=1)
+    return _subject("jaxrnn, vmap axis 1", unroll)
+
+
+def _subject(name, unroll, activation="tanh", batch_first=False):
+    def load(U, W, b):
+        return jaxrnn.Cell(*map(jnp.asarray, (U, W, b)), activation=activation)
+
+    return JaxSubject(
+        name=name,
+        package="jaxrnn",
+        unroll=unroll,
+        load=load,
+        unload=lambda cell: (cell.U, cell.W, cell.b),
+        batch_first=batch_first,
+        takes_ids=True,
+        activation=activation,
+    )
+
+
+def _states(cell, xs):
+    if jnp.issubdtype(xs.dtype, jnp.integer):
+        xs = jaxrnn.Ids(xs)
+    return jaxrnn.unroll(cell, xs)[1]
