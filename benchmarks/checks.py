@@ -1,0 +1,95 @@
+"""A subject's result beside the reference's, before it is timed."""
+
+from functools import cached_property
+
+import numpy as np
+
+from benchmarks import curvature, reference
+from benchmarks.measures import FORWARD, HVP, JVP
+from benchmarks.workloads import Data, Workload
+
+
+class Checker:
+    """What is right on one workload; computed once for all subjects, where they share it.
+
+    Args:
+      workload: the shapes.
+      data: the numbers.
+      tangent: the direction of derivatives.
+    """
+
+    def __init__(self, workload: Workload, data: Data, tangent: Data):
+        self.workload, self.data, self.tangent = workload, data, tangent
+
+    @cached_property
+    def _tanh_states(self) -> np.ndarray:
+        return reference.states(self.data, "tanh")
+
+    @cached_property
+    def _tanh_gradients(self) -> tuple:
+        return reference.gradients(self.data, "tanh")
+
+    @cached_property
+    def _tanh_tangents(self) -> curvature.Tangents:
+        return curvature.tangents(self.data, self.tangent, self._tanh_states)
+
+    def wrong(
+        self,
+        measure: str,
+        activation: str,
+        found: tuple,
+        hs: np.ndarray,
+        dtype: str = "float32",
+        tf32: bool = False,
+    ) -> str | None:
+        """Where a result differs by more than rounding explains.
+
+        Args:
+          measure: of `measures.MEASURES`.
+          activation: "tanh" or "relu".
+          found: hs; (dU, dW, db) and dxs if it is there; (hs, tangent of hs); or the Hessian's
+            product as (dU, dW, db): float64 arrays of Data's layout.
+          hs: the subject's own states: they say on which side of relu's kink it is.
+          dtype: the subject's.
+          tf32: whether its products round to TF32.
+
+        Returns:
+          A line, or None where it is right.
+        """
+        if activation == "tanh":
+            states = self._tanh_states
+        else:
+            states = reference.states(self.data, activation)
+        precision = self.workload, dtype, tf32
+        wrong = reference.mismatch((hs,), (states,), *precision)
+        if wrong is not None or measure == FORWARD:
+            return wrong
+        if measure in (JVP, HVP):
+            if activation == "tanh":
+                expected = self._tanh_tangents
+            else:
+                slopes = (hs > 0).astype(np.float64)
+                expected = curvature.tangents(self.data, self.tangent, states, slopes)
+            return self._tangents_wrong(measure, found, expected, precision)
+        if activation == "tanh":
+            gradients = self._tanh_gradients
+        else:
+            gradients = reference.gradients(self.data, activation, hs)
+        return reference.mismatch((hs, *found), (states, *gradients), *precision)
+
+    def _tangents_wrong(self, measure, found, expected, precision) -> str | None:
+        names, right = ("hs",), (expected.states,)
+        if measure == JVP:
+            found = found[1:]
+        else:
+            names, right = ("dU", "dW", "db"), expected.gradients
+        for name, array, correct in zip(names, found, right, strict=True):
+            what = f"the tangent of {name}"
+            if array.shape != correct.shape:
+                return f"{what} has shape {list(array.shape)}, not {list(correct.shape)}"
+            # A tangent adds the errors of what it is the tangent of to those of its own sums.
+            allowed = 2 * reference.tolerance("dU", *precision)
+            error = np.max(np.abs(array - correct)) / (np.max(np.abs(correct)) or 1)
+            if not error <= allowed:  # NaN too
+                return f"{what} is off by {error:.1e} of its largest entry, allowed {allowed:.1e}"
+        return None

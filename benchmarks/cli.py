@@ -1,0 +1,220 @@
+"""The command line: `python -m benchmarks [run]`, `report`, `sweep`, `tune`."""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from benchmarks import machine, results
+from benchmarks.measures import MEASURES
+from benchmarks.workloads import WORKLOADS
+
+EXIT_FAILED_ROWS, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+RESULTS = Path(__file__).parent / "results"
+COMMANDS = ("run", "report", "sweep", "tune")
+
+
+class InputError(Exception):
+    """Bad input; the message says in one line what was expected."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, not the whole usage."""
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number, at least 1, got {text}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e9:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds, got {text}")
+    return value
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options of all commands but `tune`, which has its own."""
+    prog = "python -m benchmarks"
+    about = f"How fast jaxrnn is. {' | '.join(COMMANDS)}; `run` if none is named."
+    parser = _Parser(prog=prog, description=about)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser(
+        "run", help="measure, save and report (an hour or more; see --quick)", description=about
+    )
+    run.add_argument("--quick", action="store_true", help="the most telling part, in two minutes")
+    run.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="(default: cpu)")
+    for name, what in (("workload", "workload"), ("subject", "subject"), ("measure", "measure")):
+        run.add_argument(f"--{name}", action="append", metavar="NAME", help=f"only that {what}; "
+                         "may be repeated")  # fmt: skip
+    run.add_argument("--rounds", type=_count, metavar="N", help="at most so many (default: 15)")
+    run.add_argument(
+        "--budget", type=_seconds, metavar="SECONDS",
+        help="for the rounds of one measure of a workload, five rounds at least (default: 25)",
+    )  # fmt: skip
+    run.set_defaults(go=_run)
+
+    sweep = commands.add_parser("sweep", help="how time and memory grow with T, B and H")
+    sweep.set_defaults(go=_sweep)
+    for command in (run, sweep):
+        command.add_argument("--out", metavar="FILE", help="default: in benchmarks/results/")
+        command.add_argument("--force", action="store_true", help="overwrite a file of that name")
+
+    report = commands.add_parser("report", help="the tables and the picture of a run")
+    report.add_argument("file", metavar="FILE", help="what a run has saved")
+    report.add_argument("--markdown", action="store_true", help="for a README")
+    report.add_argument("--plot", metavar="FILE.png", help="draw ratios and scaling curves")
+    report.set_defaults(go=_report)
+    commands.add_parser("tune", help="measure what the library's choices rest on")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    from benchmarks.catalogue import listed
+    from benchmarks.run import FULL, GPU, QUICK
+
+    plan = QUICK if args.quick else GPU if args.device == "gpu" else FULL
+    subjects = listed(args.device, args.quick and args.subject is None)
+    known = {
+        "workload": [w.name for w in WORKLOADS],
+        "measure": list(MEASURES),
+        "subject": [s.name for s in subjects],
+    }
+    for option, names in known.items():
+        for name in getattr(args, option) or ():
+            if name not in names:
+                there = ", ".join(map(repr, names))
+                raise InputError(f"--{option}: no {name!r}; there are {there}")
+    limits = plan.limits
+    if args.rounds is not None:
+        limits = replace(limits, most=args.rounds, least=min(limits.least, args.rounds))
+    if args.budget is not None:
+        limits = replace(limits, budget=args.budget)
+    chosen = (args.workload, args.subject, args.measure) != (None, None, None)
+    plan = replace(plan, limits=limits, sweeps=plan.sweeps and not chosen)
+    if args.workload:
+        plan = replace(plan, workloads=tuple(w for w in WORKLOADS if w.name in args.workload))
+    if args.measure:
+        plan = replace(plan, measures=tuple(m for m in MEASURES if m in args.measure))
+    if args.subject:
+        subjects = [s for s in subjects if s.name in args.subject]
+    label = "-quick" if args.quick else "-part" if chosen else ""
+    return _measure(args, plan, subjects, label)
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from benchmarks import sweeps
+    from benchmarks.catalogue import listed
+    from benchmarks.run import FULL
+
+    subjects = [s for s in listed("cpu") if s.name in sweeps.SUBJECTS]
+    args.device = "cpu"
+    return _measure(args, replace(FULL, workloads=()), subjects, "-sweep")
+
+
+def _measure(args: argparse.Namespace, plan: Any, subjects: list, label: str) -> int:
+    from rich.console import Console
+
+    from benchmarks import report
+    from benchmarks.progress import reporter
+    from benchmarks.run import NoDeviceError, describe_workers, run
+    from benchmarks.workers import Crew
+
+    started = time.monotonic()
+    names = ("quick", "device", "workload", "subject", "measure", "rounds", "budget")
+    options = {name: getattr(args, name, None) for name in names}
+    document = results.new(machine.device(), machine.versions(), options)
+    console, path = Console(stderr=True), None
+    try:
+        with Crew(args.device) as crew, reporter(console, plan.units()) as tell:
+            describe_workers(crew, subjects, args.device, document)
+            path = results.new_path(_wanted(args, document, label), args.force)
+            results.check_writable(path)
+            run(crew, plan, document, tell, lambda: results.write(document, path), started)
+    except NoDeviceError as error:
+        raise InputError(f"--device {args.device}: {error}") from error
+    except OSError as error:
+        raise InputError(f"cannot write the results: {error}") from error
+    except KeyboardInterrupt:
+        kept = f"; what was measured is in {path}" if results.measured(document) else ""
+        print(f"stopped after {time.monotonic() - started:.0f} s{kept}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    report.show(document, _paper(), costs=False)
+    took = time.monotonic() - started
+    timed = sum("seconds" in row for row in document["rows"])
+    print(f"{timed} rows in {took:.0f} s; all tables: python -m benchmarks report {path}")
+    failed = any(row["status"] == "failed" for row in document["rows"] + document["sweeps"])
+    return EXIT_FAILED_ROWS if failed else 0
+
+
+def _wanted(args: argparse.Namespace, document: dict[str, Any], label: str) -> Path:
+    if args.out:
+        return Path(args.out)
+    return RESULTS / machine.slug(document["device"]) / f"{document['date']}{label}.json"
+
+
+def _paper() -> Any:
+    """Where tables are printed: wide enough for them where it is no terminal."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=180)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from benchmarks import report
+
+    try:
+        document = results.read(Path(args.file))
+    except results.ResultsError as error:
+        raise InputError(str(error)) from error
+    if args.markdown:
+        print(report.markdown(document))
+    else:
+        report.show(document, _paper())
+    if args.plot:
+        from benchmarks.picture import plot
+
+        plot(document, Path(args.plot))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+      argv: its arguments; by default those of the process.
+
+    Returns:
+      0; 1 where a row failed; 2 for bad input, with one line on standard error; 130 after
+      Ctrl-C, which keeps what was measured.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["tune"]:
+        from benchmarks.tune import main as tune
+
+        return tune(arguments[1:])
+    if not arguments or arguments[0] not in (*COMMANDS, "-h", "--help"):
+        arguments = ["run", *arguments]
+    args = make_parser().parse_args(arguments)
+    try:
+        return args.go(args)
+    except InputError as error:
+        print(f"benchmarks: error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except ModuleNotFoundError as error:
+        name = (error.name or "").split(".")[0]
+        print(f"benchmarks: error: {name} is missing: pip install '.[bench]'", file=sys.stderr)
+    return EXIT_BAD_INPUT

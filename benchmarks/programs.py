@@ -1,0 +1,179 @@
+"""What is measured, derived from a subject's `unroll`: the functions and their arguments.
+
+With L(weights, xs) = Σ hs · g: the states; the gradient in weights and inputs; in the weights
+alone; the tangent of the states; the Hessian of L times a vector, in the weights.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.measures import BACKWARD, FORWARD, HVP, JVP, PARAMETERS
+from benchmarks.side import NotOfferedError
+from benchmarks.subjects import JaxSubject
+from benchmarks.tangents import direction
+from benchmarks.workloads import Data, Workload
+
+
+@dataclass(frozen=True)
+class Program:
+    """A function for `jax.jit` and its arguments: nothing that is computed is closed over."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A workload's numbers in one subject's layout and containers, on the device.
+
+    Args:
+      weights: the subject's pytree, its leaves stacked for an ensemble.
+      xs: inputs or ids.
+      g: the cotangent of hs.
+      tangent: a direction for the weights.
+      xs_tangent: and for the inputs; None for ids.
+    """
+
+    weights: Any
+    xs: jax.Array
+    g: jax.Array
+    tangent: Any
+    xs_tangent: jax.Array | None
+
+
+def arguments(subject: JaxSubject, data: Data, dtype: str = "float32") -> Arguments:
+    """The arguments of all programs of a subject on a workload.
+
+    Args:
+      subject: whose layout.
+      data: the numbers.
+      dtype: of weights, inputs and cotangent.
+
+    Returns:
+      The `Arguments`.
+    """
+
+    def array(values):
+        return jnp.asarray(_batch_first(subject, values), dtype)
+
+    moved, xs_tangent = direction(data), None
+    if data.ids is not None:
+        xs = jnp.asarray(data.ids.T if subject.batch_first else data.ids)
+    else:
+        xs, xs_tangent = array(data.xs), array(moved.xs)
+    weights, tangent = (_weights(subject, numbers, dtype) for numbers in (data, moved))
+    return Arguments(weights, xs, array(data.g), tangent, xs_tangent)
+
+
+def make(subject: JaxSubject, workload: Workload, measure: str, given: Arguments) -> Program:
+    """The program of one measure.
+
+    Args:
+      subject: whose `unroll` it is.
+      workload: the shapes.
+      measure: one of MEASURES.
+      given: the subject's arguments.
+
+    Returns:
+      The `Program`. Gradients and tangents have the subject's layout: see `unloaded`.
+
+    Raises:
+      NotOfferedError: there is no such measure.
+    """
+    unroll = _unroll(subject, workload)
+
+    def loss(weights, xs, g):
+        return jnp.sum(unroll(weights, xs) * g)
+
+    def tangent_of_states(weights, xs, tangent, xs_tangent):
+        if xs_tangent is None:
+            return jax.jvp(lambda weights: unroll(weights, xs), (weights,), (tangent,))
+        return jax.jvp(unroll, (weights, xs), (tangent, xs_tangent))
+
+    def curvature(weights, xs, g, tangent):
+        def gradient(weights):
+            return jax.grad(loss)(weights, xs, g)
+
+        return jax.jvp(gradient, (weights,), (tangent,))[1]
+
+    weights, xs, g = given.weights, given.xs, given.g
+    if measure == FORWARD:
+        return Program(unroll, (weights, xs))
+    if measure == PARAMETERS or (measure == BACKWARD and workload.ids):
+        return Program(jax.grad(loss), (weights, xs, g))
+    if measure == BACKWARD:
+        return Program(jax.grad(loss, (0, 1)), (weights, xs, g))
+    if measure == JVP:
+        return Program(tangent_of_states, (weights, xs, given.tangent, given.xs_tangent))
+    if measure == HVP:
+        return Program(curvature, (weights, xs, g, given.tangent))
+    raise NotOfferedError(f"no such measure: {measure}")
+
+
+def unloaded(subject: JaxSubject, workload: Workload, measure: str, result: Any) -> tuple:
+    """A program's result as float64 arrays in the layout of Data.
+
+    Args:
+      subject: whose program it is.
+      workload: the shapes.
+      measure: one of MEASURES.
+      result: what the program returned.
+
+    Returns:
+      (hs,), (dU, dW, db, dxs) or (dU, dW, db), (hs, tangent of hs), or the Hessian's product
+      as (dU, dW, db).
+    """
+    # NumPy's arrays in the subject's containers: nothing here is compiled.
+    result = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), result)
+    if measure == FORWARD:
+        found = (_batch_first(subject, result),)
+    elif measure == JVP:
+        found = tuple(_batch_first(subject, part) for part in result)
+    elif measure == BACKWARD and not workload.ids:
+        gradient, dxs = result
+        found = (*_unload(subject, workload, gradient), _batch_first(subject, dxs))
+    else:
+        found = _unload(subject, workload, result)
+    return tuple(np.asarray(part) for part in found)
+
+
+def _unroll(subject: JaxSubject, workload: Workload) -> Callable[[Any, Any], jax.Array]:
+    unroll = subject.unroll
+    if workload.ids and not subject.takes_ids:
+
+        def from_ids(weights, ids):
+            dtype = jax.tree.leaves(weights)[0].dtype
+            return subject.unroll(weights, jax.nn.one_hot(ids, workload.D, dtype=dtype))
+
+        unroll = from_ids
+    return jax.vmap(unroll, (0, None)) if workload.members else unroll
+
+
+def _weights(subject: JaxSubject, data: Data, dtype: str) -> Any:
+    """The subject's pytree; for an ensemble its leaves are stacked."""
+    if data.W.ndim == 2:
+        loaded = subject.load(data.U, data.W, data.b)
+    else:
+        members = [subject.load(*member) for member in zip(data.U, data.W, data.b, strict=True)]
+        loaded = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), loaded)
+
+
+def _unload(subject: JaxSubject, workload: Workload, gradient: Any) -> tuple:
+    if not workload.members:
+        return subject.unload(gradient)
+    each = [
+        subject.unload(jax.tree.map(lambda leaf, n=n: leaf[n], gradient))
+        for n in range(workload.members)
+    ]
+    return tuple(np.stack(parts) for parts in zip(*each, strict=True))
+
+
+def _batch_first(subject: JaxSubject, array: np.ndarray) -> np.ndarray:
+    """Time and batch swapped for a subject that has the batch first; its own inverse."""
+    return np.swapaxes(array, -3, -2) if subject.batch_first else array

@@ -1,0 +1,51 @@
+"""What a worker needs of a framework."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from benchmarks.workloads import Workload
+
+
+class NotOfferedError(Exception):
+    """A subject lacks what is measured; the message says why."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One subject, ready to be timed.
+
+    Args:
+      call: computes once and waits for the result.
+      check: a line that says where the result differs from the reference, or None.
+      record: what was found out on the way: seconds of tracing, compiling and the first call,
+        bytes of temporaries.
+    """
+
+    call: Callable[[], object]
+    check: Callable[[], str | None]
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+class Side(Protocol):
+    """A framework and its subjects."""
+
+    def machine(self) -> dict[str, Any]:
+        """The accelerator's name or None as "gpu", and the "threads"."""
+        ...
+
+    def subjects(self, names: list[str] | None) -> list[dict[str, Any]]:
+        """Name, package, activation and status of those subjects, or of all."""
+        ...
+
+    def prepare(self, name: str, workload: Workload, measure: str, compiles: int) -> Prepared:
+        """A subject's program, compiled so many times."""
+        ...
+
+    def peak_bytes(self, call: Callable[[], object]) -> int | None:
+        """How far one call raises the memory in use, where that can be asked."""
+        ...
+
+    def forget(self) -> None:
+        """Give back what belongs to a workload."""
+        ...

@@ -1,0 +1,121 @@
+"""A process that measures: `python -m benchmarks.worker KIND DEVICE`, driven by the parent.
+
+Each line on standard input is a request, a JSON object whose `do` names it; each gets one line
+on standard output. Whatever else the process or its libraries print goes to standard error. It
+ends when its input does.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import IO, Any
+
+from benchmarks import timing
+from benchmarks.side import NotOfferedError, Side
+from benchmarks.text import one_line
+from benchmarks.workloads import Workload
+
+
+class Bench:
+    """Answers requests: what the subjects of one framework cost on one workload and measure.
+
+    Args:
+      side: the framework.
+    """
+
+    def __init__(self, side: Side):
+        self.side = side
+        self.ready: dict[str, tuple[Callable[[], object], int]] = {}
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The reply to one request: never an exception, but for the interpreter's own end."""
+        request = dict(request)
+        try:
+            return getattr(self, f"do_{request.pop('do')}")(**request)
+        except NotOfferedError as error:
+            return {"status": "not offered", "reason": str(error)}
+        except Exception as error:
+            return {"status": "failed", "reason": one_line(error)}
+
+    def do_machine(self) -> dict[str, Any]:
+        """The accelerator, threads and flags of this process."""
+        flags = os.environ.get("XLA_FLAGS", "")
+        return {"status": "ready", "flags": flags, **self.side.machine()}
+
+    def do_subjects(self, names: list[str] | None) -> dict[str, Any]:
+        """Who can be measured here, and who is not installed."""
+        return {"status": "ready", "subjects": self.side.subjects(names)}
+
+    def do_prepare(
+        self, subject: str, workload: dict[str, Any], measure: str, compiles: int
+    ) -> dict[str, Any]:
+        """Compile, check against the reference, and find out how often to call for a sample."""
+        self.ready.pop(subject, None)
+        prepared = self.side.prepare(subject, Workload(**workload), measure, compiles)
+        wrong = prepared.check()
+        if wrong is not None:
+            return {"status": "failed", "reason": wrong}
+        repeats, seconds = timing.calibrate(prepared.call)
+        self.ready[subject] = prepared.call, repeats
+        peak = self.side.peak_bytes(prepared.call)
+        reply = {"status": "ready", "repeats": repeats, "seconds": seconds, "peak_bytes": peak}
+        return {**reply, **prepared.record}
+
+    def do_sample(self, subject: str) -> dict[str, Any]:
+        """One sample, in seconds per call."""
+        return {"status": "ready", "seconds": timing.sample(*self.ready[subject])}
+
+    def do_forget(self) -> dict[str, Any]:
+        """Give back all that was prepared."""
+        self.ready.clear()
+        self.side.forget()
+        return {"status": "ready"}
+
+
+def serve(make_side: Callable[[], Side]) -> None:
+    """Answer requests until there are no more.
+
+    Args:
+      make_side: makes the framework's side; called when prints can do no harm any more.
+    """
+    requests, replies = _streams()
+    bench = Bench(make_side())
+    for line in requests:
+        replies.write(json.dumps(bench.answer(json.loads(line))) + "\n")
+        replies.flush()
+
+
+def _streams() -> tuple[IO[str], IO[str]]:
+    """The two ends of the pipe, out of reach of everything else in the process."""
+    requests = os.fdopen(os.dup(0), encoding="utf-8")
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    sys.stdout.flush()
+    os.dup2(2, 1)  # a library's own prints, from C too
+    return requests, replies
+
+
+def main(arguments: list[str]) -> int:
+    """Run the worker of a kind on a device."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when it ends
+    kind, device = arguments
+
+    def make_side() -> Side:
+        if kind == "torch":
+            from benchmarks.torch_side import TorchSide
+
+            return TorchSide(device)
+        from benchmarks.jax_side import JaxSide
+
+        return JaxSide(kind, device)
+
+    serve(make_side)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
