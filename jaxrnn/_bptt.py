@@ -14,7 +14,7 @@ from jaxrnn._padding import frozen_states, valid_steps, without_padding
 from jaxrnn._segments import over_segments, starts
 from jaxrnn._step import apply_readout, product
 from jaxrnn._tangent import Steps, Tangents, segment_gradient, tangent_of_states
-from jaxrnn._unroll import check_sequences, prepare, recurrence
+from jaxrnn._unroll import check_sequences, prepare, recurrence, spread
 
 
 @jax.tree_util.register_dataclass
@@ -118,6 +118,7 @@ def _bptt(cell, xs, h0, hs, dhs, dh_last, lengths, mask, drive, *, reverse):
         return CellGradients(nothing.cell, nothing.xs, dh_last.astype(h0.dtype), g)
     steps = Steps(xs, drive, mask, frozen_states(hs.astype(h0.dtype), h0, mask, reverse))
     g = g.at[0 if reverse else -1].add(dh_last.astype(g.dtype))
+    cell, h0 = spread(cell, xs, h0, g)
     # δ is the gradient of a drive, whether there is one or not.
     wanted = Tangents(cell, None if isinstance(xs, Ids) else xs, jnp.zeros_like(g), h0)
     tangent = partial(tangent_of_states, cell, steps, h0, reverse=reverse)
@@ -187,6 +188,10 @@ def loss_and_grads(
 def _loss_and_grads(params, targets, xs, h0, lengths, mask, drive, *, reverse):
     given_h0 = h0
     cell, xs, h0, drive, mask = prepare(params.cell, xs, h0, lengths, mask, drive)
+    if leading_shape(xs)[0]:
+        ids = jnp.issubdtype(targets.dtype, jnp.integer)
+        like_errors = targets[..., None] if ids else targets[..., :1]
+        cell, h0 = spread(cell, xs, h0, like_errors.astype(h0.dtype))
     wide = accumulation_dtype(h0.dtype)
     sums = cast(jax.tree.map(jnp.zeros_like, Params(cell, params.readout)), wide)
     from_later, loss = jnp.zeros_like(h0, wide), jnp.zeros((), wide)

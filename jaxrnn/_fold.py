@@ -5,7 +5,7 @@ JAX's own batching of a scan puts the new axis in front of time and transposes w
 operation. A loop wrapped here takes the axis as one more batch axis, before it is
 differentiated: what follows, the choice of how to run it and its derivatives, sees one larger
 batch. `jax.custom_batching.custom_vmap` has no reverse mode and returns the mapped axis in
-front, so this is a primitive of its own, by the parts of JAX made for that (`jax.extend`).
+front, so this is a primitive of its own.
 """
 
 from collections.abc import Callable
@@ -13,11 +13,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive, jaxpr_as_fun
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching
 
-_loop_p = Primitive("recurrence")
-_loop_p.multiple_results = True
+from jaxrnn._primitive import jvp_of, make_primitive, run
+
+_loop_p = make_primitive("recurrence")
 
 
 def foldable(loop: Callable, time_axis: int | None = None) -> Callable:
@@ -31,52 +31,36 @@ def foldable(loop: Callable, time_axis: int | None = None) -> Callable:
         `[*front, *members, *batch, H]`, or None as a result, and states are like sequences.
         `front` are batch axes too; for each vmap over parameters, members pair with an axis
         of the weights.
-      time_axis: how many front axes there are; the loop is told as `time_axis=`, and more may
-        come. None where time stands in front whatever comes.
+      time_axis: how many front axes there are, to which more may come; the loop is told them as
+        `time_axis=`, and how many members run side by side as `copies=`. None where time
+        stands in front whatever comes, and the loop is told nothing.
 
     Returns:
       The same function, with the same derivatives.
     """
 
-    def run(weights, sequences, carry):
+    def folded(weights, sequences, carry):
         leaves, tree = jax.tree.flatten((weights, sequences, carry))
         *carry, states = _bind(leaves, loop, tree, 0, time_axis or 0, time_axis is None)
         return (carry[0] if carry else None), states
 
-    return run
+    return folded
 
 
 def _bind(leaves, loop, tree, members, time_axis, fixed):
+    told = {} if fixed else dict(time_axis=time_axis, copies=1)
+
     def flat(*leaves):
-        return loop(
-            *jax.tree.unflatten(tree, leaves), **({} if fixed else {"time_axis": time_axis})
-        )
+        return loop(*jax.tree.unflatten(tree, leaves), **told)
 
     call = jax.make_jaxpr(flat)(*leaves)
     how = dict(loop=loop, tree=tree, members=members, time_axis=time_axis, fixed=fixed)
     return _loop_p.bind(*leaves, call=call, **how)
 
 
-def _run(*leaves, call, **_):
-    return jaxpr_as_fun(call)(*leaves)
-
-
-_loop_p.def_impl(_run)
-_loop_p.def_abstract_eval(lambda *_, call, **__: call.out_avals)
-mlir.register_lowering(_loop_p, mlir.lower_fun(_run, multiple_results=True))
-
-
 def _differentiate(primals, tangents, *, call, **_):
     # As if the loop stood here itself: its own rule decides, with zeros it can see.
-    moving = [n for n, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
-
-    def of_moving(*values):
-        leaves = list(primals)
-        for n, value in zip(moving, values, strict=True):
-            leaves[n] = value
-        return _run(*leaves, call=call)
-
-    return jax.jvp(of_moving, [primals[n] for n in moving], [tangents[n] for n in moving])
+    return jvp_of(partial(run, call=call), primals, tangents)
 
 
 ad.primitive_jvps[_loop_p] = _differentiate
@@ -90,8 +74,13 @@ def _fold(leaves, axes, *, call, loop, tree, members, time_axis, fixed):
     own_weights = any(a is not None for a in axes[:of_weights])
     # What lies in front of time stays there: to move it would transpose whole arrays. One
     # sequence is moved for nothing.
-    in_front = bool(sequence_axes) and max(sequence_axes) <= time_axis and size > 1
-    if own_weights or fixed or not in_front:
+    in_front = bool(sequence_axes) and max(sequence_axes) <= time_axis and size != 1
+    # Members join what is in front, if anything is: there a mapped loop returns its own axis,
+    # and a custom_jvp needs that of the value and of the tangent to agree.
+    members_in_front = own_weights and time_axis > 0
+    if members_in_front:
+        carry_to = sequence_to = 0
+    elif own_weights or fixed or not in_front:
         carry_to = time_axis + (0 if own_weights else members)
         sequence_to = carry_to + 1
     else:
@@ -110,11 +99,13 @@ def _fold(leaves, axes, *, call, loop, tree, members, time_axis, fixed):
     leaves = [placed(n, x, a) for n, (x, a) in enumerate(zip(leaves, axes, strict=True))]
     if own_weights:
         weights_axes = jax.tree.unflatten(tree, axes)[0]
-        one = loop if fixed else partial(loop, time_axis=time_axis)
+        one = loop if fixed else partial(loop, time_axis=time_axis, copies=size)
         every = (weights_axes, sequence_to, carry_to)
         out = (carry_to, sequence_to)
         loop = jax.vmap(one, in_axes=every, out_axes=out, axis_size=size)
-        members, fixed = members + 1, True
+        members += not members_in_front
+        time_axis += members_in_front
+        fixed = True
     out = _bind(leaves, loop, tree, members, time_axis, fixed)
     return out, (carry_to, sequence_to)[-len(out) :]
 

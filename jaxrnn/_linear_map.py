@@ -1,18 +1,17 @@
 """A linear map that JAX runs, and transposes, as its author wrote both.
 
 `jax.lax.custom_linear_solve` takes a hand-written transpose too, but of a square system alone, and
-`jax.custom_derivatives.linear_call` has no batching rule. So this is a primitive of its own, by the
-parts of JAX made for that (`jax.extend`).
+`jax.custom_derivatives.linear_call` has no batching rule. So this is a primitive of its own.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive, jaxpr_as_fun
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching
+
+from jaxrnn._primitive import jvp_of, make_primitive
 
 
 class LinearMap(NamedTuple):
@@ -32,38 +31,31 @@ class LinearMap(NamedTuple):
 
     def __call__(self, known, given):
         """Apply the map."""
+        # The primitive has flat lists on both sides.
         known, known_tree = jax.tree.flatten(known)
         given, given_tree = jax.tree.flatten(given)
-        flat = partial(_flat, known_tree, given_tree)
         out_tree = []
 
-        def forward(known, given):
-            out, tree = jax.tree.flatten(flat(self.forward)(known, given))
-            out_tree.append(tree)
-            return out
+        def flat(f):
+            def run(known, given):
+                known = jax.tree.unflatten(known_tree, known)
+                out, tree = jax.tree.flatten(f(known, jax.tree.unflatten(given_tree, given)))
+                out_tree.append(tree)
+                return out
+
+            return run
 
         def transpose(known, out, wanted):
-            wanted = jax.tree.unflatten(given_tree, wanted)
             known = jax.tree.unflatten(known_tree, known)
             out = jax.tree.unflatten(out_tree[0], out)
-            return jax.tree.leaves(self.transpose(known, out, wanted))
+            found = self.transpose(known, out, jax.tree.unflatten(given_tree, wanted))
+            return jax.tree.leaves(found)
 
-        def plain(known, given):
-            return jax.tree.leaves(flat(self.plain)(known, given))
-
-        out = _bind(LinearMap(forward, transpose, plain), known, given)
+        out = _bind(LinearMap(flat(self.forward), transpose, flat(self.plain)), known, given)
         return jax.tree.unflatten(out_tree[0], out)
 
 
-def _flat(known_tree, given_tree, f):
-    def run(known, given):
-        return f(jax.tree.unflatten(known_tree, known), jax.tree.unflatten(given_tree, given))
-
-    return run
-
-
-_map_p = Primitive("linear_map")
-_map_p.multiple_results = True
+_map_p = make_primitive("linear_map")
 
 
 def _bind(linear, known, given):
@@ -71,30 +63,12 @@ def _bind(linear, known, given):
     return _map_p.bind(*known, *given, call=call, linear=linear, split=len(known))
 
 
-def _run(*leaves, call, **_):
-    return jaxpr_as_fun(call)(*leaves)
-
-
-_map_p.def_impl(_run)
-_map_p.def_abstract_eval(lambda *_, call, **__: call.out_avals)
-mlir.register_lowering(_map_p, mlir.lower_fun(_run, multiple_results=True))
-
-
 def _differentiate(primals, tangents, *, call, linear, split):
-    known, given = list(primals[:split]), list(primals[split:])
     if all(isinstance(t, ad.Zero) for t in tangents[:split]):
         moved = [ad.instantiate_zeros(t) for t in tangents[split:]]
         out = _map_p.bind(*primals, call=call, linear=linear, split=split)
-        return out, _map_p.bind(*known, *moved, call=call, linear=linear, split=split)
-    moving = [n for n, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
-
-    def of_moving(*values):
-        leaves = known + given
-        for n, value in zip(moving, values, strict=True):
-            leaves[n] = value
-        return linear.plain(leaves[:split], leaves[split:])
-
-    return jax.jvp(of_moving, [primals[n] for n in moving], [tangents[n] for n in moving])
+        return out, _map_p.bind(*primals[:split], *moved, call=call, linear=linear, split=split)
+    return jvp_of(lambda *x: linear.plain(list(x[:split]), list(x[split:])), primals, tangents)
 
 
 ad.primitive_jvps[_map_p] = _differentiate

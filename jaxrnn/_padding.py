@@ -55,3 +55,8 @@ def frozen_states(hs: jax.Array, h0: jax.Array, mask: jax.Array | None, reverse:
         last = lax.cummax(jnp.where(mask, t + 1, 0), axis=0)
         candidates = jnp.concatenate([h0[None], hs])
     return jnp.take_along_axis(candidates, last[..., None], axis=0, mode="promise_in_bounds")
+
+
+def select(mask: jax.Array | None, valid: jax.Array, frozen: jax.Array | float) -> jax.Array:
+    """`valid` where the mask `[...]` holds, `frozen` elsewhere, for values `[..., H]`."""
+    return valid if mask is None else jnp.where(mask[..., None], valid, frozen)

@@ -1,13 +1,9 @@
-"""The two loops of the library; everything else is matrix products outside them.
+"""The linear recurrence: the derivative of the other one, and its transpose.
 
-1. The nonlinear recurrence, forward in time:  h_t = (1 − α) h_{t−1} + α φ(a_t).
-2. The linear recurrence, which is its derivative:  y_t = e_t + J_t y_{t−1},
+    y_t = e_t + J_t y_{t−1},      J_t = ∂h_t/∂h_{t−1} = (1 − α) I + α diag(φ'(a_t)) W,
 
-       J_t = ∂h_t/∂h_{t−1} = (1 − α) I + α diag(φ'(a_t)) W,
-
-   solved forward (the tangent) or transposed, backward in time (the adjoint, which is BPTT).
-
-Steps where the mask is False are frozen: h_t = h_{t−1} and J_t = I.
+solved forward (the tangent) or transposed, backward in time (the adjoint, which is BPTT). Steps
+where the mask is False are frozen: J_t = I.
 """
 
 from collections.abc import Callable
@@ -18,13 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxrnn import _schedule
 from jaxrnn._activation import resolve, slope
-from jaxrnn._cell import Cell, Ids, leading_shape
+from jaxrnn._cell import Cell, Ids
 from jaxrnn._fold import foldable
+from jaxrnn._padding import select
 from jaxrnn._step import (
-    advance,
-    from_inputs,
     like,
     preactivation,
     product,
@@ -33,68 +27,11 @@ from jaxrnn._step import (
 )
 
 
-def select(mask: jax.Array | None, valid: jax.Array, frozen: jax.Array | float) -> jax.Array:
-    """`valid` where the mask `[...]` holds, `frozen` elsewhere, for values `[..., H]`."""
-    return valid if mask is None else jnp.where(mask[..., None], valid, frozen)
-
-
 def previous(hs: jax.Array, h0: jax.Array, reverse: bool) -> jax.Array:
     """h_{t−1} of every step, h_0 at the first in scan order."""
     if reverse:
         return jnp.concatenate([hs[1:], h0[None]])
     return jnp.concatenate([h0[None], hs[:-1]])
-
-
-def states(
-    cell: Cell, sequences: tuple, h0: jax.Array, *, reverse: bool, time_axis: int = 0
-) -> jax.Array:
-    """h_t of every step, frozen where the mask is False.
-
-    Args:
-      cell: the `Cell`.
-      sequences: (xs, drive, mask), with time as axis number `time_axis` and batches around it.
-      h0: h_0, `[*batch, H]`.
-      reverse: whether time runs backward.
-      time_axis: how many batch axes stand in front of time.
-    """
-    xs, drive, mask = sequences
-    activation = resolve(cell.activation)
-    weights = row_weights(cell, xs)
-    batch = h0.shape[:-1]
-    time = leading_shape(xs)[time_axis]
-    hoisted = not isinstance(xs, Ids) and _schedule.hoists_inputs(time, batch, *cell.U.shape[::-1])
-    if hoisted:
-        xs, drive = from_inputs(weights, xs, drive), None
-    from_state = repeated_product(weights.W_T, batch)
-
-    def body(h_prev, now):
-        x, drive, mask = now
-        a = from_state(h_prev) + (x if hoisted else from_inputs(weights, x, drive))
-        return select(mask, advance(activation, weights.leak, a, h_prev), h_prev)
-
-    return _over_time(body, h0, (xs, drive, mask), time, reverse, time_axis)
-
-
-def _over_time(body, h0, sequences, time, reverse, time_axis):
-    if time_axis == 0:
-
-        def step(h, now):
-            h = body(h, now)
-            return h, h
-
-        return lax.scan(step, h0, sequences, reverse=reverse)[1]
-
-    # Read and written in place, step by step: a scan would want time in front.
-    def step_in_place(carry, t):
-        h, hs = carry
-        now = jax.tree.map(
-            lambda s: lax.dynamic_index_in_dim(s, t, time_axis, keepdims=False), sequences
-        )
-        h = body(h, now)
-        return (h, lax.dynamic_update_index_in_dim(hs, h, t, time_axis)), None
-
-    hs = jnp.repeat(jnp.expand_dims(jnp.zeros_like(h0), time_axis), time, time_axis)
-    return lax.scan(step_in_place, (h0, hs), jnp.arange(time), reverse=reverse)[0][1]
 
 
 @jax.tree_util.register_dataclass
@@ -159,6 +96,7 @@ def tangent_states(
     J: Jacobians, e: jax.Array, reverse: bool, y0: jax.Array | None = None
 ) -> jax.Array:
     """Solve y_t = e_t + J_t y_{t−1} forward in time, y_0 = 0 unless given."""
+    slope_of = J.slope_of
 
     def loop(weights, sequences, y0):
         W, leak = weights
@@ -166,7 +104,7 @@ def tangent_states(
 
         def body(y, now):
             basis, mask, e = now
-            y = e + times(Jacobians(W, leak, basis, mask, J.slope_of), y, W_times)
+            y = e + times(Jacobians(W, leak, basis, mask, slope_of), y, W_times)
             return y, y
 
         return None, lax.scan(body, y0, sequences, reverse=reverse)[1]
@@ -198,6 +136,7 @@ def adjoint_states(
     Returns:
       (J_1ᵀ λ_1, which is dL/dh_0; λ or δ).
     """
+    slope_of = J.slope_of
 
     def loop(weights, sequences, from_later):
         W, leak = weights
@@ -205,7 +144,7 @@ def adjoint_states(
 
         def body(from_later, now):
             basis, mask, g = now
-            J_t = Jacobians(W, leak, basis, mask, J.slope_of)
+            J_t = Jacobians(W, leak, basis, mask, slope_of)
             adjoint = g + from_later
             delta = J_t.scale(adjoint)
             from_here = select(mask, W_T_times(delta) + J_t.keep(adjoint), adjoint)

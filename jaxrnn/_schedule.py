@@ -16,7 +16,9 @@ def _unmeasured(*sizes) -> bool:
     return symbolic or jax.default_backend() != "cpu"
 
 
-def hoists_inputs(time: int, batch: tuple[int, ...], input_size: int, hidden_size: int) -> bool:
+def hoists_inputs(
+    time: int, batch: tuple[int, ...], input_size: int, hidden_size: int, copies: int = 1
+) -> bool:
     """Whether U x of all steps is one product before the loop, not one in each step.
 
     Before the loop it is one large product, and U is read once; but all of `[T, B, H]` is written
@@ -25,7 +27,8 @@ def hoists_inputs(time: int, batch: tuple[int, ...], input_size: int, hidden_siz
     if _unmeasured(time, *batch, input_size, hidden_size):
         return True
     B = prod(batch)
-    return input_size >= 16 * B or (input_size >= 16 and time * B * hidden_size <= 2**20)
+    fits = copies * time * B * hidden_size <= 2**20
+    return input_size >= 16 * B or (input_size >= 16 and fits)
 
 
 def puts_weights_left(batch: tuple[int, ...], rows: int, columns: int) -> bool:
@@ -41,7 +44,7 @@ def puts_weights_left(batch: tuple[int, ...], rows: int, columns: int) -> bool:
 
 
 def segment_length(time: int, batch: tuple[int, ...], hidden_size: int) -> int:
-    """How many steps the backward takes at once: their arrays stay in cache, and T of them do not.
+    """How many steps the backward takes at once, where arrays of all steps outgrow the caches.
 
     A segment ends in one product for each parameter, which is added to the sum so far: it has to
     be large enough to pay for reading and writing a whole W.

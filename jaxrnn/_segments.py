@@ -68,11 +68,16 @@ def over_segments(
         carry, y = run(carry, n * length, length, before)
         return (carry, jax.tree.map(lambda out, y: write(out, y, n * length), out, y)), None
 
-    shapes = jax.eval_shape(lambda c: run(c, 0, length, before[0])[1], carry)
-    out = jax.tree.map(
-        lambda y: jnp.zeros(
-            (*y.shape[:time_axis], time, *y.shape[time_axis + 1 :]), y.dtype
-        ), shapes)  # fmt: skip
+    if jax.typeof(jax.tree.leaves(steps)[0]).sharding.mesh.empty:
+        _, shapes = jax.eval_shape(lambda c: run(c, 0, length, before[0]), carry)
+        out = jax.tree.map(lambda y: jnp.zeros(_with(time, y.shape, time_axis), y.dtype), shapes)
+    else:
+        # Inside shard_map and under explicit sharding a type is more than shape and dtype: it
+        # is taken from a segment that XLA removes again.
+        after, first = run(carry, 0, length, before[0])
+        carry = jax.tree.map(lambda c, a: c + jnp.zeros_like(a), carry, after)
+        steps_of = jax.tree.map(lambda y: lax.slice_in_dim(y, 0, 1, axis=time_axis), first)
+        out = jax.tree.map(lambda y: jnp.repeat(jnp.zeros_like(y), time, time_axis), steps_of)
     state = carry, out
     last = count * length
     if rest and reverse:
@@ -83,3 +88,7 @@ def over_segments(
         carry, y = run(state[0], last, rest, before[-1])
         state = carry, jax.tree.map(lambda out, y: write(out, y, last), state[1], y)
     return state
+
+
+def _with(size, shape, axis):
+    return (*shape[:axis], size, *shape[axis + 1 :])

@@ -22,13 +22,13 @@ from jaxrnn import _schedule
 from jaxrnn._cell import Cell, Ids
 from jaxrnn._dtypes import accumulation_dtype, cast, cast_like
 from jaxrnn._linear_map import LinearMap
+from jaxrnn._padding import select
 from jaxrnn._recurrence import (
     Jacobians,
     adjoint_states,
     apply_first,
     jacobians,
     previous,
-    select,
     solve_linear,
     tangent_states,
 )

@@ -11,7 +11,7 @@ from jaxrnn._cell import Cell, Ids, check_cell, check_inputs, leading_shape
 from jaxrnn._dtypes import cast, result_dtype
 from jaxrnn._fold import foldable
 from jaxrnn._padding import check_valid, valid_steps, without_padding
-from jaxrnn._recurrence import states
+from jaxrnn._states import states
 from jaxrnn._step import preactivation, row_weights, safe_ids
 from jaxrnn._tangent import Steps, Tangents, tangent_of_states
 
@@ -102,11 +102,11 @@ def prepare(cell, xs, h0, lengths, mask, drive):
     if isinstance(xs, Ids):
         xs = safe_ids(xs.ids, cell.U.shape[1])
     if leading_shape(xs)[0]:
-        cell, h0 = _spread(cell, xs, h0, drive)
+        cell, h0 = spread(cell, xs, h0, drive)
     return cell, xs, h0, drive, mask
 
 
-def _spread(cell, xs, h0, drive):
+def spread(cell, xs, h0, drive):
     """The same values, placed as the states will be.
 
     Adding zeros gives h_0 the sharding of a state and, inside shard_map, gives h_0 and the
@@ -132,24 +132,24 @@ def _unroll(cell, xs, h0, lengths, mask, drive, *, reverse):
 
 def recurrence(cell, sequences, h0, reverse):
     """The states of all steps, frozen where the mask is False: what JAX differentiates."""
-    return _recurrence_at(reverse, 0)(cell, sequences, h0)[1]
+    return _recurrence_at(reverse, 0, 1)(cell, sequences, h0)[1]
 
 
-def _recurrence_at(reverse, time_axis):
-    def loop(cell, sequences, h0, time_axis):
-        return None, _states(reverse, time_axis, cell, sequences, h0)
+def _recurrence_at(reverse, time_axis, side_by_side):
+    def loop(cell, sequences, h0, time_axis, copies):
+        return None, _states(reverse, time_axis, side_by_side * copies, cell, sequences, h0)
 
     return foldable(loop, time_axis)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _states(reverse, time_axis, cell, sequences, h0):
-    return states(cell, sequences, h0, reverse=reverse, time_axis=time_axis)
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _states(reverse, time_axis, copies, cell, sequences, h0):
+    return states(cell, sequences, h0, reverse=reverse, time_axis=time_axis, copies=copies)
 
 
 @partial(_states.defjvp, symbolic_zeros=True)
-def _states_jvp(reverse, time_axis, primals, tangents):
-    _, hs = _recurrence_at(reverse, time_axis)(*primals)
+def _states_jvp(reverse, time_axis, copies, primals, tangents):
+    _, hs = _recurrence_at(reverse, time_axis, copies)(*primals)
     cell, sequences, h0 = primals
     tangents = jax.tree.map(_none_if_zero, tangents, is_leaf=lambda t: isinstance(t, SymbolicZero))
     dcell, (dxs, ddrive, _), dh0 = tangents

@@ -15,13 +15,14 @@ PACKAGE = ROOT / "jaxrnn"
 
 # A file imports only from floors below its own.
 FLOORS = [
-    ["_fold", "_linear_map", "_segments", "_schedule"],
-    ["_dtypes", "_printed", "_ngram", "_plots", "_progress"],
+    ["_primitive", "_segments", "_schedule"],
+    ["_fold", "_linear_map"],
+    ["_dtypes", "_devices", "_printed", "_ngram", "_plots", "_progress"],
     ["_checks"],
     ["_activation", "_padding"],
     ["_cell"],
     ["_step", "_loss", "_init"],
-    ["_recurrence"],
+    ["_states", "_recurrence"],
     ["_tangent"],
     ["_unroll"],
     ["_bptt"],

@@ -98,7 +98,7 @@ MUTANTS = {
         "gradients_under_every_choice and plain and 2",
     ),
     "inputs before the loop without the drive": (
-        "_recurrence.py", "from_inputs(weights, xs, drive), None",
+        "_states.py", "from_inputs(weights, xs, drive), None",
         "from_inputs(weights, xs), None", "gradients_under_every_choice and plain and before",
     ),
     "weights on the left, not transposed": (

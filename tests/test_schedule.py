@@ -188,18 +188,78 @@ def test_transformations_of_the_segments(in_pairs, transform):
     assert_close(found, jax.jit(transform(of(naive_unroll)))(params.cell, xs), 6e-12)
 
 
-def test_members_in_segments(in_pairs):
-    params, xs, h0, _, _ = case()
-    cells = jax.tree.map(lambda x: jnp.stack([x, 0.9 * x]), params.cell)
+def nested(unroll, *axes):
+    """vmaps from the outermost inward: over members, or over data at that axis of xs."""
+    f = unroll
+    for axis in reversed(axes):
+        f = jax.vmap(f, (0, None, None) if axis == "members" else (None, axis, 0))
+    return f
 
-    def gradient(unroll):
-        def of(cells):
-            hs = jax.vmap(lambda cell: unroll(cell, xs, h0)[1])(cells)
-            return jnp.sum(jnp.sin(hs) * weights(hs.shape))
 
-        return jax.grad(of)(cells)
+@pytest.mark.parametrize(
+    "axes", [("members",), ("members", 0), (0, "members"), ("members", 1), (0, "members", 0),
+             ("members", "members", 0), (0, 0), (0, 1)],
+    ids=str,
+)  # fmt: skip
+def test_members_and_batches_in_segments(in_pairs, axes):
+    # All sizes are the same: an axis taken for another shows in the values alone.
+    params, _, _, _ = random_case(D=4, H=5)
+    batch = (3,) * sum(axis != "members" for axis in axes)
+    xs, h0 = weights((*batch, 3, 4), seed=1), weights((*batch, 5), seed=2)
+    if 1 in axes:
+        xs = jnp.moveaxis(xs, len(batch) - 1, len(batch))
+    cells = params.cell
+    for _ in range(axes.count("members")):
+        cells = jax.tree.map(lambda x: jnp.stack([x, 0.9 * x, -x]), cells)
 
-    assert_close(gradient(jaxrnn.unroll), gradient(naive_unroll))
+    def value_and_gradient(unroll):
+        def of(cells, xs, h0):
+            return sum(jnp.sum(jnp.sin(out) * weights(out.shape))
+                       for out in nested(unroll, *axes)(cells, xs, h0))  # fmt: skip
+
+        return jax.value_and_grad(of, (0, 1, 2))(cells, xs, h0)
+
+    assert_close(value_and_gradient(jaxrnn.unroll), value_and_gradient(naive_unroll))
+
+
+def test_segments_inside_shard_map(in_pairs):
+    params, xs, h0, targets = random_case(T=T, batch=(4,))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    P = jax.sharding.PartitionSpec
+    parts = (P(), P(None, "data"), P("data"))
+
+    def total(cell, xs, h0):
+        return jax.lax.psum(jnp.sum(jnp.square(jaxrnn.unroll(cell, xs, h0)[1])), "data")
+
+    split = jax.jit(jax.shard_map(total, mesh=mesh, in_specs=parts, out_specs=P()))
+
+    def whole(cell, xs, h0):
+        return jnp.sum(jnp.square(naive_unroll(cell, xs, h0)[1]))
+
+    args = (params.cell, xs, h0)
+    assert_close(jax.grad(split, (0, 1, 2))(*args), jax.grad(whole, (0, 1, 2))(*args))
+    expected = jax.jvp(whole, args, args)
+    assert_close(jax.jvp(split, args, args), expected)
+
+    def by_hand(params, targets):
+        # The inputs are shared and the targets are not.
+        found = jaxrnn.loss_and_grads(params, xs[:, :2], targets, h0=h0[:2])
+        return jax.tree.map(lambda x: jax.lax.psum(x, "data"), (found[0], found[1].params))
+
+    split = jax.shard_map(by_hand, mesh=mesh, in_specs=parts[:2], out_specs=P())
+    halves = [jaxrnn.loss_and_grads(params, xs[:, :2], half, h0=h0[:2])
+              for half in (targets[:, :2], targets[:, 2:])]  # fmt: skip
+    expected = [(loss, found.params) for loss, found in halves]
+    found = jax.jit(split)(params, targets)
+    assert_close(found, jax.tree.map(jnp.add, *expected))
+
+
+def test_no_tracer_outlives_its_trace():
+    params, xs, h0, _ = random_case()
+    jax.clear_caches()
+    with jax.checking_leaks():
+        jax.grad(lambda cell: jnp.sum(jaxrnn.unroll(cell, xs, h0)[1]))(params.cell)
+        jax.jvp(lambda xs: jaxrnn.unroll(params.cell, xs, h0)[1], (xs,), (xs,))
 
 
 def test_half_precision_sums_over_segments_in_float32(monkeypatch):
@@ -224,6 +284,13 @@ def test_schedule_of_sizes_to_come():
     assert _schedule.segment_length(time, (batch,), 64) is time
     assert _schedule.hoists_inputs(time, (batch,), 64, 64) in (True, False)
     assert _schedule.puts_weights_left((batch,), 512, 512) is False
+
+    params, *_ = random_case(batch=())
+    export = jax.export.export(jax.jit(jax.vmap(lambda xs: jaxrnn.unroll(params.cell, xs)[1])))
+    shape = jax.ShapeDtypeStruct(jax.export.symbolic_shape("B, T, 4"), jnp.float64)
+    xs = weights((3, 6, 4))
+    found = export(shape).call(xs)
+    assert_close(found, jax.vmap(lambda x: naive_unroll(params.cell, x, jnp.zeros(5))[1])(xs))
 
 
 @pytest.mark.parametrize("shape", [(784, (128,), 128), (100, (128,), 512), (1009, (64,), 64)])
