@@ -115,8 +115,9 @@ def _example(args) -> int:
 
 
 def _train(args) -> int:
-    from jaxrnn import _checkpoint, _corpus, _progress, _run
+    from jaxrnn import _checkpoint, _corpus, _devices, _progress, _run
 
+    _devices.make_cores_devices()
     import_module("orbax.checkpoint")  # missed now, not when the trained network is saved
     config = _run.Config(**{name: getattr(args, name) for name in _TRAIN})
     text, name = _corpus.read_text(args.files)

@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import optax
 
 from jaxrnn import _checkpoint, _checks, train
 from jaxrnn._corpus import Corpus
+from jaxrnn._devices import Placement
 from jaxrnn._init import init_params
 from jaxrnn._text import Vocabulary, streams
 
@@ -146,7 +147,9 @@ def run(
 
 
 def _loop(corpus, config, report):
-    state = initial_state(config, len(corpus.vocabulary))
+    placement = Placement(config.batch_size)
+    state = placement.everywhere(initial_state(config, len(corpus.vocabulary)))
+    state = replace(state, h=placement.split(state.h))
     update = train.make_update(make_optimizer(config))
     held_out = corpus.held_out_streams(config.batch_size)
     windows = train.windows(*streams(corpus.train, config.batch_size), config.seq_length)
@@ -158,7 +161,7 @@ def _loop(corpus, config, report):
             inputs, targets, first = next(windows)
             if first:
                 state = train.start_over(state)
-            state, loss = update(state, inputs, targets)
+            state, loss = update(state, placement.split(inputs, 1), placement.split(targets, 1))
             losses.append(loss)
             step += 1
             if step == 1:
@@ -180,11 +183,12 @@ def _loop(corpus, config, report):
                 "seconds": round(time.perf_counter() - begun, 3),
             }
             if due:
-                bits = train.evaluate(state.params, *held_out) / math.log(2)
+                bits = train.evaluate(placement.together(state.params), *held_out) / math.log(2)
                 _require_finite(bits, step)
                 row["held_out_bits"] = bits
             report(row)
             losses, timed_from, since = [], step, time.perf_counter()
+        state = placement.together(state)
         return Result(state, step, bits, time.perf_counter() - begun, step < config.steps)
 
 
