@@ -59,6 +59,8 @@ def make_parser() -> argparse.ArgumentParser:
         run.add_argument(f"--{name}", action="append", metavar="NAME", help=f"only that {what}; "
                          "may be repeated")  # fmt: skip
     run.add_argument("--rounds", type=_count, metavar="N", help="at most so many (default: 15)")
+    run.add_argument("--compiles", type=_count, metavar="N", help="how often each program is "
+                     "compiled (default: 3)")  # fmt: skip
     run.add_argument(
         "--budget", type=_seconds, metavar="SECONDS",
         help="for the rounds of one measure of a workload, five rounds at least (default: 25)",
@@ -99,6 +101,8 @@ def _run(args: argparse.Namespace) -> int:
     limits = plan.limits
     if args.rounds is not None:
         limits = replace(limits, most=args.rounds, least=min(limits.least, args.rounds))
+    if args.compiles is not None:
+        limits = replace(limits, compiles=args.compiles)
     if args.budget is not None:
         limits = replace(limits, budget=args.budget)
     chosen = (args.workload, args.subject, args.measure) != (None, None, None)
@@ -132,7 +136,7 @@ def _measure(args: argparse.Namespace, plan: Any, subjects: list, label: str) ->
     from benchmarks.workers import Crew
 
     started = time.monotonic()
-    names = ("quick", "device", "workload", "subject", "measure", "rounds", "budget")
+    names = ("quick", "device", "workload", "subject", "measure", "rounds", "compiles", "budget")
     options = {name: getattr(args, name, None) for name in names}
     document = results.new(machine.device(), machine.versions(), options)
     console, path = Console(stderr=True), None

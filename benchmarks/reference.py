@@ -137,7 +137,8 @@ def tolerance(name: str, workload: Workload, dtype: str, tf32: bool = False) -> 
     #   a pre-activation, a sum of D + H products, errs by u + v √(D + H),
     #   a state by √(1 + 0.9² + 0.9⁴ + …) that, as W shrinks an earlier error by 0.9 a step,
     #   a delta by that on the way forward and again on the way backward,
-    #   a parameter's gradient by u √T + v √B more: a scan adds up T products over the batch.
+    #   a parameter's gradient by u √T more where a scan adds up T products over the batch, by
+    #   v √(T B) where one product has them all.
     # Four is for the largest of many errors; the largest entry of a gradient is itself some
     # four times a usual one.
     v = 2.0**-53 if dtype == "float64" else 2.0**-24
@@ -146,7 +147,7 @@ def tolerance(name: str, workload: Workload, dtype: str, tf32: bool = False) -> 
     states = 4 * (u + v * np.sqrt(D + H)) / np.sqrt(1 - 0.9**2)
     if name == "hs":
         return states
-    return 2 * states + u * np.sqrt(T) + v * np.sqrt(B)
+    return 2 * states + u * np.sqrt(T) + v * np.sqrt(T * B)
 
 
 def _in_float64(data):
