@@ -105,10 +105,11 @@ def _summary(view: View, measure: str) -> Table:
     }
     if measure == BACKWARD:
         columns["backward / forward"] = view.backward_over_forward
-    found = {name: [cell(w) for w in view.workloads] for name, cell in columns.items()}
+    measured = [w for w in view.workloads if view.row(w, measure, OURS)]
+    found = {name: [cell(w) for w in measured] for name, cell in columns.items()}
     found = {name: cells for name, cells in found.items() if any(c is not None for c in cells)}
     rows = []
-    for n, workload in enumerate(view.workloads):
+    for n, workload in enumerate(measured):
         cells = [cells[n] for cells in found.values()]
         texts = [named(c) if isinstance(c, Rival) else ratio(c) for c in cells]
         rows.append([f"{workload.name} {workload.shape}", *texts])

@@ -91,7 +91,7 @@ def bptt(
 
     Numerics: the adjoint is float32 or better; so are all sums.
 
-    Cost: one product a step; then one product over all steps for each of U, W and xs.
+    Cost: one product a step; then one product over many steps for each of U, W and xs.
 
     Source: section 3.3, with (ŷ_t − y_t) where the source prints (y_t − ŷ_t), and with the
     Jacobian of H units, diag(1 − h²) W, where it prints that of one.
@@ -165,6 +165,8 @@ def loss_and_grads(
       TypeError, ValueError: as `unroll` and `cross_entropy`.
 
     Numerics: the loss is float32 or better.
+
+    Cost: logits, errors and cotangents exist for a segment of the steps at a time; hs is kept.
 
     Source: sections 3.1 to 3.3. The upper limits S and T printed there are both the length.
 

@@ -37,7 +37,10 @@ from jaxrnn._step import like, product
 
 
 class Tangents(NamedTuple):
-    """θ: tangents of what the states depend on, or its gradients; None for what has none."""
+    """Of what the states depend on: tangents, gradients, or which of them are wanted.
+
+    None for what does not move, or is not wanted.
+    """
 
     cell: Cell
     xs: jax.Array | None
@@ -71,7 +74,7 @@ def _linearised(cell: Cell, steps: Steps, h_before: jax.Array, reverse: bool) ->
 
 
 def _input_tangents(at: _At, tangents: Tangents) -> jax.Array:
-    """dU x_t + U dx_t + dW h_{t−1} + db + ddrive_t: a few products over all steps at once."""
+    """dU x_t + U dx_t + dW h_{t−1} + db + ddrive_t: a few products over these steps at once."""
     dcell, dxs, ddrive, _ = tangents
     da = jnp.zeros_like(at.steps.hs, accumulation_dtype(at.steps.hs.dtype))
     if dcell.U is not None:
@@ -127,7 +130,7 @@ def segment_gradient(
       reverse: whether time runs backward.
 
     Returns:
-      They, in the dtype of sums; that of h0 in any case.
+      The wanted gradients, in the dtype of sums; that of h0 in any case.
     """
     at = _linearised(cell, steps, h_before, reverse)
     leaky = cell.leak is not None

@@ -59,8 +59,9 @@ def unroll(
     anything. phi' is found from the state (tanh: (1 − h)(1 + h)), or for a plain callable
     from the recomputed pre-activation.
 
-    Cost: two products a step forward and one a step backward; the gradient of each parameter
-    is one matrix product over all steps, and beyond inputs and parameters only hs is kept.
+    Cost: two products a step forward, that with U for all steps at once where it pays, and
+    one a step backward; the gradient of each parameter is one product over many steps. Beyond
+    inputs and parameters only hs is kept, and what a segment of the steps needs.
     Outside jit, checking ids and lengths that lie on a device waits for them.
 
     Source: section 2, equation 1; section 3.3 for its derivative.
