@@ -53,6 +53,17 @@ def test_gradient_under_vmap(axes, leak):
     assert_close(found, expected)
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_batch_of_one(axis):
+    params, xs, h0, _ = random_case(batch=(1,))
+    xs = jnp.moveaxis(xs, 1, axis)
+    found, expected = (
+        gradient(jax.vmap(f, (None, axis, 0), (0, axis)), params.cell, xs, h0)
+        for f in (jaxrnn.unroll, naive_unroll)
+    )
+    assert_close(found, expected)
+
+
 @pytest.mark.parametrize("order", ["data inside", "members inside", "members twice"])
 def test_nested_vmap(order):
     params, xs, h0, _ = random_case(batch=(2, 3))
