@@ -15,7 +15,6 @@ CHOICES = {
     "inputs before the loop": {"hoists_inputs": True},
     "inputs in the loop": {"hoists_inputs": False},
     "weights on the left": {"puts_weights_left": True},
-    "segments of 1": {"segment_length": 1},
     "segments of 2 and a rest": {"segment_length": 2},
     "segments of 3 and a rest, weights on the left": {
         "segment_length": 3, "puts_weights_left": True, "hoists_inputs": True,
