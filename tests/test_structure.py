@@ -190,17 +190,18 @@ def temporaries(*args, **how):
     return compiled(*args, **how).memory_analysis().temp_size_in_bytes
 
 
-# (T, B, D, H), and how many arrays of states the gradient may have beside one segment.
+# (T, B, D, H), how many arrays of states the gradient may have beside one segment, and whether
+# that is less than the naive scan's, which has 2.1 arrays from jax 0.11 on, and 3.1 before.
 SIZES = {
-    "in one piece": ((100, 16, 8, 64), 3),
-    "in segments": ((784, 128, 1, 128), 1),
-    "in segments, wide": ((100, 128, 512, 512), 1),
-    "in segments, long": ((50_000, 1, 8, 32), 1),
+    "in one piece": ((100, 16, 8, 64), 3, False),
+    "in segments": ((784, 128, 1, 128), 1, True),
+    "in segments, wide": ((100, 128, 512, 512), 1, False),
+    "in segments, long": ((50_000, 1, 8, 32), 1, True),
 }
 
 
-@pytest.mark.parametrize(("sizes", "arrays"), SIZES.values(), ids=SIZES.keys())
-def test_temporaries(sizes, arrays):
+@pytest.mark.parametrize(("sizes", "arrays", "leaner"), SIZES.values(), ids=SIZES.keys())
+def test_temporaries(sizes, arrays, leaner):
     """The states; of a segment eight arrays more; weights and their like."""
     T, B, D, H = sizes
     state = 4 * B * H
@@ -212,7 +213,7 @@ def test_temporaries(sizes, arrays):
     # which then are copies and no more.
     turned = 2 * T * state * (length == T or B == 1)
     assert temporaries(jaxrnn.unroll, *sizes, axis=0) <= limit + turned
-    assert temporaries(jaxrnn.unroll, *sizes) <= temporaries(naive_unroll, *sizes)
+    assert not leaner or temporaries(jaxrnn.unroll, *sizes) < temporaries(naive_unroll, *sizes)
 
 
 def test_no_whole_array_is_transposed_or_copied():
