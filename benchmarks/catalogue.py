@@ -12,7 +12,9 @@ from benchmarks.subjects.registry import (
 
 ROOFLINE = "roofline"
 # What a quick run leaves out: who does the same as another in the tables.
-NOT_QUICK = ("naive scan, vmap", "naive scan, relu", "flax.linen")
+NOT_QUICK = (
+    "jaxrnn, vmap axis 1", "naive scan, vmap", "naive scan, relu", "flax.linen", "equinox",
+)  # fmt: skip
 KIND = {"": workers.JAX, TWO_DEVICES: workers.TWO_DEVICES, SMALL_LOOPS: workers.ONE_KERNEL}
 
 
