@@ -124,7 +124,13 @@ def run(
         until = (time.monotonic() if started is None else started) + 60 * plan.minutes
     subjects = document["subjects"]
 
+    trials: list[Trial] = []
+
     def keep():
+        # Put together anew each time: Ctrl-C may come in the middle of it.
+        document["rows"] = [row for trial in trials for row in trial.kept()]
+        for table, names in (("compile", COMPILE), ("memory", MEMORY)):
+            document[table] = [row for trial in trials for row in trial.kept_records(names)]
         if measured(document):
             save()
 
@@ -134,13 +140,8 @@ def run(
                 compiles = plan.limits.compiles if measure in (FORWARD, BACKWARD) else 1
                 limits = replace(plan.limits, compiles=compiles, until=until)
                 taking_part = [s for s in subjects if s["name"] != ROOFLINE or measure in COUNTED]
-                trial = Trial(crew, taking_part, workload, measure, limits, report)
-                try:
-                    trial.run()
-                finally:
-                    document["rows"] += trial.kept()
-                    document["compile"] += trial.kept_records(COMPILE)
-                    document["memory"] += trial.kept_records(MEMORY)
+                trials.append(Trial(crew, taking_part, workload, measure, limits, report))
+                trials[-1].run()
             keep()
         if plan.sweeps:
             both = [subject for subject in subjects if subject["name"] in sweeps.SUBJECTS]
