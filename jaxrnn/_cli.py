@@ -48,7 +48,8 @@ _NOT_NEGATIVE = _number(float, 0, "a number, at least 0")
 
 # option -> (how it is read, or its choices; what it says)
 _TRAIN = {
-    "hidden_size": (_COUNT, "hidden units"),
+    "hidden_size": (_COUNT, "hidden units of a layer"),
+    "layers": (_COUNT, "recurrent layers, each on the states of the one before"),
     "seq_length": (_COUNT, "characters a window: how far gradients go back"),
     "batch_size": (_COUNT, "streams of text read side by side"),
     "steps": (_COUNT, "updates"),
@@ -128,7 +129,8 @@ def _train(args) -> int:
     out = Path(args.out or time.strftime("runs/%Y%m%d-%H%M%S"))
     console = Console(soft_wrap=True, highlight=False, markup=False)
     size, hidden = len(corpus.vocabulary), config.hidden_size
-    weights = hidden * (2 * size + hidden + 1) + size
+    above = (config.layers - 1) * hidden * (2 * hidden + 1)
+    weights = hidden * (2 * size + hidden + 1) + above + size
     console.print(
         f"{corpus.name}: {len(corpus.train):,} characters, {len(corpus.held_out):,} more held out, "
         f"{size} distinct"

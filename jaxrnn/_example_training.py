@@ -13,8 +13,8 @@ import optax
 from jax import lax
 
 from jaxrnn import _checks, _printed
-from jaxrnn._bptt import loss_and_grads
 from jaxrnn._cell import Cell, Ids, Params, Readout, check_params
+from jaxrnn._loss_and_grads import loss_and_grads
 
 
 def _ids(text: str) -> Any:

@@ -27,8 +27,8 @@ def foldable(loop: Callable, time_axis: int | None = None) -> Callable:
     each member runs the loop, and axes mapped later still join its batch.
 
     Args:
-      loop: sequences are a pytree of `[*front, T, *members, *batch, …]`, carry is
-        `[*front, *members, *batch, H]`, or None as a result, and states are like sequences.
+      loop: sequences are a pytree of `[*front, T, *members, *batch, …]`, carry is one of
+        `[*front, *members, *batch, …]`, or None as a result, and states are like sequences.
         `front` are batch axes too; for each vmap over parameters, members pair with an axis
         of the weights.
       time_axis: how many front axes there are, to which more may come; the loop is told them as
@@ -41,8 +41,8 @@ def foldable(loop: Callable, time_axis: int | None = None) -> Callable:
 
     def folded(weights, sequences, carry):
         leaves, tree = jax.tree.flatten((weights, sequences, carry))
-        *carry, states = _bind(leaves, loop, tree, 0, time_axis or 0, time_axis is None)
-        return (carry[0] if carry else None), states
+        out, shape = _bind(leaves, loop, tree, 0, time_axis or 0, time_axis is None)
+        return jax.tree.unflatten(jax.tree.structure(shape), out)
 
     return folded
 
@@ -53,9 +53,9 @@ def _bind(leaves, loop, tree, members, time_axis, fixed):
     def flat(*leaves):
         return loop(*jax.tree.unflatten(tree, leaves), **told)
 
-    call = jax.make_jaxpr(flat)(*leaves)
+    call, shape = jax.make_jaxpr(flat, return_shape=True)(*leaves)
     how = dict(loop=loop, tree=tree, members=members, time_axis=time_axis, fixed=fixed)
-    return _loop_p.bind(*leaves, call=call, **how)
+    return _loop_p.bind(*leaves, call=call, **how), shape
 
 
 def _differentiate(primals, tangents, *, call, **_):
@@ -106,8 +106,9 @@ def _fold(leaves, axes, *, call, loop, tree, members, time_axis, fixed):
         members += not members_in_front
         time_axis += members_in_front
         fixed = True
-    out = _bind(leaves, loop, tree, members, time_axis, fixed)
-    return out, (carry_to, sequence_to)[-len(out) :]
+    out, (carry, _) = _bind(leaves, loop, tree, members, time_axis, fixed)
+    carried = len(jax.tree.leaves(carry))
+    return out, [carry_to] * carried + [sequence_to] * (len(out) - carried)
 
 
 batching.primitive_batchers[_loop_p] = _fold

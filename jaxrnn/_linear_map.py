@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +21,8 @@ class LinearMap(NamedTuple):
     Args:
       forward: `forward(known, given) -> out`, pytrees of arrays.
       transpose: `transpose(known, out, given) -> given`, its transpose by hand; the last
-        argument has the shapes and dtypes that are wanted, and no values.
+        argument has the shapes and dtypes that are wanted, and no values. Leaves of `out` that
+        are known to be 0 are None; forward is to take None so too.
       plain: the same as forward in operations that JAX differentiates by itself. It runs
         where `known` moves, which is to say from the second order on.
     """
@@ -74,14 +76,24 @@ def _differentiate(primals, tangents, *, call, linear, split):
 ad.primitive_jvps[_map_p] = _differentiate
 
 
-def _transposed(linear, wanted):
+def _transposed(linear, wanted, present):
+    """The transpose as a map of those outputs that are present; the others are 0."""
+
+    def chosen(f):
+        return lambda known, given: [y for y, p in zip(f(known, given), present, strict=True) if p]
+
     def plain(known, out):
-        (given,) = jax.linear_transpose(lambda given: linear.plain(known, given), wanted)(out)
+        of_given = partial(chosen(linear.plain), known)
+        (given,) = jax.linear_transpose(of_given, wanted)(out)
         return given
 
+    def forward(known, out):
+        out = iter(out)
+        return linear.transpose(known, [next(out) if p else None for p in present], wanted)
+
     return LinearMap(
-        forward=lambda known, out: linear.transpose(known, out, wanted),
-        transpose=lambda known, given, _: linear.forward(known, given),
+        forward=forward,
+        transpose=lambda known, given, _: chosen(linear.forward)(known, given),
         plain=plain,
     )
 
@@ -91,8 +103,9 @@ def _transpose(cotangents, *leaves, call, linear, split):
     known, given = leaves[:split], leaves[split:]
     undefined = [ad.is_undefined_primal(x) for x in given]
     wanted = [x.aval if u else jax.typeof(x) for x, u in zip(given, undefined, strict=True)]
-    cotangents = [ad.instantiate_zeros(c) for c in cotangents]
-    found = _bind(_transposed(linear, wanted), known, cotangents)
+    present = [not isinstance(c, ad.Zero) for c in cotangents]
+    cotangents = [c for c, p in zip(cotangents, present, strict=True) if p]
+    found = _bind(_transposed(linear, wanted, present), known, cotangents)
     return [None] * split + [x if u else None for x, u in zip(found, undefined, strict=True)]
 
 

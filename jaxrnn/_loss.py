@@ -85,7 +85,14 @@ def check_targets(targets: jax.Array, shape: tuple[int, ...], where: jax.Array |
     """Require ids or rows that fit logits of this shape; ids where `where` is False may be any."""
     targets = _checks.array("targets", targets)
     if jnp.issubdtype(targets.dtype, jnp.integer):
-        _checks.shaped("targets", targets, shape[:-1])
+        rows = shape, "rows must be floats"
+        hint = rows if targets.ndim == len(shape) else _checks.swapped(shape[:-1])
+        _checks.shaped("targets", targets, shape[:-1], hint)
         _checks.in_range("targets", targets, shape[-1], where)
         return targets
-    return _checks.floating("targets", targets, shape)
+    expected = f"integer ids, or floats of shape {list(shape)}"
+    if not jnp.issubdtype(targets.dtype, jnp.floating):
+        _checks.bad_type("targets", expected, targets.dtype)
+    if targets.shape == shape[:-1]:
+        _checks.bad_value("targets", expected, f"floats of shape {list(targets.shape)}")
+    return _checks.shaped("targets", targets, shape, _checks.swapped(shape))

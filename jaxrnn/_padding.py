@@ -10,14 +10,16 @@ from jaxrnn import _checks
 from jaxrnn._dtypes import wide
 
 
-def check_valid(lengths, mask, steps: tuple[int, ...]) -> tuple[jax.Array | None, jax.Array | None]:
+def check_valid(
+    lengths, mask, steps: tuple[int, ...], hint: _checks.Hint = None
+) -> tuple[jax.Array | None, jax.Array | None]:
     """Require at most one of lengths `[*batch]` (0 … T) and mask `[T, *batch]`."""
     if lengths is not None and mask is not None:
         _checks.bad_value("lengths and mask", "at most one of them", "both")
     if mask is not None:
-        mask = _checks.booleans("mask", mask, steps)
+        mask = _checks.booleans("mask", mask, steps, _checks.swapped(steps))
     if lengths is not None:
-        lengths = _checks.integers("lengths", lengths, steps[1:])
+        lengths = _checks.integers("lengths", lengths, steps[1:], hint)
         if not isinstance(lengths, Tracer):
             wrong = (np.asarray(lengths) < 0) | (np.asarray(lengths) > steps[0])
             if wrong.any():
@@ -25,13 +27,30 @@ def check_valid(lengths, mask, steps: tuple[int, ...]) -> tuple[jax.Array | None
     return lengths, mask
 
 
-def valid_steps(lengths: jax.Array | None, mask: jax.Array | None, time: int) -> jax.Array | None:
-    """Bool `[T, *batch]`, or None where every step is valid."""
+def valid_steps(
+    lengths: jax.Array | None, mask: jax.Array | None, time: int, first: jax.Array | int = 0
+) -> jax.Array | None:
+    """Bool `[T, *batch]`, or None where every step is valid, of T steps from the first on."""
     if lengths is None:
         return mask
     lengths = wide(lengths)
     t = lax.broadcasted_iota(lengths.dtype, (time, *lengths.shape), 0)
+    t += jnp.asarray(first, lengths.dtype)
     return t < jnp.broadcast_to(lengths, t.shape)
+
+
+def cut_steps(
+    mask: jax.Array | None, steps: tuple[int, ...], every: int, reverse: bool
+) -> jax.Array:
+    """Bool `[T, *batch]`: before which steps truncated BPTT stops.
+
+    Of the valid steps of each sequence, counted in scan order from 0, those whose number is a
+    multiple of `every`, but for the first.
+    """
+    if mask is None:
+        mask = jnp.ones(steps, bool)
+    number = lax.cumsum(mask.astype(jnp.int32), 0, reverse=reverse) - 1
+    return mask & (number > 0) & (number % every == 0)
 
 
 def without_padding(x: jax.Array, mask: jax.Array | None) -> jax.Array:

@@ -27,8 +27,11 @@ def run(*leaves, call, **_):
 
 
 def jvp_of(f: Callable, primals: Sequence, tangents: Sequence) -> tuple:
-    """The derivative of `f(*leaves)`, which sees what does not move as a constant."""
-    moving = [n for n, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
+    """The derivative of `f(*leaves)`, which sees what does not move as a constant.
+
+    What does not move has a tangent that is None or JAX's symbolic zero.
+    """
+    moving = [n for n, t in enumerate(tangents) if not (t is None or isinstance(t, ad.Zero))]
 
     def of_moving(*values):
         leaves = list(primals)

@@ -3,7 +3,8 @@
     y_t = e_t + J_t y_{t−1},      J_t = ∂h_t/∂h_{t−1} = (1 − α) I + α diag(φ'(a_t)) W,
 
 solved forward (the tangent) or transposed, backward in time (the adjoint, which is BPTT). Steps
-where the mask is False are frozen: J_t = I.
+where the mask is False are frozen: J_t = I. Where a step is cut, a_t does not depend on h_{t−1}:
+J_t = (1 − α) I.
 """
 
 from collections.abc import Callable
@@ -47,6 +48,7 @@ class Jacobians:
     leak: jax.Array | None
     basis: jax.Array
     mask: jax.Array | None
+    cut: jax.Array | None
     slope_of: Callable[[jax.Array], jax.Array] = field(metadata={"static": True})
 
     def scale(self, v: jax.Array) -> jax.Array:
@@ -58,11 +60,15 @@ class Jacobians:
         """(1 − α) v: what the leak lets pass."""
         return 0.0 if self.leak is None else (1 - like(self.leak, v)) * v
 
+    def through_W(self, v: jax.Array) -> jax.Array:
+        """v, the product with W or its transpose; 0 where the step is cut."""
+        return v if self.cut is None else jnp.where(self.cut[..., None], 0, v)
+
 
 def times(J: Jacobians, y: jax.Array, W_times: Callable | None = None) -> jax.Array:
     """J y, for one step or for all."""
     W_times = W_times or partial(product, matrix=J.W.T)
-    return select(J.mask, J.scale(W_times(y)) + J.keep(y), y)
+    return select(J.mask, J.scale(J.through_W(W_times(y))) + J.keep(y), y)
 
 
 def jacobians(
@@ -72,6 +78,7 @@ def jacobians(
     hs: jax.Array,
     drive: jax.Array | None,
     mask: jax.Array | None,
+    cut: jax.Array | None,
 ) -> tuple[Jacobians, jax.Array]:
     """J_t of every step, and φ(a_t), which is h_t itself where there is no leak.
 
@@ -80,12 +87,12 @@ def jacobians(
     activation = resolve(cell.activation)
     slope_of = activation.derivative_from_output
     if cell.leak is None and slope_of is not None:
-        return Jacobians(cell.W, None, hs, mask, slope_of), hs
+        return Jacobians(cell.W, None, hs, mask, cut, slope_of), hs
     a = preactivation(row_weights(cell, xs), xs, h_prev, drive)
     phi = activation.function(a)
     if slope_of is not None:
-        return Jacobians(cell.W, cell.leak, phi, mask, slope_of), phi
-    return Jacobians(cell.W, cell.leak, slope(activation, phi, a), mask, _identity), phi
+        return Jacobians(cell.W, cell.leak, phi, mask, cut, slope_of), phi
+    return Jacobians(cell.W, cell.leak, slope(activation, phi, a), mask, cut, _identity), phi
 
 
 def _identity(x: jax.Array) -> jax.Array:
@@ -103,14 +110,14 @@ def tangent_states(
         W_times = repeated_product(W.T, y0.shape[:-1])
 
         def body(y, now):
-            basis, mask, e = now
-            y = e + times(Jacobians(W, leak, basis, mask, slope_of), y, W_times)
+            basis, mask, cut, e = now
+            y = e + times(Jacobians(W, leak, basis, mask, cut, slope_of), y, W_times)
             return y, y
 
         return None, lax.scan(body, y0, sequences, reverse=reverse)[1]
 
     y0 = jnp.zeros_like(e[0]) if y0 is None else y0
-    return foldable(loop)((J.W, J.leak), (J.basis, J.mask, e), y0)[1]
+    return foldable(loop)((J.W, J.leak), (J.basis, J.mask, J.cut, e), y0)[1]
 
 
 def adjoint_states(
@@ -143,17 +150,18 @@ def adjoint_states(
         W_T_times = repeated_product(W, from_later.shape[:-1])
 
         def body(from_later, now):
-            basis, mask, g = now
-            J_t = Jacobians(W, leak, basis, mask, slope_of)
+            basis, mask, cut, g = now
+            J_t = Jacobians(W, leak, basis, mask, cut, slope_of)
             adjoint = g + from_later
             delta = J_t.scale(adjoint)
-            from_here = select(mask, W_T_times(delta) + J_t.keep(adjoint), adjoint)
+            passed = J_t.through_W(W_T_times(delta)) + J_t.keep(adjoint)
+            from_here = select(mask, passed, adjoint)
             return from_here, select(mask, delta, 0) if as_delta else adjoint
 
         return lax.scan(body, from_later, sequences, reverse=not reverse)
 
     from_later = jnp.zeros_like(g[0]) if from_later is None else from_later
-    return foldable(loop)((J.W, J.leak), (J.basis, J.mask, g), from_later)
+    return foldable(loop)((J.W, J.leak), (J.basis, J.mask, J.cut, g), from_later)
 
 
 def solve_linear(J: Jacobians, e: jax.Array, reverse: bool) -> jax.Array:
@@ -177,6 +185,5 @@ def solve_linear(J: Jacobians, e: jax.Array, reverse: bool) -> jax.Array:
 
 def apply_first(J: Jacobians, y0: jax.Array, reverse: bool) -> jax.Array:
     """J_1 y_0, what a tangent of h_0 brings to the first step in scan order."""
-    t = -1 if reverse else 0
-    mask = None if J.mask is None else J.mask[t]
-    return times(Jacobians(J.W, J.leak, J.basis[t], mask, J.slope_of), y0)
+    basis, mask, cut = jax.tree.map(lambda s: s[-1 if reverse else 0], (J.basis, J.mask, J.cut))
+    return times(Jacobians(J.W, J.leak, basis, mask, cut, J.slope_of), y0)

@@ -28,6 +28,7 @@ class Config:
     """What a run is made of; its fields are the options of `jaxrnn train`."""
 
     hidden_size: int = 256
+    layers: int = 1
     seq_length: int = 64
     batch_size: int = 64
     steps: int = 2000
@@ -69,7 +70,7 @@ def initial_state(config: Config, size: int) -> train.TrainState:
     """The state of a run before its first update, for |A| characters."""
     params = init_params(
         jax.random.key(config.seed), size, config.hidden_size, size,
-        recurrent=config.recurrent, activation=config.activation,
+        layers=config.layers, recurrent=config.recurrent, activation=config.activation,
     )  # fmt: skip
     return train.init_state(params, make_optimizer(config), config.batch_size)
 

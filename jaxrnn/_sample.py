@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxrnn import _checks
-from jaxrnn._cell import Ids, Params, check_params
-from jaxrnn._step import apply_readout, step
-from jaxrnn._unroll import unroll
+from jaxrnn._cell import Cell, Ids, Params, check_params, first_cell
+from jaxrnn._layers import step_layers, unroll_layers
+from jaxrnn._step import apply_readout
 
 
 def generate(
@@ -36,26 +36,31 @@ def generate(
     prompt = _checks.integers("prompt", prompt, (None,))
     if prompt.shape[0] == 0:
         _checks.bad_value("prompt", "at least one id", "none")
-    if length < 0:
-        _checks.bad_value("length", "at least 0", length)
+    _checks.random_key("key", key)
+    _checks.whole("length", length)
+    temperature = _checks.number("temperature", temperature)
     if not (math.isfinite(temperature) and temperature >= 0):
         _checks.bad_value("temperature", "a finite number, at least 0", temperature)
-    _checks.in_range("prompt", prompt, params.cell.U.shape[1])
+    for n, layer in enumerate(params.cell if isinstance(params.cell, tuple) else ()):
+        if not isinstance(layer, Cell):
+            _checks.bad_type(f"params.cell[{n}]", "a Cell, which reads forward", "a pair of them")
+    _checks.in_range("prompt", prompt, first_cell(params.cell).U.shape[1])
     sharpness = jnp.asarray(1.0 / temperature if temperature else 1.0, jnp.float32)
     return _generate(params, key, prompt, sharpness, length=length, greedy=temperature == 0)
 
 
 @partial(jax.jit, static_argnames=("length", "greedy"))
 def _generate(params, key, prompt, sharpness, *, length, greedy):
-    h, _ = unroll(params.cell, Ids(prompt))
+    h, hs = unroll_layers(params.cell, Ids(prompt))
 
-    def body(h, key):
-        logits = apply_readout(params.readout, h).astype(jnp.float32)
+    def body(state, key):
+        h, y = state
+        logits = apply_readout(params.readout, y).astype(jnp.float32)
         if greedy:
             drawn = jnp.argmax(logits)
         else:
             drawn = jax.random.categorical(key, logits * sharpness)
         drawn = drawn.astype(jnp.int32)
-        return step(params.cell, Ids(drawn), h), drawn
+        return step_layers(params.cell, Ids(drawn), h), drawn
 
-    return lax.scan(body, h, jax.random.split(key, length))[1]
+    return lax.scan(body, (h, hs[-1]), jax.random.split(key, length))[1]

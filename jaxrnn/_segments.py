@@ -1,6 +1,7 @@
 """Long sequences in segments: what a segment needs stays in cache, and is gone after it."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +19,21 @@ def starts(
     return jnp.concatenate([between, h0[None]] if reverse else [h0[None], between])
 
 
+def offsets(time: int, length: int) -> jax.Array:
+    """The first step of each segment, `[segments]`."""
+    return jnp.arange(0, max(time, 1), length, dtype=jnp.int32)
+
+
 def over_segments(
     segment: Callable,
     carry,
     steps,
-    before: jax.Array,
+    before,
     length: int,
     *,
     reverse: bool,
     time_axis: int = 0,
+    keep: Callable = lambda carry: (),
 ) -> tuple:
     """Run `segment(carry, steps, before) -> (carry, outputs)` along the time axis.
 
@@ -37,13 +44,15 @@ def over_segments(
       segment: sees and returns time in front: `[length, …]`, of the last segment maybe less.
       carry: what goes from segment to segment.
       steps: a pytree of arrays with time as axis number `time_axis`.
-      before: `[segments, …]`, of `starts`.
+      before: a pytree of `[segments, …]`, of which each segment sees its own entry.
       length: steps of a segment.
       reverse: whether the last segment comes first.
       time_axis: how many batch axes stand in front of time.
+      keep: what to keep of the carry that each segment begins with.
 
     Returns:
-      (carry, outputs), outputs a pytree with time as axis number `time_axis`.
+      (carry, outputs, kept): outputs a pytree with time as axis number `time_axis`, kept one of
+      `[segments, …]`.
     """
     time = jax.tree.leaves(steps)[0].shape[time_axis]
 
@@ -55,8 +64,11 @@ def over_segments(
         carry, outputs = segment(carry, now, before)
         return carry, jax.tree.map(lambda y: jnp.moveaxis(y, 0, time_axis), outputs)
 
+    def entry(n):
+        return jax.tree.map(lambda b: b[n], before)
+
     if length >= time:
-        return run(carry, 0, time, before[0])
+        return *run(carry, 0, time, entry(0)), jax.tree.map(lambda k: k[None], keep(carry))
     count, rest = divmod(time, length)
 
     def write(out, y, start):
@@ -65,29 +77,39 @@ def over_segments(
     def body(state, now):
         n, before = now
         carry, out = state
+        kept = keep(carry)
         carry, y = run(carry, n * length, length, before)
-        return (carry, jax.tree.map(lambda out, y: write(out, y, n * length), out, y)), None
+        return (carry, jax.tree.map(lambda out, y: write(out, y, n * length), out, y)), kept
 
     if jax.typeof(jax.tree.leaves(steps)[0]).sharding.mesh.empty:
-        _, shapes = jax.eval_shape(lambda c: run(c, 0, length, before[0]), carry)
+        _, shapes = jax.eval_shape(lambda c: run(c, 0, length, entry(0)), carry)
         out = jax.tree.map(lambda y: jnp.zeros(_with(time, y.shape, time_axis), y.dtype), shapes)
     else:
         # Inside shard_map and under explicit sharding a type is more than shape and dtype: it
         # is taken from a segment that XLA removes again.
-        after, first = run(carry, 0, length, before[0])
+        after, first = run(carry, 0, length, entry(0))
         carry = jax.tree.map(lambda c, a: c + jnp.zeros_like(a), carry, after)
         steps_of = jax.tree.map(lambda y: lax.slice_in_dim(y, 0, 1, axis=time_axis), first)
         out = jax.tree.map(lambda y: jnp.repeat(jnp.zeros_like(y), time, time_axis), steps_of)
-    state = carry, out
+    state: Any = carry, out
     last = count * length
+
+    def run_rest(state):
+        carry, out = state
+        kept = jax.tree.map(lambda k: k[None], keep(carry))
+        carry, y = run(carry, last, rest, entry(-1))
+        return (carry, jax.tree.map(lambda out, y: write(out, y, last), out, y)), kept
+
+    kept_of_rest: Any = None
     if rest and reverse:
-        carry, y = run(carry, last, rest, before[-1])
-        state = carry, jax.tree.map(lambda out, y: write(out, y, last), out, y)
-    state, _ = lax.scan(body, state, (jnp.arange(count), before[:count]), reverse=reverse)
+        state, kept_of_rest = run_rest(state)
+    every = (jnp.arange(count), jax.tree.map(lambda b: b[:count], before))
+    state, kept = lax.scan(body, state, every, reverse=reverse)
     if rest and not reverse:
-        carry, y = run(state[0], last, rest, before[-1])
-        state = carry, jax.tree.map(lambda out, y: write(out, y, last), state[1], y)
-    return state
+        state, kept_of_rest = run_rest(state)
+    if rest:
+        kept = jax.tree.map(lambda k, r: jnp.concatenate([k, r]), kept, kept_of_rest)
+    return *state, kept
 
 
 def _with(size, shape, axis):

@@ -3,6 +3,8 @@
 Steps where the mask is False are frozen: h_t = h_{t−1}.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -10,13 +12,45 @@ from jax import lax
 from jaxrnn import _schedule
 from jaxrnn._activation import resolve
 from jaxrnn._cell import Cell, Ids, leading_shape
-from jaxrnn._padding import select
-from jaxrnn._step import advance, from_inputs, repeated_product, row_weights
+from jaxrnn._padding import select, valid_steps, without_padding
+from jaxrnn._step import advance, from_inputs, repeated_product, row_weights, safe_ids
+
+
+class Sequences(NamedTuple):
+    """What the recurrence reads, step by step: arrays with time as one axis, or None.
+
+    Args:
+      xs: inputs, or `Ids`.
+      drive: added to a.
+      mask: which steps are valid; on the others the state is frozen.
+      cut: at which steps derivatives do not pass from a_t to h_{t−1}; of no effect on values.
+    """
+
+    xs: jax.Array | Ids
+    drive: jax.Array | None
+    mask: jax.Array | None
+    cut: jax.Array | None
+
+
+def prepared(
+    sequences: Sequences, first: jax.Array | int, lengths: jax.Array | None, size: int
+) -> Sequences:
+    """Some steps as the loops want them, of which the first is number `first`.
+
+    0 on invalid steps, so that what stands there meets no product; safe ids.
+    """
+    xs, drive, mask, cut = sequences
+    if lengths is not None:
+        mask = valid_steps(lengths, None, leading_shape(xs)[0], first)
+    xs, drive = jax.tree.map(lambda x: without_padding(x, mask), (xs, drive))
+    if isinstance(xs, Ids):
+        xs = safe_ids(xs.ids, size)
+    return Sequences(xs, drive, mask, cut)
 
 
 def states(
     cell: Cell,
-    sequences: tuple,
+    sequences: Sequences,
     h0: jax.Array,
     *,
     reverse: bool,
@@ -27,13 +61,13 @@ def states(
 
     Args:
       cell: the `Cell`.
-      sequences: (xs, drive, mask), with time as axis number `time_axis` and batches around it.
+      sequences: with time as axis number `time_axis` and batches around it.
       h0: h_0, `[*batch, H]`.
       reverse: whether time runs backward.
       time_axis: how many batch axes stand in front of time.
       copies: how many networks run side by side, if this is one of them.
     """
-    xs, drive, mask = sequences
+    xs, drive, mask, _ = sequences
     activation = resolve(cell.activation)
     weights = row_weights(cell, xs)
     batch = h0.shape[:-1]

@@ -1,19 +1,20 @@
-"""The public unroll, and the one derivative rule of the library."""
+"""The public unroll: arguments checked and made ready for the loops."""
 
+import math
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 
 from jaxrnn import _checks
 from jaxrnn._cell import Cell, Ids, check_cell, check_inputs, leading_shape
+from jaxrnn._checkpointed import checkpointed
 from jaxrnn._dtypes import cast, result_dtype
-from jaxrnn._fold import foldable
-from jaxrnn._padding import check_valid, valid_steps, without_padding
-from jaxrnn._states import states
-from jaxrnn._step import preactivation, row_weights, safe_ids
-from jaxrnn._tangent import Steps, Tangents, tangent_of_states
+from jaxrnn._padding import check_valid, cut_steps, select, valid_steps, without_padding
+from jaxrnn._rule import recurrence
+from jaxrnn._states import Sequences, prepared
+from jaxrnn._step import preactivation, row_weights
 
 
 def unroll(
@@ -25,6 +26,9 @@ def unroll(
     mask: jax.Array | None = None,
     drive: jax.Array | None = None,
     reverse: bool = False,
+    checkpoint_every: int | str | None = None,
+    truncate: int | None = None,
+    window: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The hidden states of whole sequences, final state first.
 
@@ -42,7 +46,16 @@ def unroll(
       mask: bool `[T, *batch]`: which steps are valid, for gaps anywhere. Not with `lengths`.
       drive: added to the pre-activation, `[T, *batch, H]`: noise, a perturbation, an input
         computed elsewhere. Its gradient is delta.
-      reverse: run from t = T down to 1; hs stays aligned with xs.
+      reverse: run from t = T down to 1, each sequence from its own length down; hs stays
+        aligned with xs.
+      checkpoint_every: keep only every k-th state for the derivatives, and compute the others
+        again, to every order: k ≥ 1, or "sqrt" for about √T. Where only h_last is used, a
+        gradient then needs memory for T/k + k steps. Not with `window`.
+      truncate: truncated BPTT: no derivative passes from a_{mk+1} to h_{mk}, m ≥ 1, k ≥ 1; a
+        leak and h_0 stay connected. Steps are counted as they are read, invalid ones not.
+      window: derivatives of h_t reach a_{t−k+1} … a_t, k ≥ 1, as if h_t were recomputed by k
+        steps from an h_{t−k} that does not move: the sum of 3.3 cut off at k terms. Steps are
+        counted likewise. Not with `truncate`.
 
     Returns:
       (h_last, hs): the state after the last valid step (h0 where there is none),
@@ -51,8 +64,8 @@ def unroll(
 
     Raises:
       TypeError: a dtype of the wrong kind; bare integers as xs.
-      ValueError: shapes that do not fit, lengths outside 0 … T, lengths and mask together,
-        an invalid id whose value can be seen (under jit the state becomes NaN).
+      ValueError: shapes that do not fit, lengths outside 0 … T, two options that exclude each
+        other, an invalid id whose value can be seen (under jit the state becomes NaN).
 
     Numerics: in bfloat16 and float16 products and pre-activations are float32, each state is
     rounded once. Invalid steps may hold NaN or inf, their cotangents too: neither reaches
@@ -61,7 +74,9 @@ def unroll(
 
     Cost: two products a step forward, that with U for all steps at once where it pays, and
     one a step backward; the gradient of each parameter is one product over many steps. Beyond
-    inputs and parameters only hs is kept, and what a segment of the steps needs.
+    inputs and parameters only hs is kept, and what a segment of the steps needs. With
+    `checkpoint_every` the backward runs the forward again; with `window` = k it takes a product
+    over all steps k times.
     Outside jit, checking ids and lengths that lie on a device waits for them.
 
     Source: section 2, equation 1; section 3.3 for its derivative.
@@ -73,7 +88,37 @@ def unroll(
     ((2, 3), (7, 2, 3))
     """
     args = check_sequences(cell, xs, h0, lengths, mask, drive)
-    return _unroll(*args, reverse=bool(reverse))
+    return _unroll(*args, how=check_how(args[1], reverse, checkpoint_every, truncate, window))
+
+
+class How(NamedTuple):
+    """What does not depend on values: which way time runs, and how far derivatives reach."""
+
+    reverse: bool
+    checkpoint_every: int | None
+    truncate: int | None
+    window: int | None
+
+
+def check_how(xs, reverse, checkpoint_every, truncate, window) -> How:
+    """Require options that go together; "sqrt" becomes a number of steps."""
+    time = leading_shape(xs)[0]
+    if checkpoint_every is not None and not isinstance(time, int):
+        _checks.bad_value("checkpoint_every", "None where T is symbolic", repr(checkpoint_every))
+    if isinstance(checkpoint_every, str):
+        if checkpoint_every != "sqrt":
+            expected = "None, a whole number or 'sqrt'"
+            _checks.bad_value("checkpoint_every", expected, repr(checkpoint_every))
+        checkpoint_every = math.isqrt(max(time - 1, 0)) + 1
+    given = {"checkpoint_every": checkpoint_every, "truncate": truncate, "window": window}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, value in given.items():
+        _checks.positive(name, value)
+        given[name] = int(value)
+    for other in ("truncate", "checkpoint_every"):
+        if "window" in given and other in given:
+            _checks.bad_value(f"{other} and window", "at most one of them", "both")
+    return How(_checks.boolean("reverse", reverse), *(given.get(name) for name in How._fields[1:]))
 
 
 def check_sequences(cell, xs, h0, lengths, mask, drive):
@@ -83,31 +128,49 @@ def check_sequences(cell, xs, h0, lengths, mask, drive):
     xs = check_inputs("xs", xs, input_size, time=True)
     time, *batch = leading_shape(xs)
     if h0 is not None:
-        h0 = _checks.floating("h0", h0, (*batch, hidden_size))
+        hint = batch_first(xs, hidden_size)
+        h0 = _checks.floating("h0", h0, (*batch, hidden_size), hint)
     if drive is not None:
-        drive = _checks.floating("drive", drive, (time, *batch, hidden_size))
-    lengths, mask = check_valid(lengths, mask, (time, *batch))
+        shape = time, *batch, hidden_size
+        drive = _checks.floating("drive", drive, shape, _checks.swapped(shape))
+    lengths, mask = check_valid(lengths, mask, (time, *batch), batch_first(xs))
     if isinstance(xs, Ids):
         _checks.in_range("xs.ids", xs.ids, input_size, valid_steps(lengths, mask, time))
     return cell, xs, h0, lengths, mask, drive
 
 
-def prepare(cell, xs, h0, lengths, mask, drive):
-    """One dtype, h_0, one mask, safe ids, and nothing but zeros on invalid steps."""
+def batch_first(xs: jax.Array | Ids, *features: int) -> _checks.Hint:
+    """For an array `[*batch, *features]`: it would fit if xs had its first two axes swapped."""
+    name, array = ("xs.ids", xs.ids) if isinstance(xs, Ids) else ("xs", xs)
+    time, *batch = leading_shape(xs)
+    said = f"{name} {list(array.shape)} looks batch-first: time comes first here"
+    return ((time, *batch[1:], *features), said) if batch else None
+
+
+def together(
+    cell, xs, h0, lengths, mask, drive, how: How
+) -> tuple[Cell, Sequences, jax.Array, jax.Array | None]:
+    """One dtype, a state to start from, and the steps that are cut.
+
+    Returns:
+      cell, sequences, h0, lengths; on invalid steps anything, and no mask for lengths.
+    """
     dtype = result_dtype(cell, xs, h0, drive)
+    steps = leading_shape(xs)
     if h0 is None:
-        h0 = jnp.zeros((*leading_shape(xs)[1:], cell.W.shape[0]), dtype)
+        h0 = jnp.zeros((*steps[1:], cell.W.shape[0]), dtype)
     cell, xs, h0, drive = cast((cell, xs, h0, drive), dtype)
-    mask = valid_steps(lengths, mask, leading_shape(xs)[0])
-    xs, drive = jax.tree.map(lambda x: without_padding(x, mask), (xs, drive))
-    if isinstance(xs, Ids):
-        xs = safe_ids(xs.ids, cell.U.shape[1])
-    if leading_shape(xs)[0]:
-        cell, h0 = spread(cell, xs, h0, drive)
-    return cell, xs, h0, drive, mask
+    cut = None
+    if how.truncate is not None:
+        valid = valid_steps(lengths, mask, steps[0])
+        cut = cut_steps(valid, steps, how.truncate, how.reverse)
+    if steps[0]:
+        valid = mask if lengths is None else lengths[None] > 0
+        cell, h0 = spread(cell, xs, h0, drive, valid)
+    return cell, Sequences(xs, drive, mask, cut), h0, lengths
 
 
-def spread(cell, xs, h0, drive):
+def spread(cell, xs, h0, drive, mask):
     """The same values, placed as the states will be.
 
     Adding zeros gives h_0 the sharding of a state and, inside shard_map, gives h_0 and the
@@ -116,53 +179,23 @@ def spread(cell, xs, h0, drive):
     """
     now = jax.tree.map(lambda s: s[0], (xs, drive))
     a = preactivation(row_weights(cell, xs), now[0], h0, now[1])
+    a = select(None if mask is None else mask[0], a, 0)
     h0 = h0 + jnp.zeros_like(a, h0.dtype)
     zero = jnp.zeros_like(jnp.sum(a), h0.dtype)
     return jax.tree.map(lambda leaf: leaf + zero, cell), h0
 
 
 # Compiled once per shape: a scan called eagerly would be compiled at every call.
-@partial(jax.jit, static_argnames="reverse")
-def _unroll(cell, xs, h0, lengths, mask, drive, *, reverse):
-    cell, xs, h0, drive, mask = prepare(cell, xs, h0, lengths, mask, drive)
+@partial(jax.jit, static_argnames="how")
+def _unroll(cell, xs, h0, lengths, mask, drive, *, how):
+    cell, sequences, h0, lengths = together(cell, xs, h0, lengths, mask, drive, how)
+    reverse = how.reverse
     if leading_shape(xs)[0] == 0:
         return h0, jnp.zeros((0, *h0.shape), h0.dtype)
-    hs = recurrence(cell, (xs, drive, mask), h0, reverse)
-    return hs[0 if reverse else -1], without_padding(hs, mask)
-
-
-def recurrence(cell, sequences, h0, reverse):
-    """The states of all steps, frozen where the mask is False: what JAX differentiates."""
-    return _recurrence_at(reverse, 0, 1)(cell, sequences, h0)[1]
-
-
-def _recurrence_at(reverse, time_axis, side_by_side):
-    def loop(cell, sequences, h0, time_axis, copies):
-        return None, _states(reverse, time_axis, side_by_side * copies, cell, sequences, h0)
-
-    return foldable(loop, time_axis)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _states(reverse, time_axis, copies, cell, sequences, h0):
-    return states(cell, sequences, h0, reverse=reverse, time_axis=time_axis, copies=copies)
-
-
-@partial(_states.defjvp, symbolic_zeros=True)
-def _states_jvp(reverse, time_axis, copies, primals, tangents):
-    _, hs = _recurrence_at(reverse, time_axis, copies)(*primals)
-    cell, sequences, h0 = primals
-    tangents = jax.tree.map(_none_if_zero, tangents, is_leaf=lambda t: isinstance(t, SymbolicZero))
-    dcell, (dxs, ddrive, _), dh0 = tangents
-    if isinstance(dxs, Ids):
-        dxs = None
-    how = dict(reverse=reverse, time_axis=time_axis)
-    moving = Tangents(dcell, dxs, ddrive, dh0)
-    xs, drive, mask = sequences
-    steps = Steps(xs, drive, mask, hs)
-    return hs, tangent_of_states(cell, steps, h0, moving, **how)
-
-
-def _none_if_zero(tangent):
-    is_zero = isinstance(tangent, SymbolicZero) or tangent.dtype == jax.dtypes.float0
-    return None if is_zero else tangent
+    if how.checkpoint_every is not None:
+        length = how.checkpoint_every
+        found = checkpointed(cell, sequences, h0, lengths, length=length, reverse=reverse)
+        return found.h_last, found.hs
+    sequences = prepared(sequences, 0, lengths, cell.U.shape[1])
+    hs = recurrence(cell, sequences, h0, reverse=reverse, window=how.window)
+    return hs[0 if reverse else -1], without_padding(hs, sequences.mask)

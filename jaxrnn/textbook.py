@@ -12,6 +12,7 @@ to check with. Errata of the printed formulas, mended here:
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +20,30 @@ from jax import lax
 
 from jaxrnn import _checks
 from jaxrnn._activation import resolve, slope
-from jaxrnn._cell import Cell, Ids, Params, Readout, check_inputs, check_params, leading_shape
+from jaxrnn._cell import (
+    Cell,
+    Ids,
+    Params,
+    Readout,
+    check_cell,
+    check_inputs,
+    check_params,
+    leading_shape,
+)
 from jaxrnn._dtypes import cast, cast_like, result_dtype, wide
 from jaxrnn._loss import check_targets, cross_entropy, output_error
 from jaxrnn._recurrence import previous
 from jaxrnn._step import apply_readout, preactivation, row_weights
-from jaxrnn._unroll import unroll
+from jaxrnn._unroll import check_how, unroll
 
 
 def loss_and_grads(
-    params: Params, xs: jax.Array | Ids, targets: jax.Array
+    params: Params,
+    xs: jax.Array | Ids,
+    targets: jax.Array,
+    *,
+    truncate: int | None = None,
+    window: int | None = None,
 ) -> tuple[jax.Array, Params]:
     """The summed cross-entropy and its gradients, by the double sum of section 3.3.
 
@@ -40,6 +55,8 @@ def loss_and_grads(
       params: the `Params`.
       xs: inputs, float `[T, *batch, D]`, or `Ids` of `[T, *batch]`.
       targets: integer ids `[T, *batch]`, or one-hot floats `[T, *batch, K]`.
+      truncate: as in `jaxrnn.unroll`: no term has a factor ∂a_{mk+1}/∂h_{mk}.
+      window: as in `jaxrnn.unroll`: only the terms with k > t − window.
 
     Returns:
       (loss, gradients): nats, summed over steps and batch; a `Params`.
@@ -51,16 +68,26 @@ def loss_and_grads(
 
     Source: sections 3.1 to 3.3.
     """
-    return _loss_and_grads(*_checked(params, xs, targets))
+    args = _checked(params, xs, targets)
+    return _loss_and_grads(*args, how=check_how(args[1], False, None, truncate, window))
 
 
-def contributions(params: Params, xs: jax.Array | Ids, targets: jax.Array) -> Cell:
+def contributions(
+    params: Params,
+    xs: jax.Array | Ids,
+    targets: jax.Array,
+    *,
+    truncate: int | None = None,
+    window: int | None = None,
+) -> Cell:
     """The (t, k) terms of the double sum: what the loss at t owes to the step k.
 
     Args:
       params: the `Params`.
       xs: inputs, float `[T, *batch, D]`, or `Ids` of `[T, *batch]`.
       targets: integer ids `[T, *batch]`, or one-hot floats `[T, *batch, K]`.
+      truncate: as in `jaxrnn.unroll`: no term has a factor ∂a_{mk+1}/∂h_{mk}.
+      window: as in `jaxrnn.unroll`: only the terms with k > t − window.
 
     Returns:
       A `Cell` whose leaves are `[T, T, *leaf]`, first t, then k; 0 for k > t; summed over the
@@ -72,26 +99,27 @@ def contributions(params: Params, xs: jax.Array | Ids, targets: jax.Array) -> Ce
 
     Source: section 3.3.
     """
-    return _contributions(*_checked(params, xs, targets))
+    args = _checked(params, xs, targets)
+    return _contributions(*args, how=check_how(args[1], False, None, truncate, window))
 
 
-@jax.jit
-def _loss_and_grads(params, xs, targets):
+@partial(jax.jit, static_argnames="how")
+def _loss_and_grads(params, xs, targets, *, how):
     loss, hs, error = _forward(params, xs, targets)
     readout = Readout(V=jnp.einsum("tbk,tbi->ki", error, hs), c=jnp.sum(error, (0, 1)))
-    cell = _double_sum(params, xs, hs, error, kept="")
+    cell = _double_sum(params, xs, hs, error, how, kept="")
     return loss, cast_like(Params(cell, readout), params)
 
 
-@jax.jit
-def _contributions(params, xs, targets):
+@partial(jax.jit, static_argnames="how")
+def _contributions(params, xs, targets, *, how):
     _, hs, error = _forward(params, xs, targets)
-    return cast_like(_double_sum(params, xs, hs, error, kept="tk"), params.cell)
+    return cast_like(_double_sum(params, xs, hs, error, how, kept="tk"), params.cell)
 
 
 def _checked(params, xs, targets):
     params = check_params(params)
-    size = params.cell.U.shape[1]
+    size = check_cell("params.cell", params.cell).U.shape[1]
     xs = check_inputs("xs", xs, size, time=True)
     steps = leading_shape(xs)
     if isinstance(xs, Ids):
@@ -115,7 +143,7 @@ def _one_batch_axis(x):
     return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
 
 
-def _double_sum(params, xs, hs, error, kept):
+def _double_sum(params, xs, hs, error, how, kept):
     """The sum of 3.3 over batch, t and k, or (`kept` = "tk") its terms `[T, T, *leaf]`."""
     dtype = error.dtype
     cell, V = cast(params.cell, dtype), params.readout.V.astype(dtype)
@@ -129,7 +157,12 @@ def _double_sum(params, xs, hs, error, kept):
     alpha = jnp.broadcast_to(alpha, (size,))
     # ∂h_k/∂a_k and ∂h_{k+1}/∂h_k = (1 − α) I + diag(∂h/∂a) W; tanh: 1 − h².
     dh_da = jnp.einsum("i,tbi->tbi", alpha, slope(activation, phi, a))
-    jacobians = jnp.diag(1 - alpha)[None, None] + jnp.einsum("tbi,ij->tbij", dh_da, cell.W)
+    through_a = jnp.einsum("tbi,ij->tbij", dh_da, cell.W)
+    steps = jnp.arange(time)
+    if how.truncate is not None:
+        cut = (steps > 0) & (steps % how.truncate == 0)
+        through_a = jnp.where(cut[:, None, None, None], 0, through_a)
+    jacobians = jnp.diag(1 - alpha)[None, None] + through_a
 
     def multiply(products, now):
         # Row t holds (ŷ_t − y_t)ᵀ V Π_{j=k}^{t−1} ∂h_{j+1}/∂h_j; row k starts here.
@@ -137,9 +170,10 @@ def _double_sum(params, xs, hs, error, kept):
         products = jnp.einsum("tbi,bij->tbj", products, jacobian)
         own = jnp.einsum("bo,oi->bi", error, V)[None]
         products = jnp.where((steps == k)[:, None, None], own, products)
+        if how.window is not None:
+            products = jnp.where((steps - k < how.window)[:, None, None], products, 0)
         return products, products
 
-    steps = jnp.arange(time)
     later = jnp.concatenate([jacobians[1:], jnp.zeros_like(jacobians[:1])])
     start = jnp.zeros_like(dh_da)
     products = lax.scan(multiply, start, (steps, later, error), reverse=True)[1].swapaxes(0, 1)

@@ -16,12 +16,12 @@ import numpy as np
 import optax
 
 from jaxrnn import _checks
-from jaxrnn._bptt import loss_and_grads
 from jaxrnn._cell import Ids, Params, check_params
+from jaxrnn._layers import first_states, unroll_layers
 from jaxrnn._loss import cross_entropy
+from jaxrnn._loss_and_grads import loss_and_grads
 from jaxrnn._step import apply_readout
 from jaxrnn._text import streams as streams
-from jaxrnn._unroll import unroll
 
 # Held-out text is read in windows of this many steps, so that memory does not grow with it.
 EVALUATION_WINDOW = 1024
@@ -35,13 +35,13 @@ class TrainState:
     Args:
       params: the `Params`.
       optimizer_state: what optax keeps.
-      h: the state carried from window to window, `[B, H]`.
+      h: the state carried from window to window, `[B, H]`; of a stack one for each layer.
       step: how many updates have been made, int32.
     """
 
     params: Params
     optimizer_state: Any
-    h: jax.Array
+    h: Any
     step: jax.Array
 
 
@@ -64,8 +64,7 @@ def init_state(
     # Copied: an update consumes its state, and the caller's params must outlive it.
     checked: Any = jax.tree.map(jnp.copy, check_params(params))
     _checks.positive("batch_size", batch_size)
-    W = checked.cell.W
-    h = jnp.zeros((batch_size, W.shape[0]), W.dtype)
+    h = first_states(checked.cell, (batch_size,))
     return TrainState(checked, optimizer.init(checked), h, jnp.zeros((), jnp.int32))
 
 
@@ -143,7 +142,7 @@ def start_over(state: TrainState) -> TrainState:
     Raises:
       TypeError: no `TrainState`.
     """
-    return replace(state, h=jnp.zeros_like(state.h))
+    return replace(state, h=jax.tree.map(jnp.zeros_like, state.h))
 
 
 def evaluate(params: Params, inputs: np.ndarray, targets: np.ndarray) -> float:
@@ -162,7 +161,7 @@ def evaluate(params: Params, inputs: np.ndarray, targets: np.ndarray) -> float:
     """
     if np.size(targets) == 0:
         _checks.bad_value("targets", "at least one character", list(np.shape(targets)))
-    h = jnp.zeros((inputs.shape[1], params.cell.W.shape[0]), params.cell.W.dtype)
+    h = first_states(params.cell, (inputs.shape[1],))
     totals = []
     for start in range(0, len(inputs), EVALUATION_WINDOW):
         window = slice(start, start + EVALUATION_WINDOW)
@@ -173,5 +172,5 @@ def evaluate(params: Params, inputs: np.ndarray, targets: np.ndarray) -> float:
 
 @jax.jit
 def _total(params, inputs, targets, h):
-    h, hs = unroll(params.cell, Ids(inputs), h)
+    h, hs = unroll_layers(params.cell, Ids(inputs), h)
     return jnp.sum(cross_entropy(apply_readout(params.readout, hs), targets)), h

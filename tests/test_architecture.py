@@ -8,7 +8,7 @@ import sys
 import tomllib
 
 import jaxrnn
-from jaxrnn import textbook, train, worked_example
+from jaxrnn import convert, textbook, train, worked_example
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxrnn"
@@ -23,10 +23,15 @@ FLOORS = [
     ["_cell"],
     ["_step", "_loss", "_init"],
     ["_states", "_recurrence"],
+    ["_linearised"],
     ["_tangent"],
+    ["_window"],
+    ["_rule"],
+    ["_checkpointed"],
     ["_unroll"],
-    ["_bptt"],
-    ["textbook", "_text", "_example_training", "_sample"],
+    ["_layers", "_bptt"],
+    ["_loss_and_grads"],
+    ["textbook", "convert", "_text", "_example_training", "_sample"],
     ["worked_example", "_corpus", "_checkpoint", "train"],
     ["_example_report", "_run"],
     ["_cli"],
@@ -79,7 +84,7 @@ def test_import_brings_in_nothing_beyond_jax_and_optax():
 
 
 def public_functions():
-    for home in (jaxrnn, textbook, train, worked_example):
+    for home in (jaxrnn, convert, textbook, train, worked_example):
         for name, value in vars(home).items():
             own = home is jaxrnn or getattr(value, "__module__", "") == home.__name__
             if own and inspect.isfunction(value) and not name.startswith("_"):

@@ -1,0 +1,189 @@
+"""The source's loss and its gradients by hand, all of section 3."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrnn import _schedule
+from jaxrnn._cell import Cell, Ids, Params, Readout, check_params, leading_shape
+from jaxrnn._checkpointed import checkpointed, recomputed
+from jaxrnn._dtypes import accumulation_dtype, cast, cast_like
+from jaxrnn._layers import check_layers, first_states, unroll_layers
+from jaxrnn._linearised import Steps, Tangents, segment_gradient
+from jaxrnn._loss import check_targets, cross_entropy, output_error
+from jaxrnn._padding import valid_steps
+from jaxrnn._rule import recurrence
+from jaxrnn._segments import offsets, over_segments, starts
+from jaxrnn._states import prepared
+from jaxrnn._step import apply_readout, product
+from jaxrnn._unroll import check_how, check_sequences, spread, together
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """What `loss_and_grads` returns beside the loss.
+
+    Args:
+      params: a `Params` of gradients.
+      h0: dL/dh_0, `[*batch, H]`; of a stack in the structure of its cells.
+      h_last: the final state itself (no gradient), likewise, to go on from.
+    """
+
+    params: Params
+    h0: Any
+    h_last: Any
+
+
+def loss_and_grads(
+    params: Params,
+    xs: jax.Array | Ids,
+    targets: jax.Array,
+    *,
+    h0: Any = None,
+    lengths: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    drive: Any = None,
+    reverse: bool = False,
+    checkpoint_every: int | str | None = None,
+    truncate: int | None = None,
+    window: int | None = None,
+) -> tuple[jax.Array, Gradients]:
+    """The summed cross-entropy of the network and its gradients, all of section 3 by hand.
+
+    L = Σ_t L_t,  ∂L/∂Ω_t = ŷ_t − y_t,  dL/dV = Σ (ŷ_t − y_t) h_tᵀ,  dL/dc = Σ (ŷ_t − y_t),
+    g_t = Vᵀ (ŷ_t − y_t), and the rest as in `bptt`.
+
+    Args:
+      params: the `Params`, of one cell or of a stack, through which `unroll_layers` goes.
+      xs: inputs, float `[T, *batch, D]`, or `Ids` of `[T, *batch]`.
+      targets: integer ids `[T, *batch]`, or one-hot floats `[T, *batch, K]`.
+      h0: first state, `[*batch, H]`, of a stack in the structure of its cells; zeros by default.
+      lengths: as in `unroll`; invalid steps have no loss.
+      mask: as in `unroll`; invalid steps have no loss.
+      drive: as in `unroll`, or in `unroll_layers`.
+      reverse: as in `unroll`.
+      checkpoint_every: as in `unroll`: only every k-th state is kept, and readout and loss are
+        formed for k steps at a time.
+      truncate: as in `unroll`.
+      window: as in `unroll`.
+
+    Returns:
+      (loss, `Gradients`): the loss in nats, a scalar summed over steps and batch; the
+      gradients of params and h0, and the final state to go on from.
+
+    Raises:
+      TypeError, ValueError: as `unroll` and `cross_entropy`.
+
+    Numerics: the loss is float32 or better.
+
+    Cost: logits, errors and cotangents exist for a segment of the steps at a time; hs is kept.
+      Of a stack, and with `window`, they exist for all steps.
+
+    Source: sections 3.1 to 3.3. The upper limits S and T printed there are both the length.
+
+    >>> import jax, jaxrnn
+    >>> params = jaxrnn.init_params(jax.random.key(0), 4, 8, 4)
+    >>> xs, targets = jaxrnn.Ids(jax.numpy.array([0, 1, 2, 2])), jax.numpy.array([1, 2, 2, 3])
+    >>> loss, gradients = jaxrnn.loss_and_grads(params, xs, targets)
+    >>> loss.shape, gradients.params.cell.W.shape, gradients.h_last.shape
+    ((), (8, 8), (8,))
+    """
+    params = check_params(params)
+    cell = params.cell
+    check = check_sequences if isinstance(cell, Cell) else check_layers
+    cell, xs, h0, lengths, mask, drive = check(cell, xs, h0, lengths, mask, drive)
+    how = check_how(xs, reverse, checkpoint_every, truncate, window)
+    steps = leading_shape(xs)
+    valid = valid_steps(lengths, mask, steps[0])
+    targets = check_targets(targets, (*steps, params.readout.V.shape[0]), valid)
+    run = _in_segments if isinstance(cell, Cell) and window is None else _whole
+    return run(Params(cell, params.readout), targets, xs, h0, lengths, mask, drive, how=how)
+
+
+@partial(jax.jit, static_argnames="how")
+def _in_segments(params, targets, xs, h0, lengths, mask, drive, *, how):
+    given_h0, reverse = h0, how.reverse
+    cell, sequences, h0, lengths = together(params.cell, xs, h0, lengths, mask, drive, how)
+    if leading_shape(xs)[0]:
+        ids = jnp.issubdtype(targets.dtype, jnp.integer)
+        like_errors = targets[..., None] if ids else targets[..., :1]
+        cell, h0 = spread(cell, xs, h0, like_errors.astype(h0.dtype), None)
+    wide = accumulation_dtype(h0.dtype)
+    sums = cast(jax.tree.map(jnp.zeros_like, Params(cell, params.readout)), wide)
+    carry = jnp.zeros_like(h0, wide), sums, jnp.zeros((), wide)
+    h_last = h0
+    if leading_shape(xs)[0]:
+        h_last, steps, before, length = _run(params, cell, sequences, h0, lengths, how)
+
+        def segment(carry, now, before):
+            (now, targets), (first, h_before) = now, before
+            if how.checkpoint_every is not None:
+                now = recomputed(cell, now, first, lengths, h_before, reverse)
+            from_later, sums, loss = carry
+            share, V_and_c, g = _output(params.readout, now.hs, targets, now.mask)
+            wanted = Tangents(sums.cell, None, None, h0)
+            g = g.astype(wide)
+            found = segment_gradient(cell, now, h_before, g, from_later, wanted, reverse)
+            shares = Params(found.cell, V_and_c)
+            return (found.h0, jax.tree.map(jnp.add, sums, shares), loss + share), ()
+
+        carry, *_ = over_segments(
+            segment, carry, (steps, targets), before, length, reverse=not reverse
+        )
+    from_later, sums, loss = carry
+    dh0 = from_later.astype(h0.dtype if given_h0 is None else given_h0.dtype)
+    return loss, Gradients(cast_like(sums, params), dh0, h_last)
+
+
+def _run(params, cell, sequences, h0, lengths, how):
+    """Forward: the last state, what each segment reads, and before it: its first step, a state."""
+    time = leading_shape(sequences.xs)[0]
+    length = how.checkpoint_every
+    if length is not None:
+        kept = checkpointed(cell, sequences, h0, lengths, length=length, reverse=how.reverse)
+        return kept.h_last, sequences, (offsets(time, length), kept.starts), length
+    sequences = prepared(sequences, 0, lengths, cell.U.shape[1])
+    hs = recurrence(cell, sequences, h0, reverse=how.reverse)
+    longest = max(hs.shape[-1], params.readout.V.shape[0])
+    length = _schedule.segment_length(time, h0.shape[:-1], longest)
+    before = offsets(time, length), starts(hs, h0, length, how.reverse)
+    return hs[0 if how.reverse else -1], Steps(*sequences, hs), before, length
+
+
+def _output(readout, hs, targets, mask):
+    """The loss of some steps, dL/dV and dL/dc, and g_t."""
+    logits = apply_readout(readout, hs)
+    loss = jnp.sum(cross_entropy(logits, targets, where=mask))
+    error = output_error(logits, targets, mask)  # ŷ_t − y_t (3.1)
+    # dL/dV = Σ error h_tᵀ, dL/dc = Σ error (3.2)
+    V, c = _sum_outer(error, hs), jnp.sum(error, tuple(range(error.ndim - 1)))
+    return loss, Readout(V, c), product(error, readout.V)  # g_t = Vᵀ error (3.3)
+
+
+@partial(jax.jit, static_argnames="how")
+def _whole(params, targets, xs, h0, lengths, mask, drive, *, how):
+    """Through `unroll_layers`, whose derivative rule is the same backpropagation."""
+
+    def states(cells, h0):
+        return unroll_layers(
+            cells, xs, h0, lengths=lengths, mask=mask, drive=drive, **how._asdict()
+        )
+
+    h0 = first_states(params.cell, leading_shape(xs)[1:], h0)
+    (h_last, hs), pull = jax.vjp(states, params.cell, h0)
+    valid = valid_steps(lengths, mask, hs.shape[0])
+    loss, readout, g = _output(params.readout, hs, targets, valid)
+    nothing = jax.tree.map(jnp.zeros_like, h_last)
+    dcell, dh0 = pull((nothing, g.astype(hs.dtype)))
+    found = Params(dcell, cast_like(readout, params.readout))
+    return loss, Gradients(found, dh0, h_last)
+
+
+def _sum_outer(delta, x):
+    """Σ δ_t x_tᵀ over time and batch: one product."""
+    axes = tuple(range(delta.ndim - 1))
+    return jnp.tensordot(delta, x.astype(delta.dtype), (axes, axes))

@@ -1,0 +1,79 @@
+"""The one derivative rule of the library: of the states of all steps."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+from jax.custom_derivatives import SymbolicZero
+
+from jaxrnn._cell import Cell, Ids
+from jaxrnn._fold import foldable
+from jaxrnn._linearised import Steps, Tangents
+from jaxrnn._states import Sequences, states
+from jaxrnn._tangent import tangent_of_states
+from jaxrnn._window import tangent_in_window
+
+
+class _How(NamedTuple):
+    reverse: bool
+    window: int | None
+    time_axis: int = 0
+    copies: int = 1
+
+
+def recurrence(
+    cell: Cell,
+    sequences: Sequences,
+    h0: jax.Array,
+    *,
+    reverse: bool,
+    window: int | None = None,
+) -> jax.Array:
+    """The states of all steps, frozen where the mask is False: what JAX differentiates.
+
+    Args:
+      cell: the `Cell`.
+      sequences: of one dtype, clean on invalid steps, time in front.
+      h0: the state before, `[*batch, H]`.
+      reverse: whether time runs backward.
+      window: through how many steps derivatives reach; None for all.
+    """
+    return _foldable(_How(reverse, window))(cell, sequences, h0)[1]
+
+
+def _foldable(how):
+    def loop(cell, sequences, h0, time_axis, copies):
+        here = how._replace(time_axis=time_axis, copies=how.copies * copies)
+        return None, _states(here, cell, sequences, h0)
+
+    return foldable(loop, how.time_axis)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _states(how, cell, sequences, h0):
+    axes = dict(reverse=how.reverse, time_axis=how.time_axis)
+    return states(cell, sequences, h0, **axes, copies=how.copies)
+
+
+@partial(_states.defjvp, symbolic_zeros=True)
+def _states_jvp(how, primals, tangents):
+    _, hs = _foldable(how)(*primals)
+    cell, sequences, h0 = primals
+    steps, moved = Steps(*sequences, hs=hs), moving(tangents)
+    axes = dict(reverse=how.reverse, time_axis=how.time_axis)
+    if how.window is None:
+        return hs, tangent_of_states(cell, steps, h0, moved, **axes)
+    return hs, tangent_in_window(cell, steps, h0, moved, **axes, window=how.window)
+
+
+def moving(tangents) -> Tangents:
+    """The tangents of (cell, sequences, h0) that are not zero, those of ids and masks aside."""
+    tangents = jax.tree.map(_none_if_zero, tangents, is_leaf=lambda t: isinstance(t, SymbolicZero))
+    dcell, sequences, dh0 = tangents
+    dxs = None if isinstance(sequences.xs, Ids) else sequences.xs
+    return Tangents(dcell, dxs, sequences.drive, dh0)
+
+
+def _none_if_zero(tangent):
+    is_zero = isinstance(tangent, SymbolicZero) or tangent.dtype == jax.dtypes.float0
+    return None if is_zero else tangent

@@ -1,0 +1,216 @@
+"""Stacks, layers in both directions, and what goes between them, against unrolls by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close, naive_unroll, random_case, weights
+
+import jaxrnn
+from jaxrnn import train
+
+T, B, D = 6, 3, 4
+LENGTHS = np.array([6, 0, 4])
+
+
+def cell(seed, D, H, **how):
+    return random_case(seed, D=D, H=H, **how)[0].cell
+
+
+def inputs(seed=0):
+    return weights((T, B, D), seed)
+
+
+def total(outputs):
+    return sum(jnp.sum(jnp.sin(y) * weights(y.shape)) for y in jax.tree.leaves(outputs))
+
+
+def compare(ours, theirs, *args):
+    """Values and gradients of everything."""
+    found, expected = (
+        jax.jit(jax.value_and_grad(lambda args, f=f: total(f(*args))))(args) for f in (ours, theirs)
+    )
+    assert_close(found, expected)
+
+
+def turned(x, lengths):
+    """Each sequence from its last valid step to its first, the rest as it was."""
+    return jnp.stack(
+        [jnp.concatenate([x[:n, b][::-1], x[n:, b]]) for b, n in enumerate(lengths)], 1
+    )
+
+
+def ragged(cell, xs, h0, lengths, reverse=False):
+    """A naive scan of each sequence by itself."""
+    xs = turned(xs, lengths) if reverse else xs
+    last, every = [], []
+    for b, n in enumerate(lengths):
+        h, hs = naive_unroll(cell, xs[:n, b], h0[b])
+        last.append(h)
+        every.append(jnp.concatenate([hs, jnp.zeros((T - n, hs.shape[-1]))]))
+    hs = jnp.stack(every, 1)
+    return jnp.stack(last), turned(hs, lengths) if reverse else hs
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_stack_is_one_layer_on_the_states_of_another(residual, reverse):
+    cells = cell(1, D, 5), cell(2, 5, 5, activation="relu"), cell(3, 5, 5, leak=jnp.asarray(0.4))
+    h0 = tuple(weights((B, 5), seed) for seed in (4, 5, 6))
+
+    def ours(cells, xs, h0):
+        how = dict(lengths=LENGTHS, residual=residual, reverse=reverse)
+        return jaxrnn.unroll_layers(cells, xs, h0, **how)
+
+    def by_hand(cells, xs, h0):
+        last, y = [], xs
+        for n, (cell, h) in enumerate(zip(cells, h0, strict=True)):
+            h, hs = ragged(cell, y, h, LENGTHS, reverse)
+            y = hs + y if residual and n else hs
+            last.append(h)
+        return tuple(last), y
+
+    compare(ours, by_hand, cells, inputs(), h0)
+
+
+def test_two_directions_with_lengths_and_drives():
+    cells = cell(1, D, 5), cell(2, D, 3)
+    h0 = weights((B, 5), 4), weights((B, 3), 5)
+
+    def ours(cells, xs, h0):
+        return jaxrnn.bidirectional(*cells, xs, h0, lengths=LENGTHS)
+
+    def by_hand(cells, xs, h0):
+        forward = ragged(cells[0], xs, h0[0], LENGTHS)
+        backward = ragged(cells[1], xs, h0[1], LENGTHS, reverse=True)
+        last, hs = zip(forward, backward, strict=True)
+        return last, jnp.concatenate(hs, -1)
+
+    compare(ours, by_hand, cells, inputs(), h0)
+    drive = weights((T, B, 5), 6), None
+    _, hs = jaxrnn.bidirectional(*cells, inputs(), h0, drive=drive)
+    _, forward = jaxrnn.unroll(cells[0], inputs(), h0[0], drive=drive[0])
+    assert_close(hs[..., :5], forward)
+
+
+def test_stacks_of_pairs_and_pairs_of_stacks():
+    first, second = (cell(1, D, 3), cell(2, D, 2)), (cell(3, 5, 4), cell(4, 5, 3))
+
+    def stack(cells, xs):
+        return jaxrnn.unroll_layers(cells, xs, lengths=LENGTHS)
+
+    def by_hand(cells, xs):
+        below, hs = jaxrnn.bidirectional(*cells[0], xs, lengths=LENGTHS)
+        above, hs = jaxrnn.bidirectional(*cells[1], hs, lengths=LENGTHS)
+        return (below, above), hs
+
+    compare(stack, by_hand, (first, second), inputs())
+    forward, backward = (cell(1, D, 3), cell(2, 3, 2)), cell(4, D, 3)
+
+    def of_stacks(cells, xs):
+        return jaxrnn.bidirectional(*cells, xs)
+
+    def one_by_one(cells, xs):
+        last, hs = jaxrnn.unroll_layers(cells[0], xs)
+        h, back = jaxrnn.unroll(cells[1], xs, reverse=True)
+        return (last, h), jnp.concatenate([hs, back], -1)
+
+    compare(of_stacks, one_by_one, (forward, backward), inputs())
+    # A reversed stack of pairs reads as the flipped inputs do.
+    (last, hs), (h, back) = (
+        jaxrnn.unroll_layers((first,), inputs(), reverse=True),
+        jaxrnn.unroll_layers((first,), inputs()[::-1]),
+    )
+    assert_close((last, hs), (h, back[::-1]))
+
+
+def test_one_cell_is_a_stack_of_one():
+    one, xs = cell(1, D, 5), inputs()
+    h_last, hs = jaxrnn.unroll(one, xs)
+    assert_close(jaxrnn.unroll_layers(one, xs), (h_last, hs))
+    assert_close(jaxrnn.unroll_layers((one,), xs), ((h_last,), hs))
+    assert_close(jaxrnn.unroll_layers([one], xs, (None,)), ((h_last,), hs))
+
+
+def test_dropout_stands_between_layers_only():
+    identity = jaxrnn.Cell(jnp.eye(64), jnp.zeros((64, 64)), jnp.zeros(64), activation="identity")
+    xs, rate, key = jnp.ones((50, 8, 64)), 0.25, jax.random.key(3)
+
+    def run(cells, key=key, rate=rate):
+        return jaxrnn.unroll_layers(cells, xs, dropout=rate, key=key)[1]
+
+    np.testing.assert_array_equal(run((identity,)), xs)
+    dropped = np.asarray(run((identity, identity)))
+    assert set(np.unique(dropped)) == {0.0, 1 / (1 - rate)}
+    # 25,600 draws: four standard errors of a proportion.
+    assert abs((dropped == 0).mean() - rate) < 4 * np.sqrt(rate * (1 - rate) / dropped.size)
+    np.testing.assert_array_equal(dropped, run((identity, identity)))
+    other = run((identity, identity), key=jax.random.key(4))
+    assert (dropped != other).mean() > rate
+    twice = np.asarray(run((identity,) * 3))
+    # Every layer draws anew.
+    assert abs((twice == 0).mean() - (1 - (1 - rate) ** 2)) < 0.02
+    np.testing.assert_array_equal(run((identity, identity), rate=0.0, key=None), xs)
+
+
+@pytest.mark.parametrize("how", [
+    {}, {"checkpoint_every": 2}, {"truncate": 2}, {"window": 2}, {"reverse": True},
+    {"lengths": LENGTHS},
+], ids=str)  # fmt: skip
+def test_loss_and_gradients_of_a_stack(how):
+    cells = cell(1, D, 5), (cell(2, 5, 2), cell(3, 5, 3))
+    readout = random_case(H=5)[0].readout
+    params, xs = jaxrnn.Params(cells, readout), inputs()
+    targets = jnp.arange(T * B).reshape(T, B) % 3
+    h0 = weights((B, 5), 4), (weights((B, 2), 5), None)
+
+    def loss(params, h0):
+        _, hs = jaxrnn.unroll_layers(params.cell, xs, h0, **how)
+        logits = jaxrnn.apply_readout(params.readout, hs)
+        where = np.arange(T)[:, None] < how["lengths"] if "lengths" in how else None
+        return jnp.sum(jaxrnn.cross_entropy(logits, targets, where=where))
+
+    filled = h0[0], (h0[1][0], jnp.zeros((B, 3)))
+    expected, (of_params, of_h0) = jax.value_and_grad(loss, (0, 1))(params, filled)
+    found, gradients = jaxrnn.loss_and_grads(params, xs, targets, h0=h0, **how)
+    assert_close((found, gradients.params, gradients.h0), (expected, of_params, of_h0))
+    h_last, _ = jaxrnn.unroll_layers(cells, xs, h0, **how)
+    assert_close(gradients.h_last, h_last)
+
+
+def test_stacks_of_ids_under_vmap_and_jit():
+    cells = cell(1, D, 5), cell(2, 5, 4)
+    ids = np.arange(T * B).reshape(T, B) % D
+
+    def one(ids):
+        return jaxrnn.unroll_layers(cells, jaxrnn.Ids(ids))
+
+    last, hs = jax.jit(jax.vmap(one, 1, (0, 1)))(ids)
+    assert_close((last, hs), one(ids))
+
+
+def test_a_stack_is_drawn_trained_and_sampled():
+    import optax
+
+    params = jaxrnn.init_params(jax.random.key(0), 3, 16, 3, layers=2, dtype=jnp.float64)
+    assert [c.U.shape for c in params.cell] == [(16, 3), (16, 16)]
+    assert float(jnp.abs(params.cell[0].W - params.cell[1].W).max()) > 0.1
+    text = np.tile([0, 1, 1, 2], 40)
+    optimizer = optax.adam(1e-2)
+    state, update = train.init_state(params, optimizer, 2), train.make_update(optimizer)
+    reader = train.windows(*train.streams(text, 2), seq_length=8)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for _ in range(60):
+            inputs, targets, first = next(reader)
+            state, nats = update(train.start_over(state) if first else state, inputs, targets)
+        held = train.evaluate(state.params, inputs, targets)
+    assert nats < 0.1 and held < 0.2
+    drawn = jaxrnn.generate(state.params, jax.random.key(1), [0, 1], 6, temperature=0)
+    np.testing.assert_array_equal(drawn, [1, 2, 0, 1, 1, 2])
+
+
+def test_generation_needs_layers_that_read_forward():
+    pair = jaxrnn.Params(((cell(1, 3, 2), cell(2, 3, 3)),), random_case(H=5)[0].readout)
+    message = r"^params.cell\[0\]: expected a Cell, which reads forward, got a pair of them$"
+    with pytest.raises(TypeError, match=message):
+        jaxrnn.generate(pair, jax.random.key(0), [0], 1)

@@ -1,0 +1,305 @@
+"""How far derivatives reach back, and what is kept for them: truncate, window, checkpoint_every."""
+
+from functools import partial
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close, naive_unroll, random_case, weights
+from jax import lax
+
+import jaxrnn
+from jaxrnn import textbook
+
+T, B = 5, 2
+MASK = np.array([[1, 0], [1, 1], [0, 1], [1, 0], [1, 1]], bool)
+
+
+def one_step(cell, h, x, seen=None):
+    """A step that reads `seen` in place of h in its pre-activation."""
+    a = cell.U @ x + cell.W @ (h if seen is None else seen) + cell.b
+    return h + (jnp.tanh(a) - h) * (1 if cell.leak is None else cell.leak)
+
+
+def truncated(cell, xs, h, k):
+    """One sequence, its valid steps only, in scan order."""
+    hs = []
+    for n, x in enumerate(xs):
+        h = one_step(cell, h, x, lax.stop_gradient(h) if n and n % k == 0 else h)
+        hs.append(h)
+    return hs
+
+
+def windowed(cell, xs, h0, k):
+    """h_t computed again by k steps from an h_{t−k} that does not move."""
+    states = [h0, *truncated(cell, xs, h0, len(xs) + 1)]
+    hs = []
+    for n in range(1, len(xs) + 1):
+        h = h0 if n < k else lax.stop_gradient(states[n - k])
+        for x in xs[max(n - k, 0) : n]:
+            h = one_step(cell, h, x)
+        hs.append(h)
+    return hs
+
+
+def literal(of_one, k, valid, reverse):
+    """An unroll by the definition, sequence by sequence, in Python loops."""
+
+    def unroll(cell, xs, h0):
+        last, every = [], jnp.zeros((*xs.shape[:2], h0.shape[-1]))
+        for b in range(xs.shape[1]):
+            t = np.flatnonzero(valid[:, b])[:: -1 if reverse else 1]
+            hs = of_one(cell, list(xs[t, b]), h0[b], k)
+            last.append(hs[-1])
+            every = every.at[t, b].set(jnp.stack(hs))
+        return jnp.stack(last), every
+
+    return unroll
+
+
+def scalar(unroll):
+    def loss(*args):
+        h_last, hs = unroll(*args)
+        return jnp.sum(jnp.sin(hs) * weights(hs.shape)) + jnp.sum(jnp.exp(h_last))
+
+    return loss
+
+
+def derivatives(unroll, args):
+    """First order, and second order in two mixtures; each is a part of a gradient."""
+    f, n = scalar(unroll), (0, 1, 2)
+
+    def gradient(*a):
+        return jax.grad(f, n)(*a)
+
+    def steep(*a):
+        return sum(jnp.sum(jnp.sin(g)) for g in jax.tree.leaves(gradient(*a)))
+
+    forward_over_reverse = jax.jvp(gradient, args, jax.tree.map(jnp.cos, args))
+    return forward_over_reverse, jax.grad(steep, n)(*args)
+
+
+VARIANTS = {
+    "plain": ({}, {}),
+    "leak, gaps and reverse": ({"leak": jnp.linspace(0, 0.8, 5)}, {"mask": MASK, "reverse": True}),
+}
+# Two orders, as in test_orders: 6 times the tolerance of the first.
+SECOND = 6e-12
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
+@pytest.mark.parametrize("how", [
+    {"truncate": 1}, {"truncate": 2}, {"truncate": 2, "checkpoint_every": 3},
+    {"window": 1}, {"window": 2}, {"window": 5}, {"window": 6},
+], ids=str)  # fmt: skip
+def test_derivatives_are_those_of_the_definition(how, variant):
+    of_cell, of_unroll = variant
+    params, xs, h0, _ = random_case(T=T, batch=(B,), **of_cell)
+    args = (params.cell, xs, h0)
+    valid, reverse = of_unroll.get("mask", np.ones((T, B), bool)), "reverse" in of_unroll
+    of_one = windowed if "window" in how else truncated
+    expected = literal(of_one, how.get("window", how.get("truncate")), valid, reverse)
+    found = partial(jaxrnn.unroll, **how, **of_unroll)
+    assert_close(found(*args), expected(*args))
+    ours = jax.jit(partial(derivatives, found))(args)
+    # Not compiled: its loops are unrolled.
+    assert_close(ours, derivatives(expected, args), SECOND)
+
+
+@pytest.mark.parametrize("how", [{"truncate": 2}, {"truncate": 9}, {"window": 2}], ids=str)
+@pytest.mark.parametrize("leak", [None, jnp.asarray(0.3)], ids=["plain", "leaky"])
+def test_the_double_sum_is_cut_off_likewise(how, leak):
+    params, xs, _, targets = random_case(leak=leak)
+    expected, by_sum = textbook.loss_and_grads(params, xs, targets, **how)
+    loss, gradients = jaxrnn.loss_and_grads(params, xs, targets, **how)
+    assert_close((loss, gradients.params), (expected, by_sum))
+
+    def of_states(hs):
+        return jnp.sum(jaxrnn.cross_entropy(jaxrnn.apply_readout(params.readout, hs), targets))
+
+    hs = jaxrnn.unroll(params.cell, xs)[1]
+    g = jax.grad(of_states)(hs)
+    assert_close(jaxrnn.bptt(params.cell, xs, None, hs, g, **how).cell, by_sum.cell)
+    terms = textbook.contributions(params, xs, targets, **how)
+    assert_close(jax.tree.map(lambda x: jnp.sum(x, (0, 1)), terms), by_sum.cell)
+    # Nothing beyond the window, or across a cut where no leak passes it on.
+    reach = np.abs(terms.b).sum(-1) > 0
+    t, k = np.indices(reach.shape)
+    allowed = (t - k < 2) if "window" in how else (t // how["truncate"] == k // how["truncate"])
+    assert (reach == (allowed & (k <= t))).all() or leak is not None
+    assert (reach <= (k <= t)).all()
+
+
+@pytest.mark.parametrize("how", [{"truncate": 2}, {"window": 2}, {"checkpoint_every": 2}], ids=str)
+@pytest.mark.parametrize("axes", [((None, 0, 0), (0, 0)), ((None, 1, 0), (0, 1)),
+                                  ((0, None, None), (0, 0))],
+                         ids=["in front", "in place", "members"])  # fmt: skip
+def test_vmap_of_every_option(how, axes):
+    of, out = axes
+    params, *args = random_case(T=T, batch=())
+    args = [params.cell, *args[:2]]
+    args = [arg if axis is None else jax.tree.map(
+        lambda x, axis=axis: jnp.stack([x, 0.9 * x, -x], axis), arg)
+        for arg, axis in zip(args, of, strict=True)]  # fmt: skip
+    unroll = partial(jaxrnn.unroll, **how)
+
+    def singly(*args):
+        each = [unroll(*(arg if axis is None else jax.tree.map(
+            lambda x, axis=axis, n=n: jnp.take(x, n, axis), arg)
+            for arg, axis in zip(args, of, strict=True))) for n in range(3)]  # fmt: skip
+        return [jnp.stack(y, axis) for y, axis in zip(zip(*each, strict=True), out, strict=True)]
+
+    def gradient(f):
+        def total(*args):
+            return sum(jnp.sum(jnp.sin(y) * weights(y.shape)) for y in f(*args))
+
+        return jax.jit(jax.grad(total, (0, 1, 2)))(*args)
+
+    assert_close(gradient(jax.vmap(unroll, of, out)), gradient(singly))
+
+
+@pytest.mark.parametrize(
+    "axes", [("members", 0), (0, "members"), (0, "members", 0), (0, 0)], ids=str
+)
+def test_checkpoints_of_members_and_batches(axes):
+    # All sizes are the same: an axis taken for another shows in the values alone.
+    params, *_ = random_case(D=3, H=3)
+    batch = (3,) * sum(axis != "members" for axis in axes)
+    xs, h0 = weights((*batch, 3, 3), seed=1), weights((*batch, 3), seed=2)
+    cells = params.cell
+    if "members" in axes:
+        cells = jax.tree.map(lambda x: jnp.stack([x, 0.9 * x, -x]), cells)
+
+    def gradient(f):
+        for axis in reversed(axes):
+            f = jax.vmap(f, (0, None, None) if axis == "members" else (None, axis, 0))
+
+        def total(*args):
+            return sum(jnp.sum(jnp.sin(y) * weights(y.shape)) for y in f(*args))
+
+        return jax.jit(jax.value_and_grad(total, (0, 1, 2)))(cells, xs, h0)
+
+    assert_close(gradient(partial(jaxrnn.unroll, checkpoint_every=2)), gradient(naive_unroll))
+
+
+EVERY = [1, 2, "sqrt", 9]
+SEQUENCES = {
+    "floats": {},
+    "lengths": {"lengths": np.array([5, 0, 3])},
+    "lengths, reverse": {"lengths": np.array([5, 0, 3]), "reverse": True},
+    "gaps": {"mask": np.arange(15).reshape(5, 3) % 4 != 1},
+    "drive": {"drive": weights((5, 3, 5), 3)},
+}
+
+
+@pytest.mark.parametrize("every", EVERY)
+@pytest.mark.parametrize("how", SEQUENCES.values(), ids=SEQUENCES.keys())
+def test_checkpoints_change_no_gradient(how, every):
+    params, xs, h0, targets = random_case(T=T, leak=jnp.asarray(0.6) if "mask" in how else None)
+    drive = how.get("drive")
+    how = {name: value for name, value in how.items() if name != "drive"}
+    if "mask" in how or "lengths" in how:
+        valid = how["mask"] if "mask" in how else np.arange(T)[:, None] < how["lengths"]
+        xs = jnp.where(valid[..., None], xs, jnp.nan)
+
+    def loss(cell, xs, h0, drive, **more):
+        return scalar(partial(jaxrnn.unroll, drive=drive, **how, **more))(cell, xs, h0)
+
+    args = (params.cell, xs, h0, drive)
+    wanted = (0, 1, 2) if drive is None else (0, 1, 2, 3)
+    found, expected = (
+        jax.jit(jax.value_and_grad(partial(loss, **more), wanted))(*args)
+        for more in ({"checkpoint_every": every}, {})
+    )
+    assert_close(found, expected)
+    found, expected = (
+        jaxrnn.loss_and_grads(params, xs, targets, h0=h0, drive=drive, **how, **more)
+        for more in ({"checkpoint_every": every}, {})
+    )
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_checkpoints_change_no_derivative_of_second_order(reverse):
+    params, xs, h0, targets = random_case(T=T, batch=(B,))
+    args = (params.cell, xs, h0)
+    found = partial(jaxrnn.unroll, reverse=reverse, checkpoint_every=2)
+
+    def turned(cell, xs, h0):
+        h_last, hs = naive_unroll(cell, xs[::-1], h0)
+        return h_last, hs[::-1]
+
+    expected = turned if reverse else naive_unroll
+    found, expected = (jax.jit(partial(derivatives, f))(args) for f in (found, expected))
+    assert_close(found, expected, SECOND)
+
+    def curvature(every):
+        def steep(params):
+            _, found = jaxrnn.loss_and_grads(params, xs, targets, checkpoint_every=every)
+            return sum(jnp.sum(jnp.sin(g)) for g in jax.tree.leaves(found))
+
+        return jax.jit(jax.grad(steep))(params)
+
+    assert_close(curvature(2), curvature(None), SECOND)
+
+
+def test_checkpoints_of_ids():
+    params, _, h0, targets = random_case(T=T)
+    xs = jaxrnn.Ids(jnp.where(targets == 1, 7, targets))
+
+    def gradient(every):
+        def loss(cell, h0):
+            h_last, hs = jaxrnn.unroll(cell, xs, h0, mask=targets != 1, checkpoint_every=every)
+            return jnp.sum(jnp.sin(hs)) + jnp.sum(h_last)
+
+        return jax.grad(loss, (0, 1))(params.cell, h0)
+
+    assert_close(gradient(2), gradient(None))
+
+
+def temporaries(f, *shapes):
+    return jax.jit(f).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+
+def growing(every, of):
+    """Bytes of temporaries for T = 1e3, 1e4 and 1e5, nothing of which need exist."""
+    batch, D, H, K = 8, 4, 32, 4
+
+    def shape(*sizes, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    cell = jaxrnn.Cell(shape(H, D), shape(H, H), shape(H))
+    params = jaxrnn.Params(cell, jaxrnn.Readout(shape(K, H), shape(K)))
+    for time in (1_000, 10_000, 100_000):
+        xs, ids = shape(time, batch, D), shape(time, batch, dtype=jnp.int32)
+        if of == "h_last":
+            yield temporaries(jax.grad(
+                lambda cell, xs: jnp.sum(jaxrnn.unroll(cell, xs, checkpoint_every=every)[0]),
+                (0, 1)), cell, xs)  # fmt: skip
+        elif of == "lengths":
+            yield temporaries(jax.grad(lambda cell, xs, lengths: jnp.sum(
+                jaxrnn.unroll(cell, xs, lengths=lengths, checkpoint_every=every)[0])),
+                cell, xs, shape(batch, dtype=jnp.int32))  # fmt: skip
+        elif of == "vmap":
+            yield temporaries(jax.grad(lambda cell, xs: jnp.sum(jax.vmap(
+                lambda xs: jaxrnn.unroll(cell, xs, checkpoint_every=every)[0])(xs))),
+                cell, shape(batch, time, D))  # fmt: skip
+        else:
+            yield temporaries(lambda params, ids, y: jaxrnn.loss_and_grads(
+                params, jaxrnn.Ids(ids), y, checkpoint_every=every), params, ids, ids)  # fmt: skip
+
+
+@pytest.mark.parametrize("of", ["h_last", "lengths", "vmap", "loss_and_grads"])
+def test_temporaries_grow_like_the_square_root_of_time(of):
+    found = list(growing("sqrt", of))
+    # A tenfold T is √10 = 3.17 times the states and the steps of a segment, weights aside.
+    assert all(later <= 3.17 * earlier for earlier, later in pairwise(found))
+    # About √T states are kept, and of a segment of as many steps some eight arrays.
+    assert found[-1] <= 10 * np.sqrt(1e5) * 4 * 8 * 32 * 2
+
+
+def test_temporaries_grow_with_time_where_all_states_are_kept():
+    found = list(growing(None, "h_last"))
+    assert found[-1] > 100_000 * 4 * 8 * 32 and found[-1] > 6 * found[-2]
