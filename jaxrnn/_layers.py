@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrnn import _checks
+from jaxrnn import _checks, _sharding
 from jaxrnn._cell import Cell, Cells, Ids, check_cells, directions, first_cell, leading_shape
 from jaxrnn._dtypes import result_dtype
 from jaxrnn._step import step
@@ -243,7 +243,7 @@ def _dropouts(rate: float, key: jax.Array | None, count: int) -> list[Callable]:
         return [lambda y: y] * count
 
     def drop(y, key):
-        kept = jax.random.bernoulli(key, 1 - rate, y.shape)
+        kept = _sharding.laid_out_like(jax.random.bernoulli(key, 1 - rate, y.shape), y)
         return jnp.where(kept, y / jnp.asarray(1 - rate, y.dtype), jnp.zeros_like(y))
 
     keys = jax.random.split(key, count)

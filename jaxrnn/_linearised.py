@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxrnn import _sharding
 from jaxrnn._cell import Cell, Ids
 from jaxrnn._dtypes import accumulation_dtype, cast
 from jaxrnn._padding import select
@@ -102,7 +103,8 @@ def _leak_gradient(at: At, leak: jax.Array, adjoint: jax.Array) -> jax.Array:
 def _from_weights(dU, xs):
     if isinstance(xs, Ids):
         # A row of dUᵀ for each id; its transpose adds each delta to the row of its id.
-        return dU.T.at[xs.ids].get(mode="fill", fill_value=0)
+        laid_out = _sharding.of_rows(dU.T, xs.ids)
+        return dU.T.at[xs.ids].get(mode="fill", fill_value=0, out_sharding=laid_out)
     return product(xs, dU.T)
 
 

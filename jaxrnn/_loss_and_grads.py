@@ -6,8 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from jaxrnn import _schedule
+from jaxrnn import _schedule, _sharding
 from jaxrnn._cell import Cell, Ids, Params, Readout, check_params, leading_shape
 from jaxrnn._checkpointed import checkpointed, recomputed
 from jaxrnn._dtypes import accumulation_dtype, cast, cast_like
@@ -185,5 +186,6 @@ def _whole(params, targets, xs, h0, lengths, mask, drive, *, how):
 
 def _sum_outer(delta, x):
     """Σ δ_t x_tᵀ over time and batch: one product."""
-    axes = tuple(range(delta.ndim - 1))
-    return jnp.tensordot(delta, x.astype(delta.dtype), (axes, axes))
+    axes, x = tuple(range(delta.ndim - 1)), x.astype(delta.dtype)
+    laid_out = _sharding.of_outer(delta, x)
+    return lax.dot_general(delta, x, ((axes, axes), ((), ())), out_sharding=laid_out)

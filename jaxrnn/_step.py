@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxrnn import _checks, _schedule
+from jaxrnn import _checks, _schedule, _sharding
 from jaxrnn._activation import Activation, resolve
 from jaxrnn._cell import Cell, Ids, Readout, check_cell, check_inputs, check_readout
 from jaxrnn._dtypes import accumulation_dtype, cast, result_dtype, wide
@@ -67,7 +67,8 @@ def from_inputs(
     """U x + b + drive, the part of a that needs no state, for one step or for all."""
     if isinstance(x, Ids):
         # The ids have been made safe: an invalid one names the row of NaN.
-        a = weights.U_T.at[x.ids].get(mode="promise_in_bounds")
+        laid_out = _sharding.of_rows(weights.U_T, x.ids)
+        a = weights.U_T.at[x.ids].get(mode="promise_in_bounds", out_sharding=laid_out)
     else:
         a = product(x, weights.U_T)
         a += like(weights.b, a)

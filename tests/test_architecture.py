@@ -15,7 +15,7 @@ PACKAGE = ROOT / "jaxrnn"
 
 # A file imports only from floors below its own.
 FLOORS = [
-    ["_primitive", "_segments", "_schedule"],
+    ["_primitive", "_segments", "_schedule", "_sharding"],
     ["_fold", "_linear_map"],
     ["_dtypes", "_devices", "_printed", "_ngram", "_plots", "_progress"],
     ["_checks"],

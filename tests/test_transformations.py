@@ -96,6 +96,61 @@ def test_sharded_arrays(case, kind):
     assert_close(default, jax.grad(lambda c, x: loss(c, x, None), (0, 1))(params.cell, xs))
 
 
+PARAMS = random_case(K=4)[0]
+STACK = jaxrnn.Params((PARAMS.cell, random_case(1, D=5)[0].cell), PARAMS.readout)
+IDS = np.arange(24).reshape(6, BATCH) % 4
+FLOATS, DRIVE = np.cos(np.arange(96.0)).reshape(6, BATCH, 4), np.ones((6, BATCH, 5))
+LENGTHS = np.array([6, 2, 0, 5])
+
+
+def gradient_of(xs, **how):
+    def loss(cell):
+        wrapped = jaxrnn.Ids(xs) if jnp.issubdtype(xs.dtype, jnp.integer) else xs
+        return jnp.sum(jnp.sin(jaxrnn.unroll(cell, wrapped, **how)[1]))
+
+    return jax.grad(loss)(PARAMS.cell)
+
+
+# Batches of each argument lie on four devices, and JAX checks every operation's layout.
+SHARDED = {
+    "ids and a mask": lambda xs, mask: gradient_of(xs, mask=mask),
+    "lengths, reverse": lambda xs, n: gradient_of(xs, lengths=n, reverse=True),
+    "drive": lambda xs, drive: gradient_of(xs, drive=drive),
+    "checkpoints": lambda xs, n: gradient_of(xs, lengths=n, checkpoint_every=4),
+    "truncate": lambda xs, mask: gradient_of(xs, mask=mask, truncate=2),
+    "window": lambda xs, n: gradient_of(xs, lengths=n, window=2),
+    "bptt": lambda xs, g: jaxrnn.bptt(PARAMS.cell, xs, None, g, g),
+    "loss and gradients": lambda xs, y: jaxrnn.loss_and_grads(PARAMS, jaxrnn.Ids(xs), y),
+    "the same with checkpoints": lambda xs, y: jaxrnn.loss_and_grads(
+        PARAMS, xs, y, checkpoint_every=2
+    ),
+    "a stack": lambda xs, y: jaxrnn.loss_and_grads(STACK, xs, y),
+    "dropout": lambda xs: jaxrnn.unroll_layers(
+        STACK.cell, xs, dropout=0.5, key=jax.random.key(1)
+    ),
+}  # fmt: skip
+ARGUMENTS = {
+    "ids and a mask": (IDS, IDS != 1), "lengths, reverse": (FLOATS, LENGTHS),
+    "drive": (FLOATS, DRIVE), "checkpoints": (IDS, LENGTHS), "truncate": (FLOATS, IDS != 1),
+    "window": (IDS, LENGTHS), "bptt": (FLOATS, DRIVE), "loss and gradients": (IDS, IDS[::-1]),
+    "the same with checkpoints": (FLOATS, IDS), "a stack": (FLOATS, IDS), "dropout": (FLOATS,),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_explicit_sharding(name):
+    f, args = SHARDED[name], ARGUMENTS[name]
+    expected = jax.jit(f)(*args)
+    devices = mesh(AxisType.Explicit)
+    with jax.set_mesh(devices):
+        placed = [
+            jax.device_put(x, NamedSharding(devices, P(*(None,) * (x.ndim > 1), "data")))
+            for x in args
+        ]
+        found = jax.jit(f)(*placed)
+    assert_close(found, expected)
+
+
 def test_inside_loops_branches_and_checkpoints(case):
     params, xs, h0, _ = case
 
