@@ -9,12 +9,15 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-WITNESSES = [f"tests/test_{name}.py" for name in ("gradients", "orders", "vmap", "schedule")]
+WITNESSES = [
+    f"tests/test_{name}.py"
+    for name in ("gradients", "orders", "vmap", "schedule", "reach", "layers")
+]
 
 # name -> (file, what stands there, what the mutant says instead, the witnesses that see it)
 MUTANTS = {
     "adjoint off by a thousandth": (
-        "_recurrence.py", "W_T_times(delta) + J_t.keep", "1.001 * W_T_times(delta) + J_t.keep",
+        "_recurrence.py", "J_t.through_W(W_T_times(delta))", "1.001 * W_T_times(delta)",
         "match_a_naive_scan and tanh and 7",
     ),
     "adjoint without its transpose": (
@@ -38,11 +41,11 @@ MUTANTS = {
         "match_a_naive_scan and leak and 7",
     ),
     "tangent of W without its transpose": (
-        "_tangent.py", "product(at.h_prev, dcell.W.T)", "product(at.h_prev, dcell.W)",
+        "_linearised.py", "product(at.seen, dcell.W.T)", "product(at.seen, dcell.W)",
         "match_a_naive_scan and tanh and 7",
     ),
     "hand gradient of V from the state before": (
-        "_bptt.py", "_sum_outer(error, steps.hs)", "_sum_outer(error, jnp.roll(steps.hs, 1, 0))",
+        "_loss_and_grads.py", "_sum_outer(error, hs)", "_sum_outer(error, jnp.roll(hs, 1, 0))",
         "equations_of_section_3",
     ),
     "the source's sign": (
@@ -55,11 +58,12 @@ MUTANTS = {
         "jacobians", "double_sum",
     ),
     "gradient of a leak without the state before": (
-        "_tangent.py", "adjoint * (at.phi - at.h_prev.astype(adjoint.dtype))", "adjoint * at.phi",
+        "_linearised.py", "adjoint * (at.phi - at.h_prev.astype(adjoint.dtype))",
+        "adjoint * at.phi",
         "match_a_naive_scan and leak and 7",
     ),
     "tangent of a leak without the state before": (
-        "_tangent.py", "(at.phi - at.h_prev.astype(e.dtype))", "at.phi.astype(e.dtype)",
+        "_linearised.py", "(at.phi - at.h_prev.astype(e.dtype))", "at.phi.astype(e.dtype)",
         "forward_mode and leaky and 2",
     ),
     "cotangent of the last state at the first": (
@@ -71,7 +75,7 @@ MUTANTS = {
         "hessian_vector_products and tanh",
     ),
     "frozen steps that have a Jacobian": (
-        "_recurrence.py", "adjoint), adjoint)", "adjoint), 0 * adjoint)",
+        "_recurrence.py", "select(mask, passed, adjoint)", "select(mask, passed, 0 * adjoint)",
         "reverse_and_lengths and lengths",
     ),
     "a fold that turns the members around": (
@@ -79,7 +83,7 @@ MUTANTS = {
         "under_vmap and batch and first",
     ),
     "ids that miss their column": (
-        "_tangent.py", "dU.T.at[xs.ids]", "dU.T.at[xs.ids - 1]", "ids_under_every_choice and 2",
+        "_linearised.py", "dU.T.at[xs.ids]", "dU.T.at[xs.ids - 1]", "ids_under_every_choice and 2",
     ),
     "wrong matvec, seen by second orders only": (
         "_recurrence.py", "return y - times(", "return y - 1.001 * times(",
@@ -104,6 +108,45 @@ MUTANTS = {
     "weights on the left, not transposed": (
         "_step.py", "left, accumulate = matrix.T,", "left, accumulate = matrix,",
         "gradients_under_every_choice and plain and left",
+    ),
+    "a cut one step late": (
+        "_padding.py", "(number % every == 0)", "(number % every == 1 % every)",
+        "of_the_definition and truncate and plain and not checkpoint",
+    ),
+    "a cut that first orders alone see": (
+        "_linearised.py", "lax.stop_gradient(h_prev)", "h_prev",
+        "of_the_definition and truncate and plain and not checkpoint",
+    ),
+    "a window one step too long": (
+        "_window.py", "length=sweeps - 1", "length=sweeps",
+        "of_the_definition and window and plain",
+    ),
+    "a window whose first state moves, seen by second orders only": (
+        "_window.py", "lax.stop_gradient((known.steps.hs, known.h0))",
+        "(known.steps.hs, known.h0)", "of_the_definition and window and plain",
+    ),
+    "a window of the double sum one step too long": (
+        "textbook.py", "steps - k < how.window", "steps - k <= how.window",
+        "double_sum_is_cut_off and window and plain",
+    ),
+    "a segment computed again that hands nothing back": (
+        "_checkpointed.py", "from_later = share.h0", "from_later = 0 * share.h0",
+        "change_no_gradient and floats and 2",
+    ),
+    "a segment computed again with the lengths of the first": (
+        "_states.py", "leading_shape(xs)[0], first)", "leading_shape(xs)[0], 0 * first)",
+        "change_no_gradient and lengths and 2",
+    ),
+    "kept states that carry no derivative": (
+        "_checkpointed.py", "if g_start is not None:", "if False:",
+        "no_derivative_of_second_order and False",
+    ),
+    "both directions alike": (
+        "_layers.py", "reverse=reverse != turned", "reverse=reverse", "two_directions",
+    ),
+    "a residual that forgets the layers below": (
+        "_layers.py", "y = hs + y if residual and h_last else hs", "y = hs",
+        "stack_is_one_layer and True",
     ),
 }  # fmt: skip
 

@@ -1,5 +1,6 @@
 """What the compiled programs do, counted: products in loops, arrays, temporaries, compilations."""
 
+import dataclasses
 import itertools
 import math
 import re
@@ -57,8 +58,8 @@ def products_per_loop(f, *args):
     return sorted(loops.values())
 
 
-def products_per_compiled_loop(f, *args):
-    """Products in each while body of the optimised HLO, following fusions and calls."""
+def compiled_products(f, *args):
+    """Products in the optimised HLO, following fusions and calls: (outside loops, in each loop)."""
     text = jax.jit(f).lower(*args).compile().as_text()
     bodies = {}
     for block in re.split(r"\n\n", text):
@@ -72,7 +73,12 @@ def products_per_compiled_loop(f, *args):
         called = re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", block)
         return here + sum(count(n) for n in called if n in bodies)
 
-    return sorted(count(name) for name in re.findall(r"body=%?([\w.\-]+)", text))
+    entry = re.search(r"ENTRY %?([\w.\-]+) \(", text)[1]
+    return count(entry), sorted(count(name) for name in re.findall(r"body=%?([\w.\-]+)", text))
+
+
+def products_per_compiled_loop(f, *args):
+    return compiled_products(f, *args)[1]
 
 
 def test_walkers_see_the_naive_backward(case):
@@ -164,6 +170,38 @@ def test_gradients_nobody_asked_for_are_not_computed(case):
 
     # dx is one product; dh_0 is what the backward loop ends with.
     assert dots(only_cell) == dots(everything) - 1
+
+
+def test_the_compiled_program_has_no_gradient_that_nobody_asked_for(case):
+    def outside(*wanted):
+        count, loops = compiled_products(jax.grad(loss(jaxrnn.unroll), wanted), *case)
+        assert loops == [1, 1]
+        return count
+
+    # U x is one product, dU and dW are one each, so is dx; dh_0 is what the loop ends with.
+    assert [outside(0), outside(0, 1), outside(0, 1, 2), outside(1), outside(2)] == [3, 4, 4, 2, 1]
+
+    def of_bias(b, cell, xs, h0):
+        return loss(jaxrnn.unroll)(dataclasses.replace(cell, b=b), xs, h0)
+
+    assert compiled_products(jax.grad(of_bias), case[0].b, *case)[0] == 1
+
+
+def test_arrays_of_all_steps():
+    """Beyond inputs and outputs, of which the states are one, at most two of [T, B, H]."""
+    T, B, D, H = 100, 16, 64, 64
+
+    def shape(*sizes):
+        return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+    def both(cell, xs, h0, g):
+        hs, pull = jax.vjp(lambda *args: jaxrnn.unroll(*args)[1], cell, xs, h0)
+        return hs, pull(g)
+
+    cell = jaxrnn.Cell(shape(H, D), shape(H, H), shape(H))
+    args = cell, shape(T, B, D), shape(B, H), shape(T, B, H)
+    used = jax.jit(both).lower(*args).compile().memory_analysis().temp_size_in_bytes
+    assert used <= 2 * 4 * T * B * H + 4 * 8 * H * (H + D)
 
 
 def compiled(unroll, T, B, D, H, axis=1):
