@@ -113,6 +113,16 @@ def read_terminal(terminal):
         shown += part
 
 
+def test_a_stack_is_trained_and_sampled(text_file, tmp_path):
+    out = tmp_path / "run"
+    run = jaxrnn("train", text_file, "--out", out, "--layers", "2", *SMALL)
+    assert (run.returncode, run.stderr) == (0, "")
+    weights = 16 * (29 + 16 + 1) + 16 * (16 + 16 + 1) + 29 * (16 + 1)
+    assert f"\n{weights:,} parameters, 30 updates" in run.stdout
+    sample = jaxrnn("sample", out, "--prompt", "the ", "--length", "20")
+    assert (sample.returncode, sample.stderr, len(sample.stdout)) == (0, "", 4 + 20 + 1)
+
+
 def test_training_in_a_terminal_shows_a_bar(text_file, tmp_path):
     ours, theirs = pty.openpty()
     process = start("train", text_file, "--out", tmp_path / "run", *SMALL, stdout=theirs,
