@@ -6,6 +6,7 @@ Axes: T time, B batch, D input, H hidden, K output. Time first, features last, a
 between: inputs `[T, *batch, D]`, states `[T, *batch, H]`. Final state first, as in `lax.scan`.
 """
 
+from jaxrnn import convert as convert
 from jaxrnn import textbook as textbook
 from jaxrnn._activation import Activation as Activation
 from jaxrnn._bptt import CellGradients as CellGradients
@@ -27,3 +28,8 @@ from jaxrnn._step import step as step
 from jaxrnn._text import Vocabulary as Vocabulary
 from jaxrnn._text import one_hot as one_hot
 from jaxrnn._unroll import unroll as unroll
+from jaxrnn.convert import from_flax as from_flax
+from jaxrnn.convert import from_haiku as from_haiku
+from jaxrnn.convert import from_keras as from_keras
+from jaxrnn.convert import from_torch as from_torch
+from jaxrnn.convert import to_torch as to_torch
