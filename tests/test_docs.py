@@ -29,7 +29,9 @@ def test_docstring_examples_run(name):
 
 
 def test_examples_are_found():
-    assert {"_step", "_unroll", "_layers", "_loss_and_grads", "_text", "worked_example"} <= set(EXAMPLES)
+    assert {"_step", "_unroll", "_layers", "_loss_and_grads", "_text", "worked_example"} <= set(
+        EXAMPLES
+    )
 
 
 def blocks(language):
