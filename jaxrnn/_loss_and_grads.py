@@ -11,7 +11,7 @@ from jax import lax
 from jaxrnn import _schedule, _sharding
 from jaxrnn._cell import Cell, Ids, Params, Readout, check_params, leading_shape
 from jaxrnn._checkpointed import checkpointed, recomputed
-from jaxrnn._dtypes import accumulation_dtype, cast, cast_like
+from jaxrnn._dtypes import accumulation_dtype, cast, cast_like, result_dtype, wide
 from jaxrnn._layers import check_layers, first_states, unroll_layers
 from jaxrnn._linearised import Steps, Tangents, segment_gradient
 from jaxrnn._loss import check_targets, cross_entropy, output_error
@@ -82,7 +82,9 @@ def loss_and_grads(
     Numerics: the loss is float32 or better.
 
     Cost: logits, errors and cotangents exist for a segment of the steps at a time; hs is kept.
-      Of a stack, and with `window`, they exist for all steps.
+      Of a stack without `checkpoint_every`, and with `window`, they exist for all steps; with it,
+      where no layer is a pair and nothing is truncated, the states between layers too exist for
+      k steps at a time.
 
     Source: sections 3.1 to 3.3. The upper limits S and T printed there are both the length.
 
@@ -101,7 +103,7 @@ def loss_and_grads(
     steps = leading_shape(xs)
     valid = valid_steps(lengths, mask, steps[0])
     targets = check_targets(targets, (*steps, params.readout.V.shape[0]), valid)
-    run = _in_segments if isinstance(cell, Cell) and window is None else _whole
+    run = _in_segments if isinstance(cell, Cell) and window is None else _by_layers
     return run(Params(cell, params.readout), targets, xs, h0, lengths, mask, drive, how=how)
 
 
@@ -166,22 +168,51 @@ def _output(readout, hs, targets, mask):
 
 
 @partial(jax.jit, static_argnames="how")
-def _whole(params, targets, xs, h0, lengths, mask, drive, *, how):
+def _by_layers(params, targets, xs, h0, lengths, mask, drive, *, how):
     """Through `unroll_layers`, whose derivative rule is the same backpropagation."""
+    (time, *batch), length, cells = leading_shape(xs), how.checkpoint_every, params.cell
+    # Cuts are counted over all steps, and a pair reads from both ends.
+    if length is None or how.truncate is not None or any(isinstance(c, tuple) for c in cells):
+        length = time
+    else:
+        how = how._replace(checkpoint_every=None)
 
-    def states(cells, h0):
-        return unroll_layers(
-            cells, xs, h0, lengths=lengths, mask=mask, drive=drive, **how._asdict()
-        )
+    def states(cells, h, now, first):
+        xs, mask, drive = now
+        left = None if lengths is None else jnp.clip(wide(lengths) - first, 0, leading_shape(xs)[0])
+        return unroll_layers(cells, xs, h, lengths=left, mask=mask, drive=drive, **how._asdict())
 
-    h0 = first_states(params.cell, leading_shape(xs)[1:], h0)
-    (h_last, hs), pull = jax.vjp(states, params.cell, h0)
-    valid = valid_steps(lengths, mask, hs.shape[0])
-    loss, readout, g = _output(params.readout, hs, targets, valid)
-    nothing = jax.tree.map(jnp.zeros_like, h_last)
-    dcell, dh0 = pull((nothing, g.astype(hs.dtype)))
-    found = Params(dcell, cast_like(readout, params.readout))
-    return loss, Gradients(found, dh0, h_last)
+    def back(carry, now, before):
+        (now, targets), (first, h_before) = now, before
+        from_later, sums, loss = carry
+        (h_after, hs), pull = jax.vjp(lambda c, h: states(c, h, now, first), cells, h_before)
+        left = None if lengths is None else wide(lengths) - first
+        valid = valid_steps(left, now[1], hs.shape[0])
+        share, readout, g = _output(params.readout, hs, targets, valid)
+        dcell, from_later = pull((from_later, g.astype(hs.dtype)))
+        found = cast_like(Params(dcell, readout), sums)
+        return (from_later, jax.tree.map(jnp.add, sums, found), loss + share), h_after
+
+    steps, given_h0 = (xs, mask, drive), first_states(cells, tuple(batch), h0)
+    h0, hs = jax.eval_shape(states, cells, given_h0, steps, 0)
+    h0 = cast_like(given_h0, h0)
+    sums = jax.tree.map(lambda p: jnp.zeros_like(p, accumulation_dtype(p.dtype)), params)
+    loss = jnp.zeros((), accumulation_dtype(result_dtype(params.readout, hs)))
+    carry = jax.tree.map(jnp.zeros_like, h0), sums, loss
+    if length >= time:
+        carry, h_last = back(carry, (steps, targets), (0, h0))
+    else:
+        firsts = offsets(time, length)
+        h_last, _, kept = over_segments(
+            lambda h, now, first: (states(cells, h, now, first)[0], ()),
+            h0, steps, firsts, length, reverse=how.reverse, keep=lambda h: h,
+        )  # fmt: skip
+        carry, *_ = over_segments(
+            lambda *a: (back(*a)[0], ()),
+            carry, (steps, targets), (firsts, kept), length, reverse=not how.reverse,
+        )  # fmt: skip
+    dh0, sums, loss = carry
+    return loss, Gradients(cast_like(sums, params), cast_like(dh0, given_h0), h_last)
 
 
 def _sum_outer(delta, x):

@@ -178,6 +178,58 @@ def test_loss_and_gradients_of_a_stack(how):
     assert_close(gradients.h_last, h_last)
 
 
+@pytest.mark.parametrize("how", [
+    {}, {"lengths": LENGTHS.astype("int8"), "reverse": True}, {"mask": weights((T, B)) > -1},
+    {"drive": (None, weights((T, B, 2), 8))},
+], ids=["plain", "lengths, reverse", "gaps", "drive"])  # fmt: skip
+def test_checkpoints_of_a_whole_stack(how):
+    cells = cell(1, D, 5), cell(2, 5, 2, leak=jnp.asarray(0.6))
+    params = jaxrnn.Params(cells, random_case(H=2)[0].readout)
+    ids = jnp.arange(T * B).reshape(T, B) % 3
+    found, expected = (
+        jaxrnn.loss_and_grads(params, jaxrnn.Ids(ids), ids[::-1], checkpoint_every=k, **how)
+        for k in (4, None)
+    )
+    assert_close(found, expected)
+
+
+def test_checkpoints_of_a_stack_in_half_precision():
+    params = jaxrnn.init_params(jax.random.key(0), D, 8, 3, layers=2, dtype=jnp.bfloat16)
+    ids = jnp.arange(T * B).reshape(T, B) % 3
+    h0 = weights((B, 8), dtype=jnp.float32), None  # The result is float32.
+
+    def run(every):
+        with jax.numpy_dtype_promotion("standard"):
+            return jaxrnn.loss_and_grads(
+                params, jaxrnn.Ids(ids), ids, h0=h0, checkpoint_every=every
+            )
+
+    found, expected = run(4), run(None)
+    assert [x.dtype.name for x in (*found[1].h0, *found[1].h_last)] == [
+        "float32", "bfloat16", "float32", "float32",
+    ]  # fmt: skip
+    # The shares of two segments and their float32 sum are rounded to bfloat16, by eps/2 each.
+    assert_close(found, expected, 3 * 2**-8)
+
+
+def test_temporaries_of_a_stack_grow_like_the_square_root_of_time():
+    def shape(*sizes, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    params = jax.eval_shape(
+        lambda: jaxrnn.init_params(jax.random.key(0), 4, 32, 4, layers=2, dtype=jnp.float32)
+    )
+
+    def used(time):
+        ids = shape(time, 8, dtype=jnp.int32)
+        run = jax.jit(lambda params, ids: jaxrnn.loss_and_grads(
+            params, jaxrnn.Ids(ids), ids, checkpoint_every="sqrt"))  # fmt: skip
+        return run.lower(params, ids).compile().memory_analysis().temp_size_in_bytes
+
+    # A hundredfold T is ten times the states and the steps of a segment, weights aside.
+    assert used(100_000) <= 10 * used(1_000)
+
+
 def test_stacks_of_ids_under_vmap_and_jit():
     cells = cell(1, D, 5), cell(2, 5, 4)
     ids = np.arange(T * B).reshape(T, B) % D
