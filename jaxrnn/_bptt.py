@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jaxrnn import _checks
+from jaxrnn import _checks, _sharding
 from jaxrnn._cell import Cell, Ids, leading_shape
 from jaxrnn._dtypes import cast_like
 from jaxrnn._linearised import Steps, Tangents
@@ -79,6 +79,8 @@ def bptt(
 
     Numerics: the adjoint is float32 or better; so are all sums.
 
+    Inside shard_map each device returns its own share of every gradient.
+
     Cost: one product a step; then one product over many steps for each of U, W and xs.
 
     Source: section 3.3, with (ŷ_t − y_t) where the source prints (y_t − ŷ_t), and with the
@@ -107,15 +109,16 @@ def _bptt(cell, xs, h0, hs, dhs, dh_last, lengths, mask, drive, *, how):
     if hs.shape[0] == 0:
         nothing = jax.tree.map(jnp.zeros_like, given)
         return CellGradients(nothing.cell, nothing.xs, dh_last.astype(h0.dtype), g)
-    steps = Steps(*sequences, frozen_states(hs.astype(h0.dtype), h0, mask, reverse))
-    g = g.at[0 if reverse else -1].add(dh_last.astype(g.dtype))
-    cell, h0 = spread(cell, xs, h0, g, None)
+    hs = frozen_states(hs.astype(h0.dtype), h0, mask, reverse)
+    cell, xs, h0, g = spread(cell, xs, h0, g, mask)
+    steps = Steps(xs, _sharding.varying_like(sequences.drive, h0), mask, sequences.cut, hs)
     # δ is the gradient of a drive, whether there is one or not.
     wanted = Tangents(cell, None if isinstance(xs, Ids) else xs, jnp.zeros_like(g), h0)
     tangent = partial(tangent_of_states, cell, steps, h0, reverse=reverse)
     if how.window is not None:
         tangent = partial(tangent_in_window, cell, steps, h0, reverse=reverse, window=how.window)
-    (found,) = jax.linear_transpose(tangent, wanted)(g)
+    dh_last = dh_last.astype(h0.dtype) + jnp.zeros_like(h0)  # placed as h_0 is
+    (found,) = jax.linear_transpose(tangent, wanted)((dh_last, g))
     return CellGradients(
         cell=cast_like(found.cell, given.cell),
         xs=cast_like(found.xs, given.xs),

@@ -30,10 +30,6 @@ class _How(NamedTuple):
     time_axis: int = 0
     copies: int = 1
 
-    @property
-    def last(self) -> int:
-        return 0 if self.reverse else -1
-
     def over(self, segment, carry, steps, before, transposed=False, **how):
         reverse = self.reverse != transposed
         return over_segments(
@@ -94,8 +90,8 @@ def _checkpointed(how, cell, sequences, h0, lengths):
 def _forward_only(how, cell, sequences, h0, lengths):
     def segment(h, now, first):
         now = prepared(now, first, lengths, cell.U.shape[1])
-        hs = states(cell, now, h, reverse=how.reverse, copies=how.copies)
-        return hs[how.last], without_padding(hs, now.mask)
+        h, hs = states(cell, now, h, reverse=how.reverse, copies=how.copies)
+        return h, without_padding(hs, now.mask)
 
     time = leading_shape(sequences.xs)[how.time_axis]
     before = offsets(time, how.length)
@@ -112,24 +108,12 @@ def _checkpointed_jvp(how, primals, tangents):
     return (h_last, hs, starts), (dh_last, dhs, dstarts)
 
 
-def recomputed(
-    cell: Cell,
-    now: Sequences,
-    first: jax.Array,
-    lengths: jax.Array | None,
-    h_before: jax.Array,
-    reverse: bool,
-    copies: int = 1,
-) -> Steps:
-    """A segment with its states: what `prepared` takes, and the state before it."""
-    now = prepared(now, first, lengths, cell.U.shape[1])
-    return Steps(*now, states(cell, now, h_before, reverse=reverse, copies=copies))
-
-
 def _again(how, cell, lengths, now, before):
+    """The steps of a segment, with their states."""
     first, h_before = before
-    steps = recomputed(cell, now, first, lengths, h_before, how.reverse, how.copies)
-    return Known(cell, steps, h_before)
+    now = prepared(now, first, lengths, cell.U.shape[1])
+    _, hs = states(cell, now, h_before, reverse=how.reverse, copies=how.copies)
+    return Known(cell, Steps(*now, hs), h_before)
 
 
 def _before(how, sequences, starts):
@@ -147,8 +131,8 @@ def _forward(how, known, tangents):
         mask = at.steps.mask
         dxs, ddrive = jax.tree.map(lambda d: without_padding(d, mask), (dxs, ddrive))
         given = tangents._replace(xs=dxs, drive=ddrive, h0=dh_before)
-        dhs = push_forward(at, given, reverse=how.reverse)
-        return dhs[how.last].astype(wide), without_padding(dhs, mask)
+        dh, dhs = push_forward(at, given, reverse=how.reverse)
+        return dh, without_padding(dhs, mask)
 
     dh0 = jnp.zeros_like(h0, wide) if tangents.h0 is None else tangents.h0.astype(wide)
     steps = (sequences, tangents.xs, tangents.drive)
@@ -167,12 +151,9 @@ def _transpose(how, known, cotangents, wanted):
     def segment(carry, now, before):
         (now, g), (from_later, sums), (before, g_start) = now, carry, before
         at = _again(how, cell, lengths, now, before)
-        hs, mask = at.steps.hs, at.steps.mask
-        g = jnp.zeros_like(hs) if g is None else without_padding(g, mask)
-        share = pull_back(
-            at, g, wanted._replace(cell=sums, h0=from_later),
-            reverse=how.reverse, from_later=from_later,
-        )  # fmt: skip
+        g = None if g is None else without_padding(g, at.steps.mask)
+        asked = wanted._replace(cell=sums, h0=from_later)
+        share = pull_back(at, from_later, g, asked, reverse=how.reverse)
         from_later = share.h0
         if g_start is not None:
             from_later += g_start.astype(wide)
@@ -214,8 +195,8 @@ def _scanned(how, cell, sequences, h0):
 
     @jax.checkpoint
     def segment(h, now):
-        hs = recurrence(cell, now, h, reverse=how.reverse)
-        return hs[how.last], (without_padding(hs, now.mask), h)
+        last, hs = recurrence(cell, now, h, reverse=how.reverse)
+        return last, (without_padding(hs, now.mask), h)
 
     time = leading_shape(sequences.xs)[0]
     count, rest = divmod(time, how.length)

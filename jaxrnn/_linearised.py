@@ -112,7 +112,7 @@ def segment_gradient(
     cell: Cell,
     steps: Steps,
     h_before: jax.Array,
-    g: jax.Array,
+    g: jax.Array | None,
     from_later: jax.Array,
     wanted: Tangents,
     reverse: bool,
@@ -123,7 +123,7 @@ def segment_gradient(
       cell: the `Cell`.
       steps: the segment's.
       h_before: the state before it, in scan order.
-      g: ∂L/∂h_t at fixed later states, in the dtype of sums.
+      g: ∂L/∂h_t at fixed later states, in the dtype of sums; None for 0.
       from_later: what the later segments pass back to its last state.
       wanted: which gradients: those that are not None; of h0 it is that of h_before.
       reverse: whether time runs backward.

@@ -10,7 +10,7 @@ from jax import lax
 
 from jaxrnn import _schedule, _sharding
 from jaxrnn._cell import Cell, Ids, Params, Readout, check_params, leading_shape
-from jaxrnn._checkpointed import checkpointed, recomputed
+from jaxrnn._checkpointed import checkpointed
 from jaxrnn._dtypes import accumulation_dtype, cast, cast_like, result_dtype, wide
 from jaxrnn._layers import check_layers, first_states, unroll_layers
 from jaxrnn._linearised import Steps, Tangents, segment_gradient
@@ -81,7 +81,10 @@ def loss_and_grads(
 
     Numerics: the loss is float32 or better.
 
-    Cost: logits, errors and cotangents exist for a segment of the steps at a time; hs is kept.
+    Inside shard_map each device returns its own share of the loss and of every gradient.
+
+    Cost: logits, errors and cotangents exist for a segment of the steps at a time; hs is kept, but
+      for `checkpoint_every`. JAX can differentiate this again, with arrays of all steps.
       Of a stack without `checkpoint_every`, and with `window`, they exist for all steps; with it,
       where no layer is a pair and nothing is truncated, the states between layers too exist for
       k steps at a time.
@@ -114,7 +117,7 @@ def _in_segments(params, targets, xs, h0, lengths, mask, drive, *, how):
     if leading_shape(xs)[0]:
         ids = jnp.issubdtype(targets.dtype, jnp.integer)
         like_errors = targets[..., None] if ids else targets[..., :1]
-        cell, h0 = spread(cell, xs, h0, like_errors.astype(h0.dtype), None)
+        cell, _, h0, _ = spread(cell, xs, h0, like_errors.astype(h0.dtype), None)
     wide = accumulation_dtype(h0.dtype)
     sums = cast(jax.tree.map(jnp.zeros_like, Params(cell, params.readout)), wide)
     carry = jnp.zeros_like(h0, wide), sums, jnp.zeros((), wide)
@@ -125,7 +128,9 @@ def _in_segments(params, targets, xs, h0, lengths, mask, drive, *, how):
         def segment(carry, now, before):
             (now, targets), (first, h_before) = now, before
             if how.checkpoint_every is not None:
-                now = recomputed(cell, now, first, lengths, h_before, reverse)
+                # By the rule: JAX may differentiate this, and the loop itself knows no cuts.
+                now = prepared(now, first, lengths, cell.U.shape[1])
+                now = Steps(*now, recurrence(cell, now, h_before, reverse=reverse)[1])
             from_later, sums, loss = carry
             share, V_and_c, g = _output(params.readout, now.hs, targets, now.mask)
             wanted = Tangents(sums.cell, None, None, h0)
@@ -143,18 +148,18 @@ def _in_segments(params, targets, xs, h0, lengths, mask, drive, *, how):
 
 
 def _run(params, cell, sequences, h0, lengths, how):
-    """Forward: the last state, what each segment reads, and before it: its first step, a state."""
+    """Forward: the last state, what each segment reads, and (its first step, the state before)."""
     time = leading_shape(sequences.xs)[0]
     length = how.checkpoint_every
     if length is not None:
         kept = checkpointed(cell, sequences, h0, lengths, length=length, reverse=how.reverse)
         return kept.h_last, sequences, (offsets(time, length), kept.starts), length
     sequences = prepared(sequences, 0, lengths, cell.U.shape[1])
-    hs = recurrence(cell, sequences, h0, reverse=how.reverse)
+    h_last, hs = recurrence(cell, sequences, h0, reverse=how.reverse)
     longest = max(hs.shape[-1], params.readout.V.shape[0])
     length = _schedule.segment_length(time, h0.shape[:-1], longest)
-    before = offsets(time, length), starts(hs, h0, length, how.reverse)
-    return hs[0 if how.reverse else -1], Steps(*sequences, hs), before, length
+    before = None, starts(hs, h0, length, how.reverse)
+    return h_last, Steps(*sequences, hs), before, length
 
 
 def _output(readout, hs, targets, mask):
@@ -193,9 +198,11 @@ def _by_layers(params, targets, xs, h0, lengths, mask, drive, *, how):
         found = cast_like(Params(dcell, readout), sums)
         return (from_later, jax.tree.map(jnp.add, sums, found), loss + share), h_after
 
-    steps, given_h0 = (xs, mask, drive), first_states(cells, tuple(batch), h0)
-    h0, hs = jax.eval_shape(states, cells, given_h0, steps, 0)
-    h0 = cast_like(given_h0, h0)
+    # As in `spread`, and of the dtype of the states: by one step, which XLA removes.
+    steps, given_h0, h0 = (xs, mask, drive), h0, first_states(cells, tuple(batch), h0)
+    cells, h0 = _sharding.varying_like((cells, h0), (steps, targets, lengths))
+    after, hs = states(cells, h0, jax.tree.map(lambda s: s[:1], steps), 0)
+    h0 = jax.tree.map(lambda h, a: h.astype(a.dtype) + jnp.zeros_like(a), h0, after)
     sums = jax.tree.map(lambda p: jnp.zeros_like(p, accumulation_dtype(p.dtype)), params)
     loss = jnp.zeros((), accumulation_dtype(result_dtype(params.readout, hs)))
     carry = jax.tree.map(jnp.zeros_like, h0), sums, loss
@@ -212,7 +219,12 @@ def _by_layers(params, targets, xs, h0, lengths, mask, drive, *, how):
             carry, (steps, targets), (firsts, kept), length, reverse=not how.reverse,
         )  # fmt: skip
     dh0, sums, loss = carry
-    return loss, Gradients(cast_like(sums, params), cast_like(dh0, given_h0), h_last)
+    dh0 = jax.tree.map(_like_given, given_h0, dh0, is_leaf=lambda h: h is None)
+    return loss, Gradients(cast_like(sums, params), dh0, h_last)
+
+
+def _like_given(h0, dh0):
+    return dh0 if h0 is None else dh0.astype(h0.dtype)
 
 
 def _sum_outer(delta, x):

@@ -122,9 +122,9 @@ def tangent_states(
 
 def adjoint_states(
     J: Jacobians,
-    g: jax.Array,
+    g: jax.Array | None,
     reverse: bool,
-    from_later: jax.Array | None = None,
+    from_later: jax.Array,
     *,
     as_delta: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -135,9 +135,9 @@ def adjoint_states(
 
     Args:
       J: of the steps.
-      g: `[T, *batch, H]`.
+      g: `[T, *batch, H]`; None for 0.
       reverse: whether time runs backward.
-      from_later: J_{T+1}ᵀ λ_{T+1}, `[*batch, H]`; zeros by default.
+      from_later: J_{T+1}ᵀ λ_{T+1}, `[*batch, H]`.
       as_delta: return δ_t = α D_t λ_t, 0 on frozen steps, in place of λ_t.
 
     Returns:
@@ -152,7 +152,7 @@ def adjoint_states(
         def body(from_later, now):
             basis, mask, cut, g = now
             J_t = Jacobians(W, leak, basis, mask, cut, slope_of)
-            adjoint = g + from_later
+            adjoint = from_later if g is None else g + from_later
             delta = J_t.scale(adjoint)
             passed = J_t.through_W(W_T_times(delta)) + J_t.keep(adjoint)
             from_here = select(mask, passed, adjoint)
@@ -160,7 +160,6 @@ def adjoint_states(
 
         return lax.scan(body, from_later, sequences, reverse=not reverse)
 
-    from_later = jnp.zeros_like(g[0]) if from_later is None else from_later
     return foldable(loop)((J.W, J.leak), (J.basis, J.mask, J.cut, g), from_later)
 
 
@@ -179,7 +178,7 @@ def solve_linear(J: Jacobians, e: jax.Array, reverse: bool) -> jax.Array:
         matvec,
         e,
         solve=lambda _, e: tangent_states(J, e, reverse),
-        transpose_solve=lambda _, g: adjoint_states(J, g, reverse)[1],
+        transpose_solve=lambda _, g: adjoint_states(J, g, reverse, jnp.zeros_like(g[0]))[1],
     )
 
 

@@ -28,8 +28,10 @@ def recurrence(
     *,
     reverse: bool,
     window: int | None = None,
-) -> jax.Array:
-    """The states of all steps, frozen where the mask is False: what JAX differentiates.
+) -> tuple[jax.Array, jax.Array]:
+    """(h_last, states of all steps, frozen where the mask is False): what JAX differentiates.
+
+    Two results, so that what wants the first alone keeps nothing for the others.
 
     Args:
       cell: the `Cell`.
@@ -38,13 +40,13 @@ def recurrence(
       reverse: whether time runs backward.
       window: through how many steps derivatives reach; None for all.
     """
-    return _foldable(_How(reverse, window))(cell, sequences, h0)[1]
+    return _foldable(_How(reverse, window))(cell, sequences, h0)
 
 
 def _foldable(how):
     def loop(cell, sequences, h0, time_axis, copies):
         here = how._replace(time_axis=time_axis, copies=how.copies * copies)
-        return None, _states(here, cell, sequences, h0)
+        return _states(here, cell, sequences, h0)
 
     return foldable(loop, how.time_axis)
 
@@ -57,13 +59,14 @@ def _states(how, cell, sequences, h0):
 
 @partial(_states.defjvp, symbolic_zeros=True)
 def _states_jvp(how, primals, tangents):
-    _, hs = _foldable(how)(*primals)
+    h_last, hs = _foldable(how)(*primals)
     cell, sequences, h0 = primals
     steps, moved = Steps(*sequences, hs=hs), moving(tangents)
     axes = dict(reverse=how.reverse, time_axis=how.time_axis)
     if how.window is None:
-        return hs, tangent_of_states(cell, steps, h0, moved, **axes)
-    return hs, tangent_in_window(cell, steps, h0, moved, **axes, window=how.window)
+        return (h_last, hs), tangent_of_states(cell, steps, h0, moved, **axes)
+    moved = tangent_in_window(cell, steps, h0, moved, **axes, window=how.window)
+    return (h_last, hs), moved
 
 
 def moving(tangents) -> Tangents:

@@ -44,7 +44,10 @@ def generate(
     for n, layer in enumerate(params.cell if isinstance(params.cell, tuple) else ()):
         if not isinstance(layer, Cell):
             _checks.bad_type(f"params.cell[{n}]", "a Cell, which reads forward", "a pair of them")
-    _checks.in_range("prompt", prompt, first_cell(params.cell).U.shape[1])
+    sizes = first_cell(params.cell).U.shape[1], params.readout.V.shape[0]
+    if sizes[0] != sizes[1]:
+        _checks.bad_value("params", "as many outputs as inputs", f"{sizes[1]} and {sizes[0]}")
+    _checks.in_range("prompt", prompt, sizes[0])
     sharpness = jnp.asarray(1.0 / temperature if temperature else 1.0, jnp.float32)
     return _generate(params, key, prompt, sharpness, length=length, greedy=temperature == 0)
 

@@ -1,6 +1,7 @@
-"""Where results lie under explicit sharding, which some operations of JAX want to be told."""
+"""Where arrays lie under explicit sharding, and over which axes they vary inside shard_map."""
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -28,3 +29,18 @@ def of_outer(left: jax.Array, right: jax.Array) -> P | None:
 def laid_out_like(x: jax.Array, y: jax.Array) -> jax.Array:
     """x, placed as y is."""
     return x if _spec(y) is None else jax.sharding.reshard(x, jax.typeof(y).sharding)
+
+
+def varying_like(tree, over):
+    """The same values, which inside shard_map vary over all axes over which `over` does."""
+    leaves = jax.tree.leaves((tree, over))
+    if all(jax.typeof(x).sharding.mesh.empty for x in leaves):
+        return tree
+    zero = jnp.zeros((), jnp.float32)
+    for x in leaves:
+        zero += jnp.sum(jnp.zeros_like(x, jnp.float32))
+
+    def vary(x):
+        return x + zero.astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(vary, tree)

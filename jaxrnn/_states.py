@@ -56,8 +56,8 @@ def states(
     reverse: bool,
     time_axis: int = 0,
     copies: int = 1,
-) -> jax.Array:
-    """h_t of every step, frozen where the mask is False.
+) -> tuple[jax.Array, jax.Array]:
+    """(the last h_t in scan order, h_t of every step), frozen where the mask is False.
 
     Args:
       cell: the `Cell`.
@@ -94,7 +94,7 @@ def _over_time(body, h0, sequences, time, reverse, time_axis):
             h = body(h, now)
             return h, h
 
-        return lax.scan(step, h0, sequences, reverse=reverse)[1]
+        return lax.scan(step, h0, sequences, reverse=reverse)
 
     # Read and written in place, step by step: a scan would want time in front.
     def step_in_place(carry, t):
@@ -106,4 +106,4 @@ def _over_time(body, h0, sequences, time, reverse, time_axis):
         return (h, lax.dynamic_update_index_in_dim(hs, h, t, time_axis)), None
 
     hs = jnp.repeat(jnp.expand_dims(jnp.zeros_like(h0), time_axis), time, time_axis)
-    return lax.scan(step_in_place, (h0, hs), jnp.arange(time), reverse=reverse)[0][1]
+    return lax.scan(step_in_place, (h0, hs), jnp.arange(time), reverse=reverse)[0]

@@ -29,6 +29,8 @@ def tangent_by_jax(f: Callable, known: Known, tangents: Tangents):
     """The tangent of `f(cell, xs, drive, h0)` as JAX finds it by itself."""
     cell, (xs, drive, *_), h0 = known
     dcell, dxs, ddrive, dh0 = tangents
+    if drive is None and ddrive is not None:
+        drive = jnp.zeros_like(ddrive)
     if isinstance(xs, Ids):
         dxs = Ids(None)  # pyright: ignore[reportArgumentType]
     leaves, tree = jax.tree.flatten((cell, xs, drive, h0))
@@ -44,13 +46,21 @@ def tangent_of_states(
     *,
     reverse: bool,
     time_axis: int = 0,
-) -> jax.Array:
-    """dh of all steps; linear in the tangents, and JAX may differentiate and transpose it.
+) -> tuple[jax.Array, jax.Array]:
+    """(dh_last, dh of all steps), for JAX to differentiate and transpose: linear in the tangents.
 
     Time is axis number `time_axis` of steps, of tangents and of the result.
     """
-    how = dict(reverse=reverse, time_axis=time_axis)
-    run = LinearMap(partial(push_forward, **how), partial(pull_back, **how), partial(_plain, **how))
+
+    def transpose(known, cotangents, wanted):
+        g_last, g = cotangents
+        return pull_back(known, g_last, g, wanted, reverse=reverse, time_axis=time_axis)
+
+    def forward(known, tangents):
+        dh_last, dhs = push_forward(known, tangents, reverse=reverse, time_axis=time_axis)
+        return dh_last.astype(dhs.dtype), dhs
+
+    run = LinearMap(forward, transpose, partial(_plain, reverse=reverse, time_axis=time_axis))
     return run(Known(cell, steps, h0), tangents)
 
 
@@ -63,8 +73,8 @@ def _segments(known, reverse, time_axis) -> dict[str, Any]:
 
 def push_forward(
     known: Known, tangents: Tangents, *, reverse: bool, time_axis: int = 0
-) -> jax.Array:
-    """dh of all steps, segment by segment."""
+) -> tuple[jax.Array, jax.Array]:
+    """(dh_last in the dtype of sums, dh of all steps), segment by segment."""
     cell, steps, h0 = known
     dtype = steps.hs.dtype
     wide = accumulation_dtype(dtype)
@@ -79,32 +89,36 @@ def push_forward(
     dh0 = jnp.zeros_like(h0, wide) if tangents.h0 is None else tangents.h0.astype(wide)
     now = (steps, tangents.xs, tangents.drive)
     how = _segments(known, reverse, time_axis)
-    return over_segments(segment, dh0, now, reverse=reverse, **how)[1]
+    dh_last, dhs, _ = over_segments(segment, dh0, now, reverse=reverse, **how)
+    return dh_last, dhs
 
 
 def pull_back(
     known: Known,
-    g: jax.Array,
+    g_last: jax.Array | None,
+    g: jax.Array | None,
     wanted: Tangents,
     *,
     reverse: bool,
     time_axis: int = 0,
-    from_later: jax.Array | None = None,
 ) -> Tangents:
-    """The wanted gradients, segment by segment; `from_later` reaches the last state."""
+    """The wanted gradients, segment by segment, where None is 0.
+
+    g_last reaches the last state, g_t each of them, both at fixed later states.
+    """
     cell, steps, h0 = known
     wide = accumulation_dtype(h0.dtype)
 
     def segment(carry, now, h_before):
         (steps, g), (from_later, sums) = now, carry
-        g = g.astype(wide)
+        g = None if g is None else g.astype(wide)
         share = segment_gradient(cell, steps, h_before, g, from_later, wanted, reverse)
         sums = jax.tree.map(jnp.add, sums, share.cell)
         outputs = cast_like((share.xs, share.drive), (wanted.xs, wanted.drive))
         return (share.h0, sums), outputs
 
     sums = jax.tree.map(jnp.zeros_like, only(wanted.cell, cell))
-    carry = cast((jnp.zeros_like(h0) if from_later is None else from_later, sums), wide)
+    carry = cast((jnp.zeros_like(h0) if g_last is None else g_last, sums), wide)
     how = _segments(known, reverse, time_axis)
     (dh0, sums), (dxs, ddrive), _ = over_segments(
         segment, carry, (steps, g), reverse=not reverse, **how
@@ -125,5 +139,5 @@ def _plain(known, tangents, *, reverse, time_axis):
     e = sources(at, given)
     if given.h0 is not None:
         e = e.at[-1 if reverse else 0].add(apply_first(at.J, given.h0, reverse))
-    dhs = solve_linear(at.J, e, reverse)
-    return jnp.moveaxis(dhs.astype(dtype), 0, time_axis)
+    dhs = solve_linear(at.J, e, reverse).astype(dtype)
+    return dhs[0 if reverse else -1], jnp.moveaxis(dhs, 0, time_axis)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrnn import _checks
+from jaxrnn import _checks, _sharding
 from jaxrnn._cell import Cell, Ids, check_cell, check_inputs, leading_shape
 from jaxrnn._checkpointed import checkpointed
 from jaxrnn._dtypes import cast, result_dtype
@@ -65,7 +65,8 @@ def unroll(
     Raises:
       TypeError: a dtype of the wrong kind; bare integers as xs.
       ValueError: shapes that do not fit, lengths outside 0 … T, two options that exclude each
-        other, an invalid id whose value can be seen (under jit the state becomes NaN).
+        other, an invalid id whose value can be seen (under jit the state becomes NaN),
+        `checkpoint_every` where T is symbolic.
 
     Numerics: in bfloat16 and float16 products and pre-activations are float32, each state is
     rounded once. Invalid steps may hold NaN or inf, their cotangents too: neither reaches
@@ -112,9 +113,11 @@ def check_how(xs, reverse, checkpoint_every, truncate, window) -> How:
         checkpoint_every = math.isqrt(max(time - 1, 0)) + 1
     given = {"checkpoint_every": checkpoint_every, "truncate": truncate, "window": window}
     given = {name: value for name, value in given.items() if value is not None}
+    # From T on all numbers mean the same, but for a window, which then still reaches h_0.
+    most = 1 + (time if isinstance(time, int) else 2**30)
     for name, value in given.items():
         _checks.positive(name, value)
-        given[name] = int(value)
+        given[name] = min(int(value), most)
     for other in ("truncate", "checkpoint_every"):
         if "window" in given and other in given:
             _checks.bad_value(f"{other} and window", "at most one of them", "both")
@@ -166,23 +169,24 @@ def together(
         cut = cut_steps(valid, steps, how.truncate, how.reverse)
     if steps[0]:
         valid = mask if lengths is None else lengths[None] > 0
-        cell, h0 = spread(cell, xs, h0, drive, valid)
+        cell, xs, h0, drive = spread(cell, xs, h0, drive, valid)
     return cell, Sequences(xs, drive, mask, cut), h0, lengths
 
 
 def spread(cell, xs, h0, drive, mask):
     """The same values, placed as the states will be.
 
-    Adding zeros gives h_0 the sharding of a state and, inside shard_map, gives h_0 and the
-    cell the axes over which states vary: the loops keep what they start from, and JAX adds
-    up the cell's gradient over those axes here, once. XLA removes all of it.
+    Adding zeros gives h_0 the sharding of a state and, inside shard_map, gives all of them the
+    axes over which states vary: the loops keep what they start from, and where JAX differentiates
+    this, it adds up the gradients over those axes here, once. XLA removes all of it.
     """
+    xs, drive = _sharding.varying_like((xs, drive), (cell, h0, mask))
     now = jax.tree.map(lambda s: s[0], (xs, drive))
     a = preactivation(row_weights(cell, xs), now[0], h0, now[1])
     a = select(None if mask is None else mask[0], a, 0)
     h0 = h0 + jnp.zeros_like(a, h0.dtype)
     zero = jnp.zeros_like(jnp.sum(a), h0.dtype)
-    return jax.tree.map(lambda leaf: leaf + zero, cell), h0
+    return jax.tree.map(lambda leaf: leaf + zero, cell), xs, h0, drive
 
 
 # Compiled once per shape: a scan called eagerly would be compiled at every call.
@@ -197,5 +201,5 @@ def _unroll(cell, xs, h0, lengths, mask, drive, *, how):
         found = checkpointed(cell, sequences, h0, lengths, length=length, reverse=reverse)
         return found.h_last, found.hs
     sequences = prepared(sequences, 0, lengths, cell.U.shape[1])
-    hs = recurrence(cell, sequences, h0, reverse=reverse, window=how.window)
-    return hs[0 if reverse else -1], without_padding(hs, sequences.mask)
+    h_last, hs = recurrence(cell, sequences, h0, reverse=reverse, window=how.window)
+    return h_last, without_padding(hs, sequences.mask)

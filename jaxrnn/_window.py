@@ -35,8 +35,8 @@ def tangent_in_window(
     window: int,
     reverse: bool,
     time_axis: int = 0,
-) -> jax.Array:
-    """dh of all steps, each from its window; for the rest as `tangent_of_states`.
+) -> tuple[jax.Array, jax.Array]:
+    """(dh_last, dh of all steps), each from its window; for the rest as `tangent_of_states`.
 
     Cost: a product over all steps for each step of the window.
     """
@@ -49,7 +49,8 @@ def tangent_in_window(
     how = dict(sweeps=sweeps, reverse=reverse)
     run = LinearMap(partial(_forward, **how), partial(_transpose, **how), partial(_plain, **how))
     moving = tangents._replace(xs=front(tangents.xs), drive=front(tangents.drive))
-    return jnp.moveaxis(run(Known(cell, front(steps), h0), moving), 0, time_axis)
+    dhs = run(Known(cell, front(steps), h0), moving)
+    return dhs[0 if reverse else -1], jnp.moveaxis(dhs, 0, time_axis)
 
 
 def _sweep(first, again, h0, mask, sweeps, reverse):

@@ -122,6 +122,7 @@ def windows(
       ValueError: streams shorter than one window.
     """
     _checks.positive("seq_length", seq_length)
+    inputs, targets = _streams(inputs, targets)
     if len(inputs) < seq_length:
         _checks.bad_value("inputs", f"at least {seq_length} steps", len(inputs))
     while True:
@@ -142,6 +143,7 @@ def start_over(state: TrainState) -> TrainState:
     Raises:
       TypeError: no `TrainState`.
     """
+    _checks.instance("state", state, TrainState)
     return replace(state, h=jax.tree.map(jnp.zeros_like, state.h))
 
 
@@ -159,6 +161,7 @@ def evaluate(params: Params, inputs: np.ndarray, targets: np.ndarray) -> float:
     Raises:
       TypeError, ValueError: as `jaxrnn.unroll` and `jaxrnn.cross_entropy`; empty streams.
     """
+    params, (inputs, targets) = check_params(params), _streams(inputs, targets)
     if np.size(targets) == 0:
         _checks.bad_value("targets", "at least one character", list(np.shape(targets)))
     h = first_states(params.cell, (inputs.shape[1],))
@@ -168,6 +171,16 @@ def evaluate(params: Params, inputs: np.ndarray, targets: np.ndarray) -> float:
         total, h = _total(params, inputs[window], targets[window], h)
         totals.append(total)
     return float(sum(map(float, totals)) / targets.size)
+
+
+def _streams(inputs, targets):
+    """Ids `[L, B]` on the host, of one shape."""
+    inputs, targets = np.asarray(inputs), np.asarray(targets)
+    if inputs.ndim != 2:
+        _checks.bad_value("inputs", "shape [L, B]", list(inputs.shape))
+    if targets.shape != inputs.shape:
+        _checks.bad_value("targets", f"shape {list(inputs.shape)}", list(targets.shape))
+    return inputs, targets
 
 
 @jax.jit

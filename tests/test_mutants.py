@@ -25,7 +25,8 @@ MUTANTS = {
         "W_T_times = repeated_product(W.T, ", "match_a_naive_scan and tanh and 7",
     ),
     "adjoint added after the product": (
-        "_recurrence.py", "adjoint = g + from_later", "adjoint = from_later",
+        "_recurrence.py", "adjoint = from_later if g is None else g + from_later",
+        "adjoint = from_later",
         "match_a_naive_scan and tanh and 7",
     ),
     "state before off by one": (
@@ -66,8 +67,8 @@ MUTANTS = {
         "_linearised.py", "(at.phi - at.h_prev.astype(e.dtype))", "at.phi.astype(e.dtype)",
         "forward_mode and leaky and 2",
     ),
-    "cotangent of the last state at the first": (
-        "_bptt.py", "g.at[0 if reverse else -1]", "g.at[-1 if reverse else 0]",
+    "no cotangent of the last state": (
+        "_tangent.py", "if g_last is None else g_last", "if g_last is None else 0 * g_last",
         "match_a_naive_scan and tanh and 7",
     ),
     "tangent of the first state at the last step, in second orders": (
@@ -136,6 +137,11 @@ MUTANTS = {
     "a segment computed again with the lengths of the first": (
         "_states.py", "leading_shape(xs)[0], first)", "leading_shape(xs)[0], 0 * first)",
         "change_no_gradient and lengths and 2",
+    ),
+    "a segment of the loss computed again without its cuts": (
+        "_loss_and_grads.py", "recurrence(cell, now, h_before, reverse=reverse)[1]",
+        "recurrence(cell, now._replace(cut=None), h_before, reverse=reverse)[1]",
+        "keep_the_cuts and 3",
     ),
     "kept states that carry no derivative": (
         "_checkpointed.py", "if g_start is not None:", "if False:",

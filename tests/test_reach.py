@@ -245,6 +245,52 @@ def test_checkpoints_change_no_derivative_of_second_order(reverse):
     assert_close(curvature(2), curvature(None), SECOND)
 
 
+@pytest.mark.parametrize("every", [1, 3, 5])
+def test_checkpoints_keep_the_cuts_where_gradients_are_differentiated(every):
+    params, xs, _, targets = random_case(T=T, batch=(B,))
+
+    def all_of(**how):
+        def run(params):
+            return jaxrnn.loss_and_grads(params, xs, targets, truncate=2, **how)
+
+        def steep(params):
+            return sum(jnp.sum(jnp.sin(g)) for g in jax.tree.leaves(run(params)[1]))
+
+        return jax.jit(lambda p: (jax.grad(lambda p: run(p)[0])(p), jax.grad(steep)(p)))(params)
+
+    assert_close(all_of(checkpoint_every=every), all_of(), SECOND)
+
+
+@pytest.mark.parametrize("name", ["truncate", "window", "checkpoint_every"])
+@pytest.mark.parametrize("number", [2**32, 2**70])
+def test_from_t_on_all_numbers_mean_the_same(name, number):
+    how, (params, xs, h0, _) = {name: number}, random_case(T=T)
+
+    def gradient(**how):
+        return jax.grad(scalar(partial(jaxrnn.unroll, **how)), (0, 1, 2))(params.cell, xs, h0)
+
+    assert_close(gradient(**how), gradient())
+
+
+def test_gradients_in_a_window_are_differentiable_and_batched():
+    params, xs, h0, _ = random_case(T=T)
+    dhs = weights((T, 3, 5))
+
+    def steep(cell, dhs):
+        hs = jaxrnn.unroll(cell, xs, h0)[1]
+        found = jaxrnn.bptt(cell, xs, h0, hs, dhs, window=2)
+        return sum(jnp.sum(jnp.sin(g)) for g in jax.tree.leaves(found))
+
+    args = (params.cell, dhs)
+    moved = jax.tree.map(jnp.cos, args)
+    gradient = jax.tree.leaves(jax.grad(steep, (0, 1))(*args))
+    slope = sum(jnp.vdot(g, d) for g, d in zip(gradient, jax.tree.leaves(moved), strict=True))
+    assert_close(jax.jvp(steep, args, moved)[1], slope)
+    cells = jax.tree.map(lambda x: jnp.stack([x, 0.9 * x]), params.cell)
+    each = [steep(jax.tree.map(lambda x, n=n: x[n], cells), dhs) for n in (0, 1)]
+    assert_close(jax.vmap(steep, (0, None))(cells, dhs), jnp.stack(each))
+
+
 def test_checkpoints_of_ids():
     params, _, h0, targets = random_case(T=T)
     xs = jaxrnn.Ids(jnp.where(targets == 1, 7, targets))
@@ -302,4 +348,15 @@ def test_temporaries_grow_like_the_square_root_of_time(of):
 
 def test_temporaries_grow_with_time_where_all_states_are_kept():
     found = list(growing(None, "h_last"))
-    assert found[-1] > 100_000 * 4 * 8 * 32 and found[-1] > 6 * found[-2]
+    states = 100_000 * 4 * 8 * 32
+    # The states, and of the cotangents those of h_last alone.
+    assert states < found[-1] < 1.1 * states and found[-1] > 6 * found[-2]
+
+
+def test_the_last_state_alone_needs_no_other():
+    def used(time):
+        xs = jax.ShapeDtypeStruct((time, 8, 4), jnp.float32)
+        cell = jax.eval_shape(lambda: jaxrnn.init_cell(jax.random.key(0), 4, 32))
+        return temporaries(lambda cell, xs: jaxrnn.unroll(cell, xs)[0], cell, xs)
+
+    assert used(100_000) == used(1_000) < 10 * 4 * 8 * 32

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, naive_unroll, random_case
+from helpers import assert_close, naive_unroll, random_case, weights
 from jax import export, lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -82,6 +82,58 @@ def test_hand_gradients_add_up_over_devices(case, by_hand):
         mesh=mesh(), in_specs=(P(), data, data), out_specs=P(),
     )(params, xs, targets)  # fmt: skip
     assert_close(found, gradients(params, xs, targets))
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"checkpoint_every": 4}, {"truncate": 2}, {"window": 2}], ids=str
+)
+def test_gradients_of_what_devices_share(case, how):
+    # Inputs are split and the drive is shared; then lengths are split and inputs shared.
+    params, xs, h0, _ = case
+    drive, lengths = 0.3 * weights((6, 1, 5)), jnp.array([6, 2, 0, 5])
+
+    def states(xs, h0, drive, lengths):
+        return jaxrnn.unroll(params.cell, xs, h0, drive=drive, lengths=lengths, **how)[1]
+
+    def total(specs):
+        split = jax.shard_map(states, mesh=mesh(), in_specs=specs, out_specs=P(None, "data"))
+        return lambda *args: jnp.sum(jnp.sin(split(*args)) * weights((6, BATCH, 5)))
+
+    def whole(xs, h0, drive, lengths):
+        xs, drive = (jnp.broadcast_to(x, (6, BATCH, x.shape[-1])) for x in (xs, drive))
+        h0 = jnp.broadcast_to(h0, (BATCH, 5))
+        return jnp.sum(jnp.sin(states(xs, h0, drive, lengths)) * weights((6, BATCH, 5)))
+
+    by = P(None, "data")
+    for specs, args in (
+        ((by, P("data"), P(), P("data")), (xs, h0, drive, lengths)),
+        ((P(), P(), P(), P("data")), (xs[:, :1], h0[:1], drive, lengths)),
+    ):
+        found, expected = (jax.jit(jax.grad(f, (0, 1, 2)))(*args) for f in (total(specs), whole))
+        assert_close(found, expected)
+
+
+@pytest.mark.parametrize("call", ["stack", "stack, checkpoints", "window", "bptt"])
+def test_each_device_returns_its_own_share(case, call):
+    _, xs, _, targets = case
+
+    def gradients(xs, targets):
+        if call == "bptt":
+            g = jnp.sin(targets)[..., None] * jnp.ones((1, 1, 5))
+            return jaxrnn.bptt(PARAMS.cell, xs, None, g, g)
+        how = {"stack": {}, "window": {"window": 2}}.get(call, {"checkpoint_every": 4})
+        params = PARAMS if call == "window" else STACK
+        loss, found = jaxrnn.loss_and_grads(params, xs, targets, **how)
+        return loss, found.params
+
+    xs = xs[:, :1]  # Shared; what is split are the targets.
+    devices = [gradients(xs, targets[:, n : n + 1]) for n in range(BATCH)]
+    expected = jax.tree.map(lambda *g: jnp.stack(g), *devices)
+    found = jax.shard_map(
+        lambda xs, y: jax.tree.map(lambda g: g[None], gradients(xs, y)),
+        mesh=mesh(), in_specs=(P(), P(None, "data")), out_specs=P("data"),
+    )(xs, targets)  # fmt: skip
+    assert_close(found, expected)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
@@ -185,6 +237,20 @@ def test_export_with_symbolic_lengths(case):
     exported = export.export(gradient)(*shapes)
     args = (params.cell, xs[:5, :3], h0[:3])
     assert_close(exported.call(*args), gradient(*args))
+
+
+def test_gradients_by_hand_are_exported_with_symbolic_lengths(case):
+    params, xs, _, targets = case
+    T, B = export.symbolic_shape("T, B")
+    shapes = (
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params),
+        jax.ShapeDtypeStruct((T, B, 4), xs.dtype),
+        jax.ShapeDtypeStruct((T, B), targets.dtype),
+    )
+    exported = export.export(jax.jit(lambda *args: jax.tree.leaves(jaxrnn.loss_and_grads(*args))))
+    args = params, xs[:5, :3], targets[:5, :3]
+    expected = jax.tree.leaves(jaxrnn.loss_and_grads(*args))
+    assert_close(exported(*shapes).call(*args), expected)
 
 
 def test_gradients_by_hand_are_differentiable(case):
