@@ -170,6 +170,13 @@ def check_cells(name: str, cells: Cells) -> Cells:
     return tuple(layers)
 
 
+def check_forward(name: str, cells: Cells) -> None:
+    """Require layers none of which reads from the end."""
+    for n, layer in enumerate(cells if isinstance(cells, tuple) else ()):
+        if not isinstance(layer, Cell):
+            _checks.bad_type(f"{name}[{n}]", "a Cell, which reads forward", "a pair of them")
+
+
 def output_size(cells: Cells) -> int:
     """H of the last layer."""
     last = cells if isinstance(cells, Cell) else cells[-1]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxrnn import _checks
-from jaxrnn._cell import Cell, Ids, Params, check_params, first_cell
+from jaxrnn._cell import Ids, Params, check_forward, check_params, first_cell
 from jaxrnn._layers import step_layers, unroll_layers
 from jaxrnn._step import apply_readout
 
@@ -41,9 +41,7 @@ def generate(
     temperature = _checks.number("temperature", temperature)
     if not (math.isfinite(temperature) and temperature >= 0):
         _checks.bad_value("temperature", "a finite number, at least 0", temperature)
-    for n, layer in enumerate(params.cell if isinstance(params.cell, tuple) else ()):
-        if not isinstance(layer, Cell):
-            _checks.bad_type(f"params.cell[{n}]", "a Cell, which reads forward", "a pair of them")
+    check_forward("params.cell", params.cell)
     sizes = first_cell(params.cell).U.shape[1], params.readout.V.shape[0]
     if sizes[0] != sizes[1]:
         _checks.bad_value("params", "as many outputs as inputs", f"{sizes[1]} and {sizes[0]}")

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from jaxrnn import _checks
-from jaxrnn._cell import Ids, Params, check_params
+from jaxrnn._cell import Ids, Params, check_forward, check_params
 from jaxrnn._layers import first_states, unroll_layers
 from jaxrnn._loss import cross_entropy
 from jaxrnn._loss_and_grads import loss_and_grads
@@ -63,6 +63,7 @@ def init_state(
     """
     # Copied: an update consumes its state, and the caller's params must outlive it.
     checked: Any = jax.tree.map(jnp.copy, check_params(params))
+    check_forward("params.cell", checked.cell)  # a state from the end is not carried on
     _checks.positive("batch_size", batch_size)
     h = first_states(checked.cell, (batch_size,))
     return TrainState(checked, optimizer.init(checked), h, jnp.zeros((), jnp.int32))

@@ -431,6 +431,7 @@ TABLE = [
     ((unroll_layers,), OF_LAYERS), ((bidirectional,), OF_BIDIRECTIONAL),
     ((unroll_layers, bidirectional), STRUCTURES), ((pairs,), OF_PAIRS), ((init_cell,), OF_INIT),
     ((init_params,), [({"output_size": -1}, ValueError, "output_size: expected at least 1, got -1"),
+                      ({"layers": 0}, ValueError, "layers: expected at least 1, got 0"),
                       ({"output_size": 2.0}, TypeError,
                        "output_size: expected a whole number, got float")]),
 ]

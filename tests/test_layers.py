@@ -259,8 +259,10 @@ def test_a_stack_is_drawn_trained_and_sampled():
     np.testing.assert_array_equal(drawn, [1, 2, 0, 1, 1, 2])
 
 
-def test_generation_needs_layers_that_read_forward():
+def test_generation_and_training_need_layers_that_read_forward():
     pair = jaxrnn.Params(((cell(1, 3, 2), cell(2, 3, 3)),), random_case(H=5)[0].readout)
     message = r"^params.cell\[0\]: expected a Cell, which reads forward, got a pair of them$"
     with pytest.raises(TypeError, match=message):
         jaxrnn.generate(pair, jax.random.key(0), [0], 1)
+    with pytest.raises(TypeError, match=message):
+        train.init_state(pair, None, 2)

@@ -166,6 +166,34 @@ def test_generation_refuses(how, message):
         generate(params, jax.random.key(0), **args)
 
 
+@pytest.mark.parametrize("sizes", [(2, 9), (5, 3)])
+def test_generation_needs_as_many_outputs_as_inputs(sizes):
+    params = jaxrnn.init_params(jax.random.key(3), sizes[0], 8, sizes[1])
+    message = f"^params: expected as many outputs as inputs, got {sizes[1]} and {sizes[0]}$"
+    with pytest.raises(ValueError, match=message):
+        generate(params, jax.random.key(0), jnp.array([1]), 2)
+
+
+IDS = np.zeros((6, 2), int)
+
+
+@pytest.mark.parametrize(("call", "kind", "message"), [
+    (lambda p: train.start_over(p), TypeError, "state: expected a jaxrnn.TrainState, got Params"),
+    (lambda p: train.evaluate(3, IDS, IDS), TypeError, "params: expected a jaxrnn.Params, got int"),
+    (lambda p: train.evaluate(p, IDS[:, 0], IDS[:, 0]), ValueError,
+     r"inputs: expected shape \[L, B\], got \[6\]"),
+    (lambda p: train.evaluate(p, IDS, IDS[1:]), ValueError,
+     r"targets: expected shape \[6, 2\], got \[5, 2\]"),
+    (lambda p: next(train.windows(IDS, IDS[1:], 2)), ValueError,
+     r"targets: expected shape \[6, 2\], got \[5, 2\]"),
+    (lambda p: next(train.windows(IDS.tolist(), IDS.tolist(), 7)), ValueError,
+     "inputs: expected at least 7 steps, got 6"),
+])  # fmt: skip
+def test_bad_calls_are_one_line(params, call, kind, message):
+    with pytest.raises(kind, match=f"^{message}"):
+        call(params)
+
+
 def test_references_are_cross_entropies_of_counts():
     train_ids, held_out = np.array([0, 1, 0, 1, 0, 2]), np.array([0, 1, 2, 0])
     size, k = 3, 0.1
