@@ -14,7 +14,7 @@ from jaxrnn._dtypes import cast, result_dtype
 from jaxrnn._padding import check_valid, cut_steps, select, valid_steps, without_padding
 from jaxrnn._rule import recurrence
 from jaxrnn._states import Sequences, prepared
-from jaxrnn._step import preactivation, row_weights
+from jaxrnn._step import preactivation, row_weights, safe_ids
 
 
 def unroll(
@@ -181,8 +181,9 @@ def spread(cell, xs, h0, drive, mask):
     this, it adds up the gradients over those axes here, once. XLA removes all of it.
     """
     xs, drive = _sharding.varying_like((xs, drive), (cell, h0, mask))
-    now = jax.tree.map(lambda s: s[0], (xs, drive))
-    a = preactivation(row_weights(cell, xs), now[0], h0, now[1])
+    now, drive_now = jax.tree.map(lambda s: s[0], (xs, drive))
+    now = safe_ids(now.ids, cell.U.shape[1]) if isinstance(now, Ids) else now
+    a = preactivation(row_weights(cell, xs), now, h0, drive_now)
     a = select(None if mask is None else mask[0], a, 0)
     h0 = h0 + jnp.zeros_like(a, h0.dtype)
     zero = jnp.zeros_like(jnp.sum(a), h0.dtype)
