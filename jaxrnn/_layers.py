@@ -232,7 +232,7 @@ def _check_dropout(rate: float, key: jax.Array | None) -> float:
 
 def _check_residual(residual: bool, cells: tuple) -> None:
     sizes = [sum(cell.W.shape[0] for cell in directions(layer)) for layer in cells]
-    if _checks.boolean("residual", residual) and len(set(sizes)) > 1:
+    if residual and len(set(sizes)) > 1:
         got = "sizes " + ", ".join(map(str, sizes))
         _checks.bad_value("residual", "layers of one size", got)
 

@@ -44,8 +44,9 @@ def tangent_in_window(
     def front(tree):
         return jax.tree.map(lambda s: jnp.moveaxis(s, time_axis, 0), tree)
 
-    # After T + 1 sweeps nothing changes: h_0 is reached from all steps.
-    sweeps = min(window, steps.hs.shape[time_axis] + 1)
+    # After T + 1 sweeps nothing changes: h_0 is reached from all steps. T may be a symbol.
+    time = steps.hs.shape[time_axis]
+    sweeps = min(window, time + 1) if isinstance(time, int) else window
     how = dict(sweeps=sweeps, reverse=reverse)
     run = LinearMap(partial(_forward, **how), partial(_transpose, **how), partial(_plain, **how))
     moving = tangents._replace(xs=front(tangents.xs), drive=front(tangents.drive))

@@ -239,6 +239,16 @@ def test_export_with_symbolic_lengths(case):
     assert_close(exported.call(*args), gradient(*args))
 
 
+def test_a_window_is_exported_for_fewer_and_for_more_steps_than_it_has(case):
+    params, xs, h0, _ = case
+    (T,) = export.symbolic_shape("T")
+    gradient = jax.jit(jax.grad(lambda xs: jnp.sum(
+        jnp.sin(jaxrnn.unroll(params.cell, xs, h0, window=4)[1]))))  # fmt: skip
+    exported = export.export(gradient)(jax.ShapeDtypeStruct((T, *xs.shape[1:]), xs.dtype))
+    for time in (2, 6):
+        assert_close(exported.call(xs[:time]), gradient(xs[:time]))
+
+
 def test_gradients_by_hand_are_exported_with_symbolic_lengths(case):
     params, xs, _, targets = case
     T, B = export.symbolic_shape("T, B")
