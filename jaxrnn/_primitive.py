@@ -16,7 +16,7 @@ def make_primitive(name: str) -> Primitive:
     primitive = Primitive(name)
     primitive.multiple_results = True
     primitive.def_impl(run)
-    primitive.def_abstract_eval(lambda *_, call, **__: call.out_avals)
+    primitive.def_effectful_abstract_eval(lambda *_, call, **__: (call.out_avals, call.effects))
     mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=True))
     return primitive
 

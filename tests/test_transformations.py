@@ -1,5 +1,6 @@
 """The unroll inside other programs: devices, control flow, checkpoints, export, nested rules."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -290,6 +291,25 @@ def test_without_64_bits(case):
         assert {x.dtype.name for x in jax.tree.leaves((loss, gradients))} == {"float32"}
     wide, expected = jaxrnn.loss_and_grads(params, xs, targets)
     assert_close((loss, gradients.params), (wide, expected.params), 1e-5)
+
+
+def test_an_activation_prints_in_order(case, capfd):
+    params, xs, h0, _ = case
+    cell = params.cell
+
+    def phi(a):
+        jax.debug.print("{}", jnp.ravel(a)[0], ordered=True)
+        return jnp.tanh(a)
+
+    def loss(cell):
+        return jnp.sum(jaxrnn.unroll(dataclasses.replace(cell, activation=phi), xs, h0)[0])
+
+    jax.block_until_ready(jax.jit(jax.grad(loss))(cell))
+    jax.effects_barrier()
+    printed = [float(line) for line in capfd.readouterr().out.split()]
+    h = jnp.concatenate([h0[None], jaxrnn.unroll(cell, xs, h0)[1][:-1]])
+    a = xs @ cell.U.T + h @ cell.W.T + jnp.broadcast_to(cell.b, h.shape)
+    assert_close(jnp.array(printed[: len(xs)]), a[:, 0, 0])
 
 
 def test_debug_nans_sees_none(case):
