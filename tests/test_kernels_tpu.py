@@ -1,0 +1,140 @@
+"""The kernel for TPU: interpreted it is the scan, in every block of it, and it lowers."""
+
+from itertools import combinations, product
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from kernels import draw, every_loop, scanned
+
+from jaxrnn._activation import NAMED
+from jaxrnn._kernels import loops, pallas_tpu
+
+DTYPES = ("float32", "bfloat16")
+OPTIONS = ((), ("leak",), ("valid",), ("cut",), ("leak", "valid", "cut"))
+# Sums in another order differ by some eps, 1e-5 being 84 of float32. In bfloat16 such a sum may
+# round a v the other way, by one eps; of seven steps, each 0.9 times the one before at most, that
+# makes Σ 0.9^k ≈ 5 eps.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 6 * float(jnp.finfo("bfloat16").eps)}
+
+
+def in_pairs(*factors):
+    """Few cases of the product, in which any two values of two factors meet."""
+    met_by = {case: set(combinations(enumerate(case), 2)) for case in product(*factors)}
+    left = set().union(*met_by.values())
+    while left:
+        case = max(met_by, key=lambda case: len(met_by[case] & left))
+        left -= met_by[case]
+        yield case
+
+
+def out_dtype(loop, dtype):
+    return dtype if loop.name == "jaxrnn_states" else "float32"
+
+
+def difference(loop, arrays, *, reverse, **how):
+    """The largest one between the kernel and the scan, relative to the largest entry."""
+
+    @jax.jit
+    def both(arrays):
+        dtype = out_dtype(loop, arrays.matrix.dtype)
+        found = pallas_tpu.run(loop, arrays, dtype, reverse=reverse, interpret=True, **how)
+        return found, scanned(loop, arrays, reverse=reverse)
+
+    found, wanted = both(arrays)
+    assert jax.tree.map(jax.typeof, found) == jax.tree.map(jax.typeof, wanted)
+
+    def relative(x, y):
+        x, y = (np.asarray(z, np.float32) for z in (x, y))
+        return np.max(np.abs(x - y)) / np.max(np.abs(y))
+
+    # By NumPy: a maximum by XLA may lose NaN.
+    return np.max(jax.tree.leaves(jax.tree.map(relative, found, wanted)))
+
+
+# In blocks of three steps 7 are two of them and part of a third, which the loop enters first in
+# reverse. The sequences make two tiles, one of them padded.
+@pytest.mark.parametrize(
+    "which, dtype, reverse, T, H, options, activation",
+    list(in_pairs(range(4), DTYPES, (False, True), (7, 2, 1), (64, 128, 192), OPTIONS, NAMED)),
+)
+def test_the_kernel_is_the_scan(which, dtype, reverse, T, H, options, activation):
+    loop = list(every_loop(jnp.dtype(dtype), activation))[which]
+    rows = 32 // jnp.dtype(dtype).itemsize
+    arrays = draw(loop, T, 2, 2 * rows - 3, H, dtype, **dict.fromkeys(options, True))
+    assert difference(loop, arrays, reverse=reverse, _blocks=(rows, 3)) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("reverse", (False, True))
+def test_in_the_blocks_that_it_chooses(reverse):
+    loop = loops.states(jnp.tanh, jnp.dtype("float32"))
+    arrays = draw(loop, 66, 1, 130, 8, "float32", valid=True)
+    assert difference(loop, arrays, reverse=reverse) <= TOLERANCE["float32"]
+
+
+def test_one_stream():
+    *_, loop = every_loop(jnp.dtype("float32"))
+    arrays = draw(loop, 2, 1, 3, 64, "float32", streams=1)
+    assert difference(loop, arrays, reverse=True) <= TOLERANCE["float32"]
+
+
+def test_what_is_computed_on_padding_goes_nowhere():
+    def activation(a):
+        return jnp.where(a == 0, jnp.nan, jnp.tanh(a))
+
+    loop = loops.states(activation, jnp.dtype("float32"))
+    arrays = draw(loop, 3, 1, 3, 64, "float32")
+    assert difference(loop, arrays, reverse=False) <= TOLERANCE["float32"]
+
+
+def test_a_kernel_that_starts_over_at_every_chunk_is_seen(monkeypatch):
+    loop = loops.states(jnp.tanh, jnp.dtype("float32"))
+    arrays = draw(loop, 4, 1, 3, 64, "float32")
+    monkeypatch.setattr(pallas_tpu.pl, "when", lambda condition: lambda body: body())
+    assert difference(loop, arrays, reverse=False, _blocks=(8, 2)) > 0.01
+
+
+def lowered(loop, H, dtype, **how):
+    """The text of a kernel of that size for TPU, with every option."""
+    small = draw(loop, 100, 2, 130, 1, dtype, leak=True, valid=True, cut=True)
+
+    def wide(x):
+        return jax.ShapeDtypeStruct((*x.shape[:-1], H), x.dtype)
+
+    arrays = small._replace(
+        matrix=jax.ShapeDtypeStruct((2, H, H), dtype),
+        **{
+            part: jax.tree.map(wide, getattr(small, part))
+            for part in ("v0", "c0", "streams", "leak")
+        },
+    )
+
+    @jax.jit
+    def kernel(arrays):
+        return pallas_tpu.run(loop, arrays, out_dtype(loop, dtype), **how)
+
+    return kernel.trace(arrays).lower(lowering_platforms=("tpu",)).as_text()
+
+
+@pytest.mark.parametrize("H", (64, 128, 256, 512, 1024, "largest"))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_loop_lowers(dtype, H):
+    H = {"float32": 1664, "bfloat16": 2304}[dtype] if H == "largest" else H
+    for loop, reverse in zip(every_loop(jnp.dtype(dtype)), (False, True) * 2, strict=True):
+        assert f'kernel_name = "{loop.name}"' in lowered(loop, H, dtype, reverse=reverse)
+
+
+@pytest.mark.parametrize("precision", ("default", "highest"))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_precision_lowers(dtype, precision):
+    loop = next(every_loop(jnp.dtype(dtype)))
+    with jax.default_matmul_precision(precision):
+        lowered(loop, 128, dtype, reverse=False)
+    lowered(loop, 128, dtype, reverse=False, precision=precision)
+
+
+@pytest.mark.parametrize("dtype, largest", (("float32", 1664), ("bfloat16", 2304)))
+def test_the_largest_hidden_size(dtype, largest):
+    assert pallas_tpu.fits(largest, dtype)
+    assert not pallas_tpu.fits(largest + 1, dtype)
