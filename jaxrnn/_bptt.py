@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jaxrnn._linearised import Steps, Tangents
 from jaxrnn._padding import frozen_states, without_padding
 from jaxrnn._states import prepared
 from jaxrnn._tangent import tangent_of_states
-from jaxrnn._unroll import check_how, check_sequences, spread, together
+from jaxrnn._unroll import check_how, check_kernel, check_sequences, spread, together
 from jaxrnn._window import tangent_in_window
 
 
@@ -49,6 +50,8 @@ def bptt(
     reverse: bool = False,
     truncate: int | None = None,
     window: int | None = None,
+    implementation: str = "auto",
+    precision: Any = None,
 ) -> CellGradients:
     """The gradients of a loss that depends on the states, by backpropagation through time.
 
@@ -70,12 +73,14 @@ def bptt(
       reverse: as in `unroll`.
       truncate: as in `unroll`.
       window: as in `unroll`.
+      implementation: as in `unroll`.
+      precision: as in `unroll`.
 
     Returns:
       `CellGradients`, each in the dtype of what it is the gradient of.
 
     Raises:
-      TypeError, ValueError: as `unroll`.
+      TypeError, ValueError, NotImplementedError: as `unroll`.
 
     Numerics: the adjoint is float32 or better; so are all sums.
 
@@ -86,20 +91,22 @@ def bptt(
     Source: section 3.3, with (ŷ_t − y_t) where the source prints (y_t − ŷ_t), and with the
     Jacobian of H units, diag(1 − h²) W, where it prints that of one.
     """
-    cell, xs, h0, lengths, mask, drive = check_sequences(cell, xs, h0, lengths, mask, drive)
+    args = check_sequences(cell, xs, h0, lengths, mask, drive)
+    cell, xs, h0, lengths, mask, drive = args
     shape = (*leading_shape(xs), cell.W.shape[0])
     hs = _checks.floating("hs", hs, shape, _checks.swapped(shape))
     dhs = _checks.floating("dhs", dhs, shape, _checks.swapped(shape))
     if dh_last is not None:
         dh_last = _checks.floating("dh_last", dh_last, shape[1:])
-    how = check_how(xs, reverse, None, truncate, window)
+    how = check_how(xs, reverse, None, truncate, window, implementation, precision)
+    check_kernel(how.loops, args)
     return _bptt(cell, xs, h0, hs, dhs, dh_last, lengths, mask, drive, how=how)
 
 
 # Compiled once per shape, as the unroll is.
 @partial(jax.jit, static_argnames="how")
 def _bptt(cell, xs, h0, hs, dhs, dh_last, lengths, mask, drive, *, how):
-    given, reverse = Tangents(cell, None if isinstance(xs, Ids) else xs, drive, h0), how.reverse
+    given, loops = Tangents(cell, None if isinstance(xs, Ids) else xs, drive, h0), how.loops
     cell, sequences, h0, lengths = together(cell, xs, h0, lengths, mask, drive, how)
     sequences = prepared(sequences, 0, lengths, cell.U.shape[1])
     xs, mask = sequences.xs, sequences.mask
@@ -109,14 +116,14 @@ def _bptt(cell, xs, h0, hs, dhs, dh_last, lengths, mask, drive, *, how):
     if hs.shape[0] == 0:
         nothing = jax.tree.map(jnp.zeros_like, given)
         return CellGradients(nothing.cell, nothing.xs, dh_last.astype(h0.dtype), g)
-    hs = frozen_states(hs.astype(h0.dtype), h0, mask, reverse)
-    cell, xs, h0, g = spread(cell, xs, h0, g, mask)
+    hs = frozen_states(hs.astype(h0.dtype), h0, mask, loops.reverse)
+    cell, xs, h0, g = spread(cell, xs, h0, g, mask, loops)
     steps = Steps(xs, _sharding.varying_like(sequences.drive, h0), mask, sequences.cut, hs)
     # δ is the gradient of a drive, whether there is one or not.
     wanted = Tangents(cell, None if isinstance(xs, Ids) else xs, jnp.zeros_like(g), h0)
-    tangent = partial(tangent_of_states, cell, steps, h0, reverse=reverse)
+    tangent = partial(tangent_of_states, cell, steps, h0, loops=loops)
     if how.window is not None:
-        tangent = partial(tangent_in_window, cell, steps, h0, reverse=reverse, window=how.window)
+        tangent = partial(tangent_in_window, cell, steps, h0, loops=loops, window=how.window)
     dh_last = dh_last.astype(h0.dtype) + jnp.zeros_like(h0)  # placed as h_0 is
     (found,) = jax.linear_transpose(tangent, wanted)((dh_last, g))
     return CellGradients(

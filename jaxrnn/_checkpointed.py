@@ -15,6 +15,7 @@ from jax import lax
 from jaxrnn._cell import Cell, leading_shape
 from jaxrnn._dtypes import accumulation_dtype, cast, cast_like
 from jaxrnn._fold import foldable
+from jaxrnn._implementation import Loops
 from jaxrnn._linear_map import LinearMap
 from jaxrnn._linearised import Steps, only
 from jaxrnn._padding import without_padding
@@ -26,12 +27,12 @@ from jaxrnn._tangent import Known, pull_back, push_forward, tangent_by_jax
 
 class _How(NamedTuple):
     length: int
-    reverse: bool
+    loops: Loops
     time_axis: int = 0
     copies: int = 1
 
     def over(self, segment, carry, steps, before, transposed=False, **how):
-        reverse = self.reverse != transposed
+        reverse = self.loops.reverse != transposed
         return over_segments(
             segment, carry, steps, before, self.length,
             reverse=reverse, time_axis=self.time_axis, **how,
@@ -53,7 +54,7 @@ def checkpointed(
     lengths: jax.Array | None,
     *,
     length: int,
-    reverse: bool,
+    loops: Loops,
 ) -> Checkpoints:
     """The states, whose derivatives of every order compute each segment again.
 
@@ -63,9 +64,9 @@ def checkpointed(
       h0: the state before, `[*batch, H]`.
       lengths: as in `unroll`, in place of a mask.
       length: steps of a segment.
-      reverse: whether time runs backward.
+      loops: how the loops are run, which way time runs among it.
     """
-    how = _How(length, reverse)
+    how = _How(length, loops)
     h_last, (hs, starts) = _foldable(_checkpointed, how)(cell, sequences, (h0, lengths))
     return Checkpoints(h_last, hs, starts)
 
@@ -90,7 +91,7 @@ def _checkpointed(how, cell, sequences, h0, lengths):
 def _forward_only(how, cell, sequences, h0, lengths):
     def segment(h, now, first):
         now = prepared(now, first, lengths, cell.U.shape[1])
-        h, hs = states(cell, now, h, reverse=how.reverse, copies=how.copies)
+        h, hs = states(cell, now, h, loops=how.loops, copies=how.copies)
         return h, without_padding(hs, now.mask)
 
     time = leading_shape(sequences.xs)[how.time_axis]
@@ -112,7 +113,7 @@ def _again(how, cell, lengths, now, before):
     """The steps of a segment, with their states."""
     first, h_before = before
     now = prepared(now, first, lengths, cell.U.shape[1])
-    _, hs = states(cell, now, h_before, reverse=how.reverse, copies=how.copies)
+    _, hs = states(cell, now, h_before, loops=how.loops, copies=how.copies)
     return Known(cell, Steps(*now, hs), h_before)
 
 
@@ -131,7 +132,7 @@ def _forward(how, known, tangents):
         mask = at.steps.mask
         dxs, ddrive = jax.tree.map(lambda d: without_padding(d, mask), (dxs, ddrive))
         given = tangents._replace(xs=dxs, drive=ddrive, h0=dh_before)
-        dh, dhs = push_forward(at, given, reverse=how.reverse)
+        dh, dhs = push_forward(at, given, loops=how.loops)
         return dh, without_padding(dhs, mask)
 
     dh0 = jnp.zeros_like(h0, wide) if tangents.h0 is None else tangents.h0.astype(wide)
@@ -153,7 +154,7 @@ def _transpose(how, known, cotangents, wanted):
         at = _again(how, cell, lengths, now, before)
         g = None if g is None else without_padding(g, at.steps.mask)
         asked = wanted._replace(cell=sums, h0=from_later)
-        share = pull_back(at, from_later, g, asked, reverse=how.reverse)
+        share = pull_back(at, from_later, g, asked, loops=how.loops)
         from_later = share.h0
         if g_start is not None:
             from_later += g_start.astype(wide)
@@ -195,13 +196,14 @@ def _scanned(how, cell, sequences, h0):
 
     @jax.checkpoint
     def segment(h, now):
-        last, hs = recurrence(cell, now, h, reverse=how.reverse)
+        last, hs = recurrence(cell, now, h, loops=how.loops)
         return last, (without_padding(hs, now.mask), h)
 
     time = leading_shape(sequences.xs)[0]
     count, rest = divmod(time, how.length)
     whole = jax.tree.map(lambda s: s[: time - rest], sequences)
     whole = jax.tree.map(lambda s: s.reshape(count, how.length, *s.shape[1:]), whole)
+    reverse = how.loops.reverse
     parts = []
 
     def run_rest(h):
@@ -210,12 +212,12 @@ def _scanned(how, cell, sequences, h0):
         parts.append((hs, start[None]))
         return h
 
-    h = run_rest(h0) if rest and how.reverse else h0
+    h = run_rest(h0) if rest and reverse else h0
     if count:
-        h, (hs, starts) = lax.scan(segment, h, whole, reverse=how.reverse)
+        h, (hs, starts) = lax.scan(segment, h, whole, reverse=reverse)
         parts.append((hs.reshape(time - rest, *hs.shape[2:]), starts))
-    h = run_rest(h) if rest and not how.reverse else h
-    if how.reverse:
+    h = run_rest(h) if rest and not reverse else h
+    if reverse:
         parts.reverse()
     hs, starts = (jnp.concatenate(part) for part in zip(*parts, strict=True))
     return h, hs, starts

@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrnn import _checks, _sharding
+from jaxrnn import _checks
 from jaxrnn._cell import Cell, Cells, Ids, check_cells, directions, first_cell, leading_shape
+from jaxrnn._dropout import check_dropout, dropouts
 from jaxrnn._dtypes import result_dtype
 from jaxrnn._step import step
 from jaxrnn._unroll import batch_first, check_sequences, unroll
@@ -31,6 +32,8 @@ def unroll_layers(
     checkpoint_every: int | str | None = None,
     truncate: int | None = None,
     window: int | None = None,
+    implementation: str = "auto",
+    precision: Any = None,
     dropout: float = 0.0,
     key: jax.Array | None = None,
     residual: bool = False,
@@ -52,6 +55,8 @@ def unroll_layers(
       checkpoint_every: as in `unroll`, for all layers.
       truncate: as in `unroll`, for all layers.
       window: as in `unroll`, for all layers.
+      implementation: as in `unroll`, for all layers.
+      precision: as in `unroll`, for all layers.
       dropout: the probability with which each entry of what one layer hands to the next is
         set to 0; the others are divided by 1 − dropout. 0 ≤ dropout < 1.
       key: a JAX random key, where dropout is above 0.
@@ -62,8 +67,8 @@ def unroll_layers(
       outputs of the last layer, `[T, *batch, H]`; of a pair `[T, *batch, H_forward + H_backward]`.
 
     Raises:
-      TypeError, ValueError: as `unroll`; layers that do not fit each other; a dropout outside
-        [0, 1), or without a key.
+      TypeError, ValueError, NotImplementedError: as `unroll`; layers that do not fit each other;
+        a dropout outside [0, 1), or without a key.
 
     Cost: as `unroll`, for each layer; the states between layers are kept.
 
@@ -79,13 +84,13 @@ def unroll_layers(
     residual = _checks.boolean("residual", residual)
     how: dict[str, Any] = dict(
         lengths=lengths, mask=mask, checkpoint_every=checkpoint_every, truncate=truncate,
-        window=window,
+        window=window, implementation=implementation, precision=precision,
     )  # fmt: skip
     if isinstance(cells, Cell):
-        _check_dropout(dropout, key)
+        check_dropout(dropout, key)
         return unroll(cells, xs, h0, drive=drive, reverse=reverse, **how)
     _check_residual(residual, cells)
-    drops = _dropouts(_check_dropout(dropout, key), key, len(cells))
+    drops = dropouts(check_dropout(dropout, key), key, len(cells))
     h_last: list[Any] = []
     y: Any = xs
     for layer, h, a, drop in zip(cells, h0, drive, drops, strict=True):
@@ -111,6 +116,8 @@ def bidirectional(
     checkpoint_every: int | str | None = None,
     truncate: int | None = None,
     window: int | None = None,
+    implementation: str = "auto",
+    precision: Any = None,
 ) -> tuple[Any, jax.Array]:
     """The hidden states of two networks that read the same inputs from either end.
 
@@ -126,6 +133,8 @@ def bidirectional(
       checkpoint_every: as in `unroll`.
       truncate: as in `unroll`, counted in the order in which each reads.
       window: as in `unroll`, likewise.
+      implementation: as in `unroll`.
+      precision: as in `unroll`.
 
     Returns:
       ((h_last of forward, h_last of backward), hs): the state of each after the last step that
@@ -133,7 +142,7 @@ def bidirectional(
       `[T, *batch, H_forward + H_backward]`.
 
     Raises:
-      TypeError, ValueError: as `unroll_layers`.
+      TypeError, ValueError, NotImplementedError: as `unroll_layers`.
 
     Source: Schuster and Paliwal 1997, "Bidirectional recurrent neural networks".
 
@@ -151,7 +160,7 @@ def bidirectional(
     xs, h0, lengths, mask, drive = _check_inputs(cells, xs, h0, lengths, mask, drive)
     how: dict[str, Any] = dict(
         lengths=lengths, mask=mask, checkpoint_every=checkpoint_every, truncate=truncate,
-        window=window,
+        window=window, implementation=implementation, precision=precision,
     )  # fmt: skip
     return _both(unroll_layers, cells, xs, h0, drive, False, how)
 
@@ -219,32 +228,8 @@ def _both(run: Callable, cells, xs, h0, drive, reverse, how):
     return last, jnp.concatenate([h.astype(dtype) for h in hs], axis=-1)
 
 
-def _check_dropout(rate: float, key: jax.Array | None) -> float:
-    rate = _checks.number("dropout", rate)
-    if not 0 <= rate < 1:
-        _checks.bad_value("dropout", "a number from 0 to below 1", rate)
-    if rate and key is None:
-        _checks.bad_value("key", "a JAX random key, with dropout above 0", None)
-    if rate:
-        _checks.random_key("key", key)
-    return rate
-
-
 def _check_residual(residual: bool, cells: tuple) -> None:
     sizes = [sum(cell.W.shape[0] for cell in directions(layer)) for layer in cells]
     if residual and len(set(sizes)) > 1:
         got = "sizes " + ", ".join(map(str, sizes))
         _checks.bad_value("residual", "layers of one size", got)
-
-
-def _dropouts(rate: float, key: jax.Array | None, count: int) -> list[Callable]:
-    """What each layer does to its inputs; the first does nothing."""
-    if not rate or key is None:
-        return [lambda y: y] * count
-
-    def drop(y, key):
-        kept = _sharding.laid_out_like(jax.random.bernoulli(key, 1 - rate, y.shape), y)
-        return jnp.where(kept, y / jnp.asarray(1 - rate, y.dtype), jnp.zeros_like(y))
-
-    keys = jax.random.split(key, count)
-    return [lambda y: y, *(partial(drop, key=keys[n]) for n in range(1, count))]

@@ -22,8 +22,10 @@ from jax import lax
 from jaxrnn import _sharding
 from jaxrnn._cell import Cell, Ids
 from jaxrnn._dtypes import accumulation_dtype, cast
+from jaxrnn._implementation import Loops
+from jaxrnn._jacobians import Jacobians, jacobians, previous
 from jaxrnn._padding import select
-from jaxrnn._recurrence import Jacobians, adjoint_states, jacobians, previous
+from jaxrnn._recurrence import adjoint_states
 from jaxrnn._step import like, product
 
 
@@ -60,29 +62,30 @@ class At(NamedTuple):
     phi: jax.Array
 
 
-def linearised(cell: Cell, steps: Steps, h_before: jax.Array, reverse: bool) -> At:
+def linearised(cell: Cell, steps: Steps, h_before: jax.Array, loops: Loops) -> At:
     """The Jacobians of these steps, and what the tangents of the parameters are multiplied by."""
     xs, drive, mask, cut, hs = steps
-    seen = h_prev = previous(hs, h_before, reverse)
+    seen = h_prev = previous(hs, h_before, loops.reverse)
     if cut is not None:
         # Of the same value: a cut shows where JAX differentiates this.
         seen = jnp.where(cut[..., None], lax.stop_gradient(h_prev), h_prev)
-    J, phi = jacobians(cell, xs, seen, hs, drive, mask, cut)
+    J, phi = jacobians(cell, xs, seen, hs, drive, mask, cut, loops)
     return At(cell, steps, h_prev, seen, J, phi)
 
 
 def _input_tangents(at: At, tangents: Tangents) -> jax.Array:
     """dU x_t + U dx_t + dW h_{t−1} + db + ddrive_t: a few products over these steps at once."""
     dcell, dxs, ddrive, _ = tangents
+    precision = at.J.loops.precision
     da = jnp.zeros_like(at.steps.hs, accumulation_dtype(at.steps.hs.dtype))
     if dcell.U is not None:
-        da += _from_weights(dcell.U, at.steps.xs)
+        da += _from_weights(dcell.U, at.steps.xs, precision)
     if dcell.W is not None:
-        da += product(at.seen, dcell.W.T)
+        da += product(at.seen, dcell.W.T, precision)
     if dcell.b is not None:
         da += like(dcell.b, da)
     if dxs is not None:
-        da += product(dxs, at.cell.U.T)
+        da += product(dxs, at.cell.U.T, precision)
     return da if ddrive is None else da + ddrive
 
 
@@ -100,12 +103,12 @@ def _leak_gradient(at: At, leak: jax.Array, adjoint: jax.Array) -> jax.Array:
     return jnp.sum(passed, tuple(range(passed.ndim - 1)) if leak.ndim else None)
 
 
-def _from_weights(dU, xs):
+def _from_weights(dU, xs, precision):
     if isinstance(xs, Ids):
         # A row of dUᵀ for each id; its transpose adds each delta to the row of its id.
         laid_out = _sharding.of_rows(dU.T, xs.ids)
         return dU.T.at[xs.ids].get(mode="fill", fill_value=0, out_sharding=laid_out)
-    return product(xs, dU.T)
+    return product(xs, dU.T, precision)
 
 
 def segment_gradient(
@@ -115,7 +118,7 @@ def segment_gradient(
     g: jax.Array | None,
     from_later: jax.Array,
     wanted: Tangents,
-    reverse: bool,
+    loops: Loops,
 ) -> Tangents:
     """Backpropagation through the steps of one segment: its share of each gradient.
 
@@ -126,14 +129,14 @@ def segment_gradient(
       g: ∂L/∂h_t at fixed later states, in the dtype of sums; None for 0.
       from_later: what the later segments pass back to its last state.
       wanted: which gradients: those that are not None; of h0 it is that of h_before.
-      reverse: whether time runs backward.
+      loops: how the loops are run, which way time runs among it.
 
     Returns:
       The wanted gradients, in the dtype of sums; that of h0 in any case.
     """
-    at = linearised(cell, steps, h_before, reverse)
+    at = linearised(cell, steps, h_before, loops)
     leaky = cell.leak is not None
-    dh_before, adjoint = adjoint_states(at.J, g, reverse, from_later, as_delta=not leaky)
+    dh_before, adjoint = adjoint_states(at.J, g, from_later, as_delta=not leaky)
     delta = select(steps.mask, at.J.scale(adjoint), 0) if leaky else adjoint
     moving = Tangents(
         cell=dataclasses.replace(only(wanted.cell, cell), leak=None),

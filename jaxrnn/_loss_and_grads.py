@@ -12,6 +12,7 @@ from jaxrnn import _schedule, _sharding
 from jaxrnn._cell import Cell, Ids, Params, Readout, check_params, leading_shape
 from jaxrnn._checkpointed import checkpointed
 from jaxrnn._dtypes import accumulation_dtype, cast, cast_like, result_dtype, wide
+from jaxrnn._implementation import choose
 from jaxrnn._layers import check_layers, first_states, unroll_layers
 from jaxrnn._linearised import Steps, Tangents, segment_gradient
 from jaxrnn._loss import check_targets, cross_entropy, output_error
@@ -20,7 +21,7 @@ from jaxrnn._rule import recurrence
 from jaxrnn._segments import offsets, over_segments, starts
 from jaxrnn._states import prepared
 from jaxrnn._step import apply_readout, product
-from jaxrnn._unroll import check_how, check_sequences, spread, together
+from jaxrnn._unroll import check_how, check_kernel, check_sequences, spread, together
 
 
 @jax.tree_util.register_dataclass
@@ -52,6 +53,8 @@ def loss_and_grads(
     checkpoint_every: int | str | None = None,
     truncate: int | None = None,
     window: int | None = None,
+    implementation: str = "auto",
+    precision: Any = None,
 ) -> tuple[jax.Array, Gradients]:
     """The summed cross-entropy of the network and its gradients, all of section 3 by hand.
 
@@ -71,13 +74,15 @@ def loss_and_grads(
         formed for k steps at a time.
       truncate: as in `unroll`.
       window: as in `unroll`.
+      implementation: as in `unroll`.
+      precision: as in `unroll`; of the products with V too.
 
     Returns:
       (loss, `Gradients`): the loss in nats, a scalar summed over steps and batch; the
       gradients of params and h0, and the final state to go on from.
 
     Raises:
-      TypeError, ValueError: as `unroll` and `cross_entropy`.
+      TypeError, ValueError, NotImplementedError: as `unroll` and `cross_entropy`.
 
     Numerics: the loss is float32 or better.
 
@@ -101,8 +106,10 @@ def loss_and_grads(
     params = check_params(params)
     cell = params.cell
     check = check_sequences if isinstance(cell, Cell) else check_layers
-    cell, xs, h0, lengths, mask, drive = check(cell, xs, h0, lengths, mask, drive)
-    how = check_how(xs, reverse, checkpoint_every, truncate, window)
+    args = check(cell, xs, h0, lengths, mask, drive)
+    cell, xs, h0, lengths, mask, drive = args
+    how = check_how(xs, reverse, checkpoint_every, truncate, window, implementation, precision)
+    check_kernel(how.loops, args)
     steps = leading_shape(xs)
     valid = valid_steps(lengths, mask, steps[0])
     targets = check_targets(targets, (*steps, params.readout.V.shape[0]), valid)
@@ -112,12 +119,12 @@ def loss_and_grads(
 
 @partial(jax.jit, static_argnames="how")
 def _in_segments(params, targets, xs, h0, lengths, mask, drive, *, how):
-    given_h0, reverse = h0, how.reverse
+    given_h0, loops = h0, how.loops
     cell, sequences, h0, lengths = together(params.cell, xs, h0, lengths, mask, drive, how)
     if leading_shape(xs)[0]:
         ids = jnp.issubdtype(targets.dtype, jnp.integer)
         like_errors = targets[..., None] if ids else targets[..., :1]
-        cell, _, h0, _ = spread(cell, xs, h0, like_errors.astype(h0.dtype), None)
+        cell, _, h0, _ = spread(cell, xs, h0, like_errors.astype(h0.dtype), None, loops)
     wide = accumulation_dtype(h0.dtype)
     sums = cast(jax.tree.map(jnp.zeros_like, Params(cell, params.readout)), wide)
     carry = jnp.zeros_like(h0, wide), sums, jnp.zeros((), wide)
@@ -130,17 +137,17 @@ def _in_segments(params, targets, xs, h0, lengths, mask, drive, *, how):
             if how.checkpoint_every is not None:
                 # By the rule: JAX may differentiate this, and the loop itself knows no cuts.
                 now = prepared(now, first, lengths, cell.U.shape[1])
-                now = Steps(*now, recurrence(cell, now, h_before, reverse=reverse)[1])
+                now = Steps(*now, recurrence(cell, now, h_before, loops=loops)[1])
             from_later, sums, loss = carry
-            share, V_and_c, g = _output(params.readout, now.hs, targets, now.mask)
+            share, V_and_c, g = _output(params.readout, now.hs, targets, now.mask, loops)
             wanted = Tangents(sums.cell, None, None, h0)
             g = g.astype(wide)
-            found = segment_gradient(cell, now, h_before, g, from_later, wanted, reverse)
+            found = segment_gradient(cell, now, h_before, g, from_later, wanted, loops)
             shares = Params(found.cell, V_and_c)
             return (found.h0, jax.tree.map(jnp.add, sums, shares), loss + share), ()
 
         carry, *_ = over_segments(
-            segment, carry, (steps, targets), before, length, reverse=not reverse
+            segment, carry, (steps, targets), before, length, reverse=not loops.reverse
         )
     from_later, sums, loss = carry
     dh0 = from_later.astype(h0.dtype if given_h0 is None else given_h0.dtype)
@@ -152,24 +159,26 @@ def _run(params, cell, sequences, h0, lengths, how):
     time = leading_shape(sequences.xs)[0]
     length = how.checkpoint_every
     if length is not None:
-        kept = checkpointed(cell, sequences, h0, lengths, length=length, reverse=how.reverse)
+        kept = checkpointed(cell, sequences, h0, lengths, length=length, loops=how.loops)
         return kept.h_last, sequences, (offsets(time, length), kept.starts), length
     sequences = prepared(sequences, 0, lengths, cell.U.shape[1])
-    h_last, hs = recurrence(cell, sequences, h0, reverse=how.reverse)
-    longest = max(hs.shape[-1], params.readout.V.shape[0])
-    length = _schedule.segment_length(time, h0.shape[:-1], longest)
-    before = None, starts(hs, h0, length, how.reverse)
+    h_last, hs = recurrence(cell, sequences, h0, loops=how.loops)
+    length, batch, longest = time, h0.shape[:-1], max(hs.shape[-1], params.readout.V.shape[0])
+    if choose(how.loops, cell.W, batch) == "scan":
+        length = _schedule.segment_length(time, batch, longest)
+    before = None, starts(hs, h0, length, how.loops.reverse)
     return h_last, Steps(*sequences, hs), before, length
 
 
-def _output(readout, hs, targets, mask):
+def _output(readout, hs, targets, mask, loops):
     """The loss of some steps, dL/dV and dL/dc, and g_t."""
-    logits = apply_readout(readout, hs)
+    precision = loops.precision
+    logits = apply_readout(readout, hs, precision=precision)
     loss = jnp.sum(cross_entropy(logits, targets, where=mask))
     error = output_error(logits, targets, mask)  # ŷ_t − y_t (3.1)
     # dL/dV = Σ error h_tᵀ, dL/dc = Σ error (3.2)
-    V, c = _sum_outer(error, hs), jnp.sum(error, tuple(range(error.ndim - 1)))
-    return loss, Readout(V, c), product(error, readout.V)  # g_t = Vᵀ error (3.3)
+    V, c = _sum_outer(error, hs, precision), jnp.sum(error, tuple(range(error.ndim - 1)))
+    return loss, Readout(V, c), product(error, readout.V, precision)  # g_t = Vᵀ error (3.3)
 
 
 @partial(jax.jit, static_argnames="how")
@@ -185,7 +194,7 @@ def _by_layers(params, targets, xs, h0, lengths, mask, drive, *, how):
     def states(cells, h, now, first):
         xs, mask, drive = now
         left = None if lengths is None else jnp.clip(wide(lengths) - first, 0, leading_shape(xs)[0])
-        return unroll_layers(cells, xs, h, lengths=left, mask=mask, drive=drive, **how._asdict())
+        return unroll_layers(cells, xs, h, lengths=left, mask=mask, drive=drive, **how.options())
 
     def back(carry, now, before):
         (now, targets), (first, h_before) = now, before
@@ -193,7 +202,7 @@ def _by_layers(params, targets, xs, h0, lengths, mask, drive, *, how):
         (h_after, hs), pull = jax.vjp(lambda c, h: states(c, h, now, first), cells, h_before)
         left = None if lengths is None else wide(lengths) - first
         valid = valid_steps(left, now[1], hs.shape[0])
-        share, readout, g = _output(params.readout, hs, targets, valid)
+        share, readout, g = _output(params.readout, hs, targets, valid, how.loops)
         dcell, from_later = pull((from_later, g.astype(hs.dtype)))
         found = cast_like(Params(dcell, readout), sums)
         return (from_later, jax.tree.map(jnp.add, sums, found), loss + share), h_after
@@ -212,11 +221,11 @@ def _by_layers(params, targets, xs, h0, lengths, mask, drive, *, how):
         firsts = offsets(time, length)
         h_last, _, kept = over_segments(
             lambda h, now, first: (states(cells, h, now, first)[0], ()),
-            h0, steps, firsts, length, reverse=how.reverse, keep=lambda h: h,
+            h0, steps, firsts, length, reverse=how.loops.reverse, keep=lambda h: h,
         )  # fmt: skip
         carry, *_ = over_segments(
             lambda *a: (back(*a)[0], ()),
-            carry, (steps, targets), (firsts, kept), length, reverse=not how.reverse,
+            carry, (steps, targets), (firsts, kept), length, reverse=not how.loops.reverse,
         )  # fmt: skip
     dh0, sums, loss = carry
     dh0 = jax.tree.map(_like_given, given_h0, dh0, is_leaf=lambda h: h is None)
@@ -227,8 +236,9 @@ def _like_given(h0, dh0):
     return dh0 if h0 is None else dh0.astype(h0.dtype)
 
 
-def _sum_outer(delta, x):
+def _sum_outer(delta, x, precision):
     """Σ δ_t x_tᵀ over time and batch: one product."""
     axes, x = tuple(range(delta.ndim - 1)), x.astype(delta.dtype)
     laid_out = _sharding.of_outer(delta, x)
-    return lax.dot_general(delta, x, ((axes, axes), ((), ())), out_sharding=laid_out)
+    contracted = ((axes, axes), ((), ()))
+    return lax.dot_general(delta, x, contracted, precision=precision, out_sharding=laid_out)

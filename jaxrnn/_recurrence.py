@@ -1,129 +1,57 @@
 """The linear recurrence: the derivative of the other one, and its transpose.
 
-    y_t = e_t + J_t y_{t−1},      J_t = ∂h_t/∂h_{t−1} = (1 − α) I + α diag(φ'(a_t)) W,
+    y_t = e_t + J_t y_{t−1},      J_t = ∂h_t/∂h_{t−1},
 
-solved forward (the tangent) or transposed, backward in time (the adjoint, which is BPTT). Steps
-where the mask is False are frozen: J_t = I. Where a step is cut, a_t does not depend on h_{t−1}:
-J_t = (1 − α) I.
+solved forward (the tangent) or transposed, backward in time (the adjoint, which is BPTT).
 """
-
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxrnn._activation import resolve, slope
-from jaxrnn._cell import Cell, Ids
+from jaxrnn import _associative
 from jaxrnn._fold import foldable
+from jaxrnn._implementation import choose, perform
+from jaxrnn._jacobians import Jacobians, previous, times
+from jaxrnn._kernels import run as kernels
 from jaxrnn._padding import select
-from jaxrnn._step import (
-    like,
-    preactivation,
-    product,
-    repeated_product,
-    row_weights,
-)
+from jaxrnn._step import repeated_product
 
 
-def previous(hs: jax.Array, h0: jax.Array, reverse: bool) -> jax.Array:
-    """h_{t−1} of every step, h_0 at the first in scan order."""
-    if reverse:
-        return jnp.concatenate([hs[1:], h0[None]])
-    return jnp.concatenate([h0[None], hs[:-1]])
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
-class Jacobians:
-    """J_t of every step (or of one), never formed: `basis` holds what diag(φ') comes from.
-
-    `slope_of(basis)` is φ'(a): for the Elman cell the basis is h itself, so that beyond
-    inputs and parameters only h is kept, and φ' is recomputed inside the loops.
-    """
-
-    W: jax.Array
-    leak: jax.Array | None
-    basis: jax.Array
-    mask: jax.Array | None
-    cut: jax.Array | None
-    slope_of: Callable[[jax.Array], jax.Array] = field(metadata={"static": True})
-
-    def scale(self, v: jax.Array) -> jax.Array:
-        """α φ'(a) v: carries a tangent of a to one of h, or an adjoint of h to delta."""
-        v = self.slope_of(self.basis.astype(v.dtype)) * v
-        return v if self.leak is None else like(self.leak, v) * v
-
-    def keep(self, v: jax.Array) -> jax.Array | float:
-        """(1 − α) v: what the leak lets pass."""
-        return 0.0 if self.leak is None else (1 - like(self.leak, v)) * v
-
-    def through_W(self, v: jax.Array) -> jax.Array:
-        """v, the product with W or its transpose; 0 where the step is cut."""
-        return v if self.cut is None else jnp.where(self.cut[..., None], 0, v)
-
-
-def times(J: Jacobians, y: jax.Array, W_times: Callable | None = None) -> jax.Array:
-    """J y, for one step or for all."""
-    W_times = W_times or partial(product, matrix=J.W.T)
-    return select(J.mask, J.scale(J.through_W(W_times(y))) + J.keep(y), y)
-
-
-def jacobians(
-    cell: Cell,
-    xs: jax.Array | Ids,
-    h_prev: jax.Array,
-    hs: jax.Array,
-    drive: jax.Array | None,
-    mask: jax.Array | None,
-    cut: jax.Array | None,
-) -> tuple[Jacobians, jax.Array]:
-    """J_t of every step, and φ(a_t), which is h_t itself where there is no leak.
-
-    With a leak φ(a_t) is recomputed: divided out of h_t it would be lost at α = 0.
-    """
-    activation = resolve(cell.activation)
-    slope_of = activation.derivative_from_output
-    if cell.leak is None and slope_of is not None:
-        return Jacobians(cell.W, None, hs, mask, cut, slope_of), hs
-    a = preactivation(row_weights(cell, xs), xs, h_prev, drive)
-    phi = activation.function(a)
-    if slope_of is not None:
-        return Jacobians(cell.W, cell.leak, phi, mask, cut, slope_of), phi
-    return Jacobians(cell.W, cell.leak, slope(activation, phi, a), mask, cut, _identity), phi
-
-
-def _identity(x: jax.Array) -> jax.Array:
-    return x
-
-
-def tangent_states(
-    J: Jacobians, e: jax.Array, reverse: bool, y0: jax.Array | None = None
-) -> jax.Array:
+def tangent_states(J: Jacobians, e: jax.Array, y0: jax.Array | None = None) -> jax.Array:
     """Solve y_t = e_t + J_t y_{t−1} forward in time, y_0 = 0 unless given."""
-    slope_of = J.slope_of
+    slope_of, loops = J.slope_of, J.loops
 
     def loop(weights, sequences, y0):
-        W, leak = weights
-        W_times = repeated_product(W.T, y0.shape[:-1])
-
-        def body(y, now):
-            basis, mask, cut, e = now
-            y = e + times(Jacobians(W, leak, basis, mask, cut, slope_of), y, W_times)
-            return y, y
-
-        return None, lax.scan(body, y0, sequences, reverse=reverse)[1]
+        (W, leak), (basis, mask, cut, e) = weights, sequences
+        J = Jacobians(W, leak, basis, mask, cut, slope_of, loops)
+        name = choose(loops, W, y0.shape[:-1])
+        return None, perform(
+            name,
+            loops,
+            scan=lambda: _scan_forward(J, e, y0),
+            kernel=lambda: kernels.tangent_states(name, J, e, y0),
+            associative=lambda: _associative.tangent_states(J, e, y0),
+        )
 
     y0 = jnp.zeros_like(e[0]) if y0 is None else y0
     return foldable(loop)((J.W, J.leak), (J.basis, J.mask, J.cut, e), y0)[1]
 
 
+def _scan_forward(J, e, y0):
+    W_times = repeated_product(J.W.T, y0.shape[:-1], J.loops.precision)
+
+    def body(y, now):
+        basis, mask, cut, e = now
+        y = e + times(Jacobians(J.W, J.leak, basis, mask, cut, J.slope_of, J.loops), y, W_times)
+        return y, y
+
+    return lax.scan(body, y0, (J.basis, J.mask, J.cut, e), reverse=J.loops.reverse)[1]
+
+
 def adjoint_states(
     J: Jacobians,
     g: jax.Array | None,
-    reverse: bool,
     from_later: jax.Array,
     *,
     as_delta: bool = False,
@@ -136,34 +64,46 @@ def adjoint_states(
     Args:
       J: of the steps.
       g: `[T, *batch, H]`; None for 0.
-      reverse: whether time runs backward.
       from_later: J_{T+1}ᵀ λ_{T+1}, `[*batch, H]`.
       as_delta: return δ_t = α D_t λ_t, 0 on frozen steps, in place of λ_t.
 
     Returns:
       (J_1ᵀ λ_1, which is dL/dh_0; λ or δ).
     """
-    slope_of = J.slope_of
+    slope_of, loops = J.slope_of, J.loops
 
     def loop(weights, sequences, from_later):
-        W, leak = weights
-        W_T_times = repeated_product(W, from_later.shape[:-1])
-
-        def body(from_later, now):
-            basis, mask, cut, g = now
-            J_t = Jacobians(W, leak, basis, mask, cut, slope_of)
-            adjoint = from_later if g is None else g + from_later
-            delta = J_t.scale(adjoint)
-            passed = J_t.through_W(W_T_times(delta)) + J_t.keep(adjoint)
-            from_here = select(mask, passed, adjoint)
-            return from_here, select(mask, delta, 0) if as_delta else adjoint
-
-        return lax.scan(body, from_later, sequences, reverse=not reverse)
+        (W, leak), (basis, mask, cut, g) = weights, sequences
+        J = Jacobians(W, leak, basis, mask, cut, slope_of, loops)
+        name, given = choose(loops, W, from_later.shape[:-1]), (J, g, from_later)
+        return perform(
+            name,
+            loops,
+            scan=lambda: _scan_backward(*given, as_delta),
+            kernel=lambda: kernels.adjoint_states(name, *given, as_delta=as_delta),
+            associative=lambda: _associative.adjoint_states(*given, as_delta=as_delta),
+        )
 
     return foldable(loop)((J.W, J.leak), (J.basis, J.mask, J.cut, g), from_later)
 
 
-def solve_linear(J: Jacobians, e: jax.Array, reverse: bool) -> jax.Array:
+def _scan_backward(J, g, from_later, as_delta):
+    W_T_times = repeated_product(J.W, from_later.shape[:-1], J.loops.precision)
+
+    def body(from_later, now):
+        basis, mask, cut, g = now
+        J_t = Jacobians(J.W, J.leak, basis, mask, cut, J.slope_of, J.loops)
+        adjoint = from_later if g is None else g + from_later
+        delta = J_t.scale(adjoint)
+        passed = J_t.through_W(W_T_times(delta)) + J_t.keep(adjoint)
+        from_here = select(mask, passed, adjoint)
+        return from_here, select(mask, delta, 0) if as_delta else adjoint
+
+    steps = (J.basis, J.mask, J.cut, g)
+    return lax.scan(body, from_later, steps, reverse=not J.loops.reverse)
+
+
+def solve_linear(J: Jacobians, e: jax.Array) -> jax.Array:
     """The y of y_t = e_t + J_t y_{t−1}, differentiable to every order.
 
     Over all steps it is the system (I − J S) y = e, S the shift by one step. JAX transposes
@@ -172,17 +112,11 @@ def solve_linear(J: Jacobians, e: jax.Array, reverse: bool) -> jax.Array:
     """
 
     def matvec(y):
-        return y - times(J, previous(y, jnp.zeros_like(y[0]), reverse))
+        return y - times(J, previous(y, jnp.zeros_like(y[0]), J.loops.reverse))
 
     return lax.custom_linear_solve(
         matvec,
         e,
-        solve=lambda _, e: tangent_states(J, e, reverse),
-        transpose_solve=lambda _, g: adjoint_states(J, g, reverse, jnp.zeros_like(g[0]))[1],
+        solve=lambda _, e: tangent_states(J, e),
+        transpose_solve=lambda _, g: adjoint_states(J, g, jnp.zeros_like(g[0]))[1],
     )
-
-
-def apply_first(J: Jacobians, y0: jax.Array, reverse: bool) -> jax.Array:
-    """J_1 y_0, what a tangent of h_0 brings to the first step in scan order."""
-    basis, mask, cut = jax.tree.map(lambda s: s[-1 if reverse else 0], (J.basis, J.mask, J.cut))
-    return times(Jacobians(J.W, J.leak, basis, mask, cut, J.slope_of), y0)

@@ -8,6 +8,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxrnn._cell import Cell, Ids
 from jaxrnn._fold import foldable
+from jaxrnn._implementation import Loops
 from jaxrnn._linearised import Steps, Tangents
 from jaxrnn._states import Sequences, states
 from jaxrnn._tangent import tangent_of_states
@@ -15,7 +16,7 @@ from jaxrnn._window import tangent_in_window
 
 
 class _How(NamedTuple):
-    reverse: bool
+    loops: Loops
     window: int | None
     time_axis: int = 0
     copies: int = 1
@@ -26,7 +27,7 @@ def recurrence(
     sequences: Sequences,
     h0: jax.Array,
     *,
-    reverse: bool,
+    loops: Loops,
     window: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """(h_last, states of all steps, frozen where the mask is False): what JAX differentiates.
@@ -37,10 +38,10 @@ def recurrence(
       cell: the `Cell`.
       sequences: of one dtype, clean on invalid steps, time in front.
       h0: the state before, `[*batch, H]`.
-      reverse: whether time runs backward.
+      loops: how the loops are run, which way time runs among it.
       window: through how many steps derivatives reach; None for all.
     """
-    return _foldable(_How(reverse, window))(cell, sequences, h0)
+    return _foldable(_How(loops, window))(cell, sequences, h0)
 
 
 def _foldable(how):
@@ -53,7 +54,7 @@ def _foldable(how):
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _states(how, cell, sequences, h0):
-    axes = dict(reverse=how.reverse, time_axis=how.time_axis)
+    axes = dict(loops=how.loops, time_axis=how.time_axis)
     return states(cell, sequences, h0, **axes, copies=how.copies)
 
 
@@ -62,7 +63,7 @@ def _states_jvp(how, primals, tangents):
     h_last, hs = _foldable(how)(*primals)
     cell, sequences, h0 = primals
     steps, moved = Steps(*sequences, hs=hs), moving(tangents)
-    axes = dict(reverse=how.reverse, time_axis=how.time_axis)
+    axes = dict(loops=how.loops, time_axis=how.time_axis)
     if how.window is None:
         return (h_last, hs), tangent_of_states(cell, steps, h0, moved, **axes)
     moved = tangent_in_window(cell, steps, h0, moved, **axes, window=how.window)

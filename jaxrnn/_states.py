@@ -12,6 +12,8 @@ from jax import lax
 from jaxrnn import _schedule
 from jaxrnn._activation import resolve
 from jaxrnn._cell import Cell, Ids, leading_shape
+from jaxrnn._implementation import Loops, choose, perform
+from jaxrnn._kernels import run as kernels
 from jaxrnn._padding import select, valid_steps, without_padding
 from jaxrnn._step import advance, from_inputs, repeated_product, row_weights, safe_ids
 
@@ -53,7 +55,7 @@ def states(
     sequences: Sequences,
     h0: jax.Array,
     *,
-    reverse: bool,
+    loops: Loops,
     time_axis: int = 0,
     copies: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
@@ -63,28 +65,40 @@ def states(
       cell: the `Cell`.
       sequences: with time as axis number `time_axis` and batches around it.
       h0: h_0, `[*batch, H]`.
-      reverse: whether time runs backward.
+      loops: how the loops are run.
       time_axis: how many batch axes stand in front of time.
       copies: how many networks run side by side, if this is one of them.
     """
     xs, drive, mask, _ = sequences
     activation = resolve(cell.activation)
-    weights = row_weights(cell, xs)
+    weights = row_weights(cell, xs, loops.precision)
     batch = h0.shape[:-1]
-    time = leading_shape(xs)[time_axis]
-    hidden_size, input_size = cell.U.shape
-    sizes = (time, batch, input_size, hidden_size, copies)
-    hoisted = not isinstance(xs, Ids) and _schedule.hoists_inputs(*sizes)
-    if hoisted:
-        xs, drive = from_inputs(weights, xs, drive), None
-    from_state = repeated_product(weights.W_T, batch)
+    name = choose(loops, cell.W, batch, activation)
 
-    def body(h_prev, now):
-        x, drive, mask = now
-        a = from_state(h_prev) + (x if hoisted else from_inputs(weights, x, drive))
-        return select(mask, advance(activation, weights.leak, a, h_prev), h_prev)
+    def kernel():
+        a, valid = jax.tree.map(
+            lambda s: jnp.moveaxis(s, time_axis, 0), (from_inputs(weights, xs, drive), mask)
+        )
+        phi = activation.function
+        h_last, hs = kernels.states(name, loops, cell.W, cell.leak, phi, a, valid, h0)
+        return h_last, jnp.moveaxis(hs, 0, time_axis)
 
-    return _over_time(body, h0, (xs, drive, mask), time, reverse, time_axis)
+    def scan():
+        time = leading_shape(xs)[time_axis]
+        hidden_size, input_size = cell.U.shape
+        sizes = (time, batch, input_size, hidden_size, copies)
+        hoisted = not isinstance(xs, Ids) and _schedule.hoists_inputs(*sizes)
+        steps = (from_inputs(weights, xs, drive), None) if hoisted else (xs, drive)
+        from_state = repeated_product(weights.W_T, batch, loops.precision)
+
+        def body(h_prev, now):
+            x, drive, mask = now
+            a = from_state(h_prev) + (x if hoisted else from_inputs(weights, x, drive))
+            return select(mask, advance(activation, weights.leak, a, h_prev), h_prev)
+
+        return _over_time(body, h0, (*steps, mask), time, loops.reverse, time_axis)
+
+    return perform(name, loops, scan=scan, kernel=kernel)
 
 
 def _over_time(body, h0, sequences, time, reverse, time_axis):

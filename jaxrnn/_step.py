@@ -5,7 +5,7 @@ line serves one vector and any batch: `W h` is written `h @ W.T`.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,24 +15,30 @@ from jaxrnn import _checks, _schedule, _sharding
 from jaxrnn._activation import Activation, resolve
 from jaxrnn._cell import Cell, Ids, Readout, check_cell, check_inputs, check_readout
 from jaxrnn._dtypes import accumulation_dtype, cast, result_dtype, wide
+from jaxrnn._precision import check_precision
 
 
-def product(y: jax.Array, matrix: jax.Array) -> jax.Array:
+def product(y: jax.Array, matrix: jax.Array, precision: Any = None) -> jax.Array:
     """y @ matrix in the matrix's dtype, accumulated in float32 or better."""
-    accumulate = accumulation_dtype(matrix.dtype)
-    return jnp.matmul(y.astype(matrix.dtype), matrix, preferred_element_type=accumulate)
+    how: dict[str, Any] = dict(precision=precision)
+    how["preferred_element_type"] = accumulation_dtype(matrix.dtype)
+    return jnp.matmul(y.astype(matrix.dtype), matrix, **how)
 
 
-def repeated_product(matrix: jax.Array, batch: tuple[int, ...]) -> Callable:
+def repeated_product(
+    matrix: jax.Array, batch: tuple[int, ...], precision: Any = None
+) -> Callable[[jax.Array], jax.Array]:
     """`product` by one matrix for the steps of a loop, in the faster orientation."""
     if not _schedule.puts_weights_left(batch, *matrix.shape):
-        return lambda y: product(y, matrix)
+        return lambda y: product(y, matrix, precision)
     left, accumulate = matrix.T, accumulation_dtype(matrix.dtype)
 
     def run(y):
         contracted = (((1,), (y.ndim - 1,)), ((), ()))
         y = y.astype(left.dtype)
-        found = lax.dot_general(left, y, contracted, preferred_element_type=accumulate)
+        found = lax.dot_general(
+            left, y, contracted, precision=precision, preferred_element_type=accumulate
+        )
         # Without the barrier, XLA turns the product around to spare the small transpose.
         return jnp.moveaxis(lax.optimization_barrier(found), 0, -1)
 
@@ -49,16 +55,17 @@ class RowWeights(NamedTuple):
     W_T: jax.Array  # [H, H]
     b: jax.Array
     leak: jax.Array | None
+    precision: Any  # of the products, static
 
 
-def row_weights(cell: Cell, xs: jax.Array | Ids) -> RowWeights:
+def row_weights(cell: Cell, xs: jax.Array | Ids, precision: Any = None) -> RowWeights:
     """Transpose a cell's weights, for float inputs or for ids."""
     U_T = cell.U.T
     if isinstance(xs, Ids):
         accumulate = accumulation_dtype(U_T.dtype)
         rows = U_T.astype(accumulate) + cell.b.astype(accumulate)[None]
         U_T = jnp.concatenate([rows, jnp.full_like(rows, jnp.nan, shape=(1, rows.shape[1]))])
-    return RowWeights(U_T, cell.W.T, cell.b, cell.leak)
+    return RowWeights(U_T, cell.W.T, cell.b, cell.leak, precision)
 
 
 def from_inputs(
@@ -70,7 +77,7 @@ def from_inputs(
         laid_out = _sharding.of_rows(weights.U_T, x.ids)
         a = weights.U_T.at[x.ids].get(mode="promise_in_bounds", out_sharding=laid_out)
     else:
-        a = product(x, weights.U_T)
+        a = product(x, weights.U_T, weights.precision)
         a += like(weights.b, a)
     return a if drive is None else a + drive.astype(a.dtype)
 
@@ -79,7 +86,7 @@ def preactivation(
     weights: RowWeights, x: jax.Array | Ids, h_prev: jax.Array, drive: jax.Array | None = None
 ) -> jax.Array:
     """a = U x + W h_prev + b + drive, for one step or, as two GEMMs, for all steps at once."""
-    return product(h_prev, weights.W_T) + from_inputs(weights, x, drive)
+    return product(h_prev, weights.W_T, weights.precision) + from_inputs(weights, x, drive)
 
 
 def advance(
@@ -148,7 +155,7 @@ def _step(cell, x, h):
     return advance(resolve(cell.activation), cell.leak, a, h)
 
 
-def apply_readout(readout: Readout, hs: jax.Array) -> jax.Array:
+def apply_readout(readout: Readout, hs: jax.Array, *, precision: Any = None) -> jax.Array:
     """The output before the softmax, the logits.
 
     Ω_t = V h_t + c
@@ -156,23 +163,25 @@ def apply_readout(readout: Readout, hs: jax.Array) -> jax.Array:
     Args:
       readout: the `Readout`.
       hs: states, `[..., H]`, usually `[T, *batch, H]`.
+      precision: of the product, as `jax.numpy.matmul` takes it.
 
     Returns:
       Logits, `[..., K]`, in the result dtype of readout and hs.
 
     Raises:
       TypeError: a dtype that is not floating.
-      ValueError: shapes that do not fit.
+      ValueError: shapes that do not fit; a precision that is none.
 
     Numerics: the product accumulates in float32 or better.
 
     Source: section 2, equation 2.
     """
+    check_precision(precision)
     readout = check_readout("readout", readout)
     hs = _checks.floating("hs", hs)
     if hs.ndim < 1 or hs.shape[-1] != readout.V.shape[1]:
         _checks.bad_value("hs", f"shape [..., {readout.V.shape[1]}]", list(hs.shape))
     dtype = result_dtype(readout, hs)
     readout, hs = cast((readout, hs), dtype)
-    logits = product(hs, readout.V.T)
+    logits = product(hs, readout.V.T, precision)
     return (logits + like(readout.c, logits)).astype(dtype)

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 from jaxrnn import _schedule
 from jaxrnn._cell import Cell, Ids
 from jaxrnn._dtypes import accumulation_dtype, cast, cast_like
+from jaxrnn._implementation import Loops, choose
+from jaxrnn._jacobians import apply_first
 from jaxrnn._linear_map import LinearMap
 from jaxrnn._linearised import Steps, Tangents, linearised, only, segment_gradient, sources
 from jaxrnn._primitive import jvp_of
-from jaxrnn._recurrence import apply_first, solve_linear, tangent_states
+from jaxrnn._recurrence import solve_linear, tangent_states
 from jaxrnn._segments import over_segments, starts
 
 
@@ -44,7 +46,7 @@ def tangent_of_states(
     h0: jax.Array,
     tangents: Tangents,
     *,
-    reverse: bool,
+    loops: Loops,
     time_axis: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """(dh_last, dh of all steps), for JAX to differentiate and transpose: linear in the tangents.
@@ -54,25 +56,27 @@ def tangent_of_states(
 
     def transpose(known, cotangents, wanted):
         g_last, g = cotangents
-        return pull_back(known, g_last, g, wanted, reverse=reverse, time_axis=time_axis)
+        return pull_back(known, g_last, g, wanted, loops=loops, time_axis=time_axis)
 
     def forward(known, tangents):
-        dh_last, dhs = push_forward(known, tangents, reverse=reverse, time_axis=time_axis)
+        dh_last, dhs = push_forward(known, tangents, loops=loops, time_axis=time_axis)
         return dh_last.astype(dhs.dtype), dhs
 
-    run = LinearMap(forward, transpose, partial(_plain, reverse=reverse, time_axis=time_axis))
+    run = LinearMap(forward, transpose, partial(_plain, loops=loops, time_axis=time_axis))
     return run(Known(cell, steps, h0), tangents)
 
 
-def _segments(known, reverse, time_axis) -> dict[str, Any]:
-    _, steps, h0 = known
-    length = _schedule.segment_length(steps.hs.shape[time_axis], h0.shape[:-1], h0.shape[-1])
-    before = starts(steps.hs, h0, length, reverse, time_axis)
+def _segments(known, loops, time_axis) -> dict[str, Any]:
+    cell, steps, h0 = known
+    length, batch = steps.hs.shape[time_axis], h0.shape[:-1]
+    if choose(loops, cell.W, batch) == "scan":
+        length = _schedule.segment_length(length, batch, h0.shape[-1])
+    before = starts(steps.hs, h0, length, loops.reverse, time_axis)
     return dict(before=before, length=length, time_axis=time_axis)
 
 
 def push_forward(
-    known: Known, tangents: Tangents, *, reverse: bool, time_axis: int = 0
+    known: Known, tangents: Tangents, *, loops: Loops, time_axis: int = 0
 ) -> tuple[jax.Array, jax.Array]:
     """(dh_last in the dtype of sums, dh of all steps), segment by segment."""
     cell, steps, h0 = known
@@ -81,15 +85,15 @@ def push_forward(
 
     def segment(dh_before, now, h_before):
         steps, dxs, ddrive = now
-        at = linearised(cell, steps, h_before, reverse)
+        at = linearised(cell, steps, h_before, loops)
         given = cast(Tangents(tangents.cell, dxs, ddrive, None), wide)
-        dhs = tangent_states(at.J, sources(at, given), reverse, dh_before)
-        return dhs[0 if reverse else -1], dhs.astype(dtype)
+        dhs = tangent_states(at.J, sources(at, given), dh_before)
+        return dhs[0 if loops.reverse else -1], dhs.astype(dtype)
 
     dh0 = jnp.zeros_like(h0, wide) if tangents.h0 is None else tangents.h0.astype(wide)
     now = (steps, tangents.xs, tangents.drive)
-    how = _segments(known, reverse, time_axis)
-    dh_last, dhs, _ = over_segments(segment, dh0, now, reverse=reverse, **how)
+    how = _segments(known, loops, time_axis)
+    dh_last, dhs, _ = over_segments(segment, dh0, now, reverse=loops.reverse, **how)
     return dh_last, dhs
 
 
@@ -99,7 +103,7 @@ def pull_back(
     g: jax.Array | None,
     wanted: Tangents,
     *,
-    reverse: bool,
+    loops: Loops,
     time_axis: int = 0,
 ) -> Tangents:
     """The wanted gradients, segment by segment, where None is 0.
@@ -112,32 +116,32 @@ def pull_back(
     def segment(carry, now, h_before):
         (steps, g), (from_later, sums) = now, carry
         g = None if g is None else g.astype(wide)
-        share = segment_gradient(cell, steps, h_before, g, from_later, wanted, reverse)
+        share = segment_gradient(cell, steps, h_before, g, from_later, wanted, loops)
         sums = jax.tree.map(jnp.add, sums, share.cell)
         outputs = cast_like((share.xs, share.drive), (wanted.xs, wanted.drive))
         return (share.h0, sums), outputs
 
     sums = jax.tree.map(jnp.zeros_like, only(wanted.cell, cell))
     carry = cast((jnp.zeros_like(h0) if g_last is None else g_last, sums), wide)
-    how = _segments(known, reverse, time_axis)
+    how = _segments(known, loops, time_axis)
     (dh0, sums), (dxs, ddrive), _ = over_segments(
-        segment, carry, (steps, g), reverse=not reverse, **how
+        segment, carry, (steps, g), reverse=not loops.reverse, **how
     )
     found = Tangents(sums, dxs, ddrive, None if wanted.h0 is None else dh0)
     return cast_like(found, wanted)
 
 
-def _plain(known, tangents, *, reverse, time_axis):
+def _plain(known, tangents, *, loops, time_axis):
     def front(tree):
         return jax.tree.map(lambda s: jnp.moveaxis(s, time_axis, 0), tree)
 
     cell, steps, h0 = known
     dtype = steps.hs.dtype
     steps, xs, drive = front((steps, tangents.xs, tangents.drive))
-    at = linearised(cell, steps, h0, reverse)
+    at = linearised(cell, steps, h0, loops)
     given = cast(Tangents(tangents.cell, xs, drive, tangents.h0), accumulation_dtype(dtype))
     e = sources(at, given)
     if given.h0 is not None:
-        e = e.at[-1 if reverse else 0].add(apply_first(at.J, given.h0, reverse))
-    dhs = solve_linear(at.J, e, reverse).astype(dtype)
-    return dhs[0 if reverse else -1], jnp.moveaxis(dhs, 0, time_axis)
+        e = e.at[-1 if loops.reverse else 0].add(apply_first(at.J, given.h0))
+    dhs = solve_linear(at.J, e).astype(dtype)
+    return dhs[0 if loops.reverse else -1], jnp.moveaxis(dhs, 0, time_axis)

@@ -2,15 +2,17 @@
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxrnn import _checks, _sharding
+from jaxrnn._activation import resolve
 from jaxrnn._cell import Cell, Ids, check_cell, check_inputs, leading_shape
 from jaxrnn._checkpointed import checkpointed
 from jaxrnn._dtypes import cast, result_dtype
+from jaxrnn._implementation import KERNELS, Loops, check_loops, choose
 from jaxrnn._padding import check_valid, cut_steps, select, valid_steps, without_padding
 from jaxrnn._rule import recurrence
 from jaxrnn._states import Sequences, prepared
@@ -29,6 +31,8 @@ def unroll(
     checkpoint_every: int | str | None = None,
     truncate: int | None = None,
     window: int | None = None,
+    implementation: str = "auto",
+    precision: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The hidden states of whole sequences, final state first.
 
@@ -56,6 +60,12 @@ def unroll(
       window: derivatives of h_t reach a_{t−k+1} … a_t, k ≥ 1, as if h_t were recomputed by k
         steps from an h_{t−k} that does not move: the sum of 3.3 cut off at k terms. Steps are
         counted likewise. Not with `truncate`.
+      implementation: by what the loops over time are run, forward and in all derivatives. "scan":
+        `jax.lax.scan`. "mosaic_gpu", "pallas_tpu": one kernel for all steps, W kept on the chip;
+        tanh, relu, sigmoid, identity. "associative": derivatives by products of Jacobians, in
+        logarithmic depth and memory for T · B · H² numbers; forward a scan.
+        "auto": a kernel where it was measured to be exact and faster on the device, else the scan.
+      precision: of every product, as `jax.numpy.matmul` takes it; None is JAX's default.
 
     Returns:
       (h_last, hs): the state after the last valid step (h0 where there is none),
@@ -67,6 +77,7 @@ def unroll(
       ValueError: shapes that do not fit, lengths outside 0 … T, two options that exclude each
         other, an invalid id whose value can be seen (under jit the state becomes NaN),
         `checkpoint_every` where T is symbolic.
+      NotImplementedError: the implementation asked for cannot run this; it says why.
 
     Numerics: in bfloat16 and float16 products and pre-activations are float32, each state is
     rounded once. Invalid steps may hold NaN or inf, their cotangents too: neither reaches
@@ -89,19 +100,30 @@ def unroll(
     ((2, 3), (7, 2, 3))
     """
     args = check_sequences(cell, xs, h0, lengths, mask, drive)
-    return _unroll(*args, how=check_how(args[1], reverse, checkpoint_every, truncate, window))
+    how = check_how(args[1], reverse, checkpoint_every, truncate, window, implementation, precision)
+    check_kernel(how.loops, args)
+    return _unroll(*args, how=how)
 
 
 class How(NamedTuple):
-    """What does not depend on values: which way time runs, and how far derivatives reach."""
+    """What does not depend on values: how the loops are run, and how far derivatives reach."""
 
-    reverse: bool
+    loops: Loops
     checkpoint_every: int | None
     truncate: int | None
     window: int | None
 
+    def options(self) -> dict[str, Any]:
+        """The same as `unroll` takes it."""
+        _, *names = self._fields
+        reverse, implementation, precision, _ = self.loops
+        runs = dict(reverse=reverse, implementation=implementation, precision=precision)
+        return runs | {name: getattr(self, name) for name in names}
 
-def check_how(xs, reverse, checkpoint_every, truncate, window) -> How:
+
+def check_how(
+    xs, reverse, checkpoint_every, truncate, window, implementation="auto", precision=None
+) -> How:
     """Require options that go together; "sqrt" becomes a number of steps."""
     time = leading_shape(xs)[0]
     if checkpoint_every is not None and not isinstance(time, int):
@@ -121,7 +143,18 @@ def check_how(xs, reverse, checkpoint_every, truncate, window) -> How:
     for other in ("truncate", "checkpoint_every"):
         if "window" in given and other in given:
             _checks.bad_value(f"{other} and window", "at most one of them", "both")
-    return How(_checks.boolean("reverse", reverse), *(given.get(name) for name in How._fields[1:]))
+    loops = check_loops(time, reverse, implementation, precision)
+    return How(loops, *(given.get(name) for name in How._fields[1:]))
+
+
+def check_kernel(loops: Loops, args: tuple) -> None:
+    """Require that the implementation which is asked for runs each cell."""
+    cells, xs, *arrays = args
+    if loops.implementation not in KERNELS:
+        return
+    dtype, (_, *batch) = result_dtype(cells, xs, arrays), leading_shape(xs)
+    for cell in jax.tree.leaves(cells, is_leaf=lambda leaf: isinstance(leaf, Cell)):
+        choose(loops, cell.W.astype(dtype), tuple(batch), resolve(cell.activation))
 
 
 def check_sequences(cell, xs, h0, lengths, mask, drive):
@@ -166,14 +199,14 @@ def together(
     cut = None
     if how.truncate is not None:
         valid = valid_steps(lengths, mask, steps[0])
-        cut = cut_steps(valid, steps, how.truncate, how.reverse)
+        cut = cut_steps(valid, steps, how.truncate, how.loops.reverse)
     if steps[0]:
         valid = mask if lengths is None else lengths[None] > 0
-        cell, xs, h0, drive = spread(cell, xs, h0, drive, valid)
+        cell, xs, h0, drive = spread(cell, xs, h0, drive, valid, how.loops)
     return cell, Sequences(xs, drive, mask, cut), h0, lengths
 
 
-def spread(cell, xs, h0, drive, mask):
+def spread(cell, xs, h0, drive, mask, loops):
     """The same values, placed as the states will be.
 
     Adding zeros gives h_0 the sharding of a state and, inside shard_map, gives all of them the
@@ -183,7 +216,7 @@ def spread(cell, xs, h0, drive, mask):
     xs, drive = _sharding.varying_like((xs, drive), (cell, h0, mask))
     now, drive_now = jax.tree.map(lambda s: s[0], (xs, drive))
     now = safe_ids(now.ids, cell.U.shape[1]) if isinstance(now, Ids) else now
-    a = preactivation(row_weights(cell, xs), now, h0, drive_now)
+    a = preactivation(row_weights(cell, xs, loops.precision), now, h0, drive_now)
     a = select(None if mask is None else mask[0], a, 0)
     h0 = h0 + jnp.zeros_like(a, h0.dtype)
     zero = jnp.zeros_like(jnp.sum(a), h0.dtype)
@@ -194,13 +227,13 @@ def spread(cell, xs, h0, drive, mask):
 @partial(jax.jit, static_argnames="how")
 def _unroll(cell, xs, h0, lengths, mask, drive, *, how):
     cell, sequences, h0, lengths = together(cell, xs, h0, lengths, mask, drive, how)
-    reverse = how.reverse
+    loops = how.loops
     if leading_shape(xs)[0] == 0:
         return h0, jnp.zeros((0, *h0.shape), h0.dtype)
     if how.checkpoint_every is not None:
         length = how.checkpoint_every
-        found = checkpointed(cell, sequences, h0, lengths, length=length, reverse=reverse)
+        found = checkpointed(cell, sequences, h0, lengths, length=length, loops=loops)
         return found.h_last, found.hs
     sequences = prepared(sequences, 0, lengths, cell.U.shape[1])
-    h_last, hs = recurrence(cell, sequences, h0, reverse=reverse, window=how.window)
+    h_last, hs = recurrence(cell, sequences, h0, loops=loops, window=how.window)
     return h_last, without_padding(hs, sequences.mask)

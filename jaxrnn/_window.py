@@ -10,6 +10,7 @@ steps are as if they were not there.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +19,11 @@ from jax import lax
 from jaxrnn._activation import resolve
 from jaxrnn._cell import Cell
 from jaxrnn._dtypes import accumulation_dtype, cast, cast_like
+from jaxrnn._implementation import Loops
+from jaxrnn._jacobians import previous, times
 from jaxrnn._linear_map import LinearMap
 from jaxrnn._linearised import Steps, Tangents, linearised, sources
 from jaxrnn._padding import frozen_states
-from jaxrnn._recurrence import previous, times
 from jaxrnn._step import advance, preactivation, row_weights
 from jaxrnn._tangent import Known, tangent_by_jax
 
@@ -33,7 +35,7 @@ def tangent_in_window(
     tangents: Tangents,
     *,
     window: int,
-    reverse: bool,
+    loops: Loops,
     time_axis: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """(dh_last, dh of all steps), each from its window; for the rest as `tangent_of_states`.
@@ -47,11 +49,11 @@ def tangent_in_window(
     # After T + 1 sweeps nothing changes: h_0 is reached from all steps. T may be a symbol.
     time = steps.hs.shape[time_axis]
     sweeps = min(window, time + 1) if isinstance(time, int) else window
-    how = dict(sweeps=sweeps, reverse=reverse)
+    how: dict[str, Any] = dict(sweeps=sweeps, loops=loops)
     run = LinearMap(partial(_forward, **how), partial(_transpose, **how), partial(_plain, **how))
     moving = tangents._replace(xs=front(tangents.xs), drive=front(tangents.drive))
     dhs = run(Known(cell, front(steps), h0), moving)
-    return dhs[0 if reverse else -1], jnp.moveaxis(dhs, 0, time_axis)
+    return dhs[0 if loops.reverse else -1], jnp.moveaxis(dhs, 0, time_axis)
 
 
 def _sweep(first, again, h0, mask, sweeps, reverse):
@@ -64,36 +66,37 @@ def _sweep(first, again, h0, mask, sweeps, reverse):
     return frozen_states(y, h0, mask, reverse)
 
 
-def _forward(known, tangents, *, sweeps, reverse):
+def _forward(known, tangents, *, sweeps, loops):
     cell, steps, h0 = known
-    at = linearised(cell, steps, h0, reverse)
+    at = linearised(cell, steps, h0, loops)
     wide = accumulation_dtype(steps.hs.dtype)
     given = cast(tangents, wide)
     dh0 = jnp.zeros_like(h0, wide) if given.h0 is None else given.h0
     e = sources(at, given)
-    dhs = _sweep(e, lambda y: e + times(at.J, y), dh0, steps.mask, sweeps, reverse)
+    dhs = _sweep(e, lambda y: e + times(at.J, y), dh0, steps.mask, sweeps, loops.reverse)
     return dhs.astype(steps.hs.dtype)
 
 
-def _transpose(known, g, wanted, *, sweeps, reverse):
+def _transpose(known, g, wanted, *, sweeps, loops):
     wide = accumulation_dtype(g.dtype)
     moving = jax.tree.map(lambda w: w.update(dtype=wide), wanted)
-    tangent = partial(_forward, known, sweeps=sweeps, reverse=reverse)
+    tangent = partial(_forward, known, sweeps=sweeps, loops=loops)
     (found,) = jax.linear_transpose(tangent, moving)(g)
     return cast_like(found, wanted)
 
 
-def _plain(known, tangents, *, sweeps, reverse):
+def _plain(known, tangents, *, sweeps, loops):
     mask, held = known.steps.mask, lax.stop_gradient((known.steps.hs, known.h0))
     activation = resolve(known.cell.activation)
 
     def recomputed(cell, xs, drive, h0):
-        weights = row_weights(cell, xs)
+        weights = row_weights(cell, xs, loops.precision)
 
         def again(h_prev):
             a = preactivation(weights, xs, h_prev, drive)
             return advance(activation, weights.leak, a, h_prev)
 
-        return _sweep(again(previous(*held, reverse)), again, h0, mask, sweeps, reverse)
+        first = again(previous(*held, loops.reverse))
+        return _sweep(first, again, h0, mask, sweeps, loops.reverse)
 
     return tangent_by_jax(recomputed, known, tangents)

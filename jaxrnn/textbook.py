@@ -31,8 +31,8 @@ from jaxrnn._cell import (
     leading_shape,
 )
 from jaxrnn._dtypes import cast, cast_like, result_dtype, wide
+from jaxrnn._jacobians import previous
 from jaxrnn._loss import check_targets, cross_entropy, output_error
-from jaxrnn._recurrence import previous
 from jaxrnn._step import apply_readout, preactivation, row_weights
 from jaxrnn._unroll import check_how, unroll
 

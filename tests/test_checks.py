@@ -90,8 +90,8 @@ def contributions(cell=CELL, readout=READOUT, xs=XS, targets=IDS):
     return textbook.contributions(Params(cell, readout), xs, targets)
 
 
-def apply_readout(readout=READOUT, hs=HS):
-    return jaxrnn.apply_readout(readout, hs)
+def apply_readout(readout=READOUT, hs=HS, **how):
+    return jaxrnn.apply_readout(readout, hs, **how)
 
 
 def cross_entropy(logits=LOGITS, targets=IDS, where=None):
@@ -247,6 +247,18 @@ HOW = [
     ({"window": [2]}, TypeError, "window: expected a whole number, got list"),
     ({"truncate": 2, "window": 2}, ValueError,
      "truncate and window: expected at most one of them, got both"),
+]
+PRECISION = "precision: expected None, 'default', 'high', 'highest' or what else jax.numpy.matmul"
+RUNS = [
+    ({"implementation": "cudnn"}, ValueError, "implementation: expected one of 'auto', 'scan', "
+     "'mosaic_gpu', 'pallas_tpu', 'associative', got 'cudnn'"),
+    ({"implementation": None}, ValueError, "implementation: expected one of 'auto', 'scan', "
+     "'mosaic_gpu', 'pallas_tpu', 'associative', got None"),
+    ({"precision": "exact"}, ValueError, f"{PRECISION} takes, got 'exact'"),
+    ({"precision": 3}, ValueError, f"{PRECISION} takes, got int"),
+    ({"precision": ["high", "high"]}, ValueError, f"{PRECISION} takes, got list"),
+    ({"precision": jnp.ones(2)}, ValueError,
+     f"{PRECISION} takes, got float64 array of shape [2]"),
 ]
 CHECKPOINTS = [
     ({"checkpoint_every": 0}, ValueError, "checkpoint_every: expected at least 1, got 0"),
@@ -425,6 +437,7 @@ TABLE = [
     ((with_params, double_sum_with_params), OF_PARAMS), (TEXTBOOK, OF_ONE_CELL[:1]),
     ((*SEQUENCES, *LAYERS), INPUTS), (RECURRENT, STATES), ((*RECURRENT, *LAYERS), LENGTHS + HOW),
     ((unroll, loss_and_grads, *LAYERS), CHECKPOINTS), ((*RECURRENT, unroll_layers, pairs), REVERSE),
+    ((*RECURRENT, *LAYERS), RUNS), ((apply_readout,), RUNS[-2:]),
     ((*WHOLE, cross_entropy), TARGETS), ((*WHOLE, apply_readout), READOUTS), (WHOLE, OF_WHOLE),
     ((step,), OF_STEP), ((bptt,), OF_BPTT), ((unroll,), OF_UNROLL),
     ((cross_entropy,), OF_CROSS_ENTROPY), ((apply_readout,), OF_APPLY_READOUT),

@@ -48,6 +48,7 @@ FACTORS = {
     "reverse": ["", "reverse"],
     "drive": ["", "drive"],
     "mapped": ["", "vmap"],
+    "implementation": ["", "associative"],
 }
 
 
@@ -100,8 +101,9 @@ def arrays_of(activation, leak, inputs, drive, dtype, **_):
     return arrays, (jaxrnn.Ids(ids) if inputs == "ids" else None)
 
 
-def ours(arrays, ids, option, invalid, reverse, mapped, **_):
+def ours(arrays, ids, option, invalid, reverse, mapped, implementation, **_):
     how = {option: 2} if option else {}
+    how |= {"implementation": implementation} if implementation else {}
     valid = {"lengths": matrix.LENGTHS, "mask": matrix.GAPS}.get(invalid)
     given = {"xs": ids, invalid or "mask": valid} | arrays
     axes = {"cell": None, "h0": 0, "xs": 1, "lengths": 0, "mask": 1, "drive": 1}

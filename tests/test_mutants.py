@@ -11,7 +11,16 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 WITNESSES = [
     f"tests/test_{name}.py"
-    for name in ("gradients", "orders", "vmap", "schedule", "reach", "layers")
+    for name in (
+        "gradients",
+        "orders",
+        "vmap",
+        "schedule",
+        "reach",
+        "layers",
+        "implementation",
+        "kernels",
+    )
 ]
 
 # name -> (file, what stands there, what the mutant says instead, the witnesses that see it)
@@ -30,7 +39,7 @@ MUTANTS = {
         "match_a_naive_scan and tanh and 7",
     ),
     "state before off by one": (
-        "_recurrence.py", "jnp.concatenate([h0[None], hs[:-1]])", "hs",
+        "_jacobians.py", "jnp.concatenate([h0[None], hs[:-1]])", "hs",
         "match_a_naive_scan and tanh and 7",
     ),
     "slope off by a thousandth": (
@@ -38,15 +47,15 @@ MUTANTS = {
         "match_a_naive_scan and tanh and 7",
     ),
     "leak that does not pass the state on": (
-        "_recurrence.py", "(1 - like(self.leak, v)) * v", "0.999 * (1 - like(self.leak, v)) * v",
+        "_jacobians.py", "(1 - like(self.leak, v)) * v", "0.999 * (1 - like(self.leak, v)) * v",
         "match_a_naive_scan and leak and 7",
     ),
     "tangent of W without its transpose": (
-        "_linearised.py", "product(at.seen, dcell.W.T)", "product(at.seen, dcell.W)",
+        "_linearised.py", "product(at.seen, dcell.W.T, ", "product(at.seen, dcell.W, ",
         "match_a_naive_scan and tanh and 7",
     ),
     "hand gradient of V from the state before": (
-        "_loss_and_grads.py", "_sum_outer(error, hs)", "_sum_outer(error, jnp.roll(hs, 1, 0))",
+        "_loss_and_grads.py", "_sum_outer(error, hs, ", "_sum_outer(error, jnp.roll(hs, 1, 0), ",
         "equations_of_section_3",
     ),
     "the source's sign": (
@@ -72,7 +81,7 @@ MUTANTS = {
         "match_a_naive_scan and tanh and 7",
     ),
     "tangent of the first state at the last step, in second orders": (
-        "_tangent.py", "e.at[-1 if reverse else 0]", "e.at[0 if reverse else -1]",
+        "_tangent.py", "e.at[-1 if loops.reverse else 0]", "e.at[0 if loops.reverse else -1]",
         "hessian_vector_products and tanh",
     ),
     "frozen steps that have a Jacobian": (
@@ -103,8 +112,8 @@ MUTANTS = {
         "gradients_under_every_choice and plain and 2",
     ),
     "inputs before the loop without the drive": (
-        "_states.py", "from_inputs(weights, xs, drive), None",
-        "from_inputs(weights, xs), None", "gradients_under_every_choice and plain and before",
+        "_states.py", "(from_inputs(weights, xs, drive), None)",
+        "(from_inputs(weights, xs), None)", "gradients_under_every_choice and plain and before",
     ),
     "weights on the left, not transposed": (
         "_step.py", "left, accumulate = matrix.T,", "left, accumulate = matrix,",
@@ -139,8 +148,8 @@ MUTANTS = {
         "change_no_gradient and lengths and 2",
     ),
     "a segment of the loss computed again without its cuts": (
-        "_loss_and_grads.py", "recurrence(cell, now, h_before, reverse=reverse)[1]",
-        "recurrence(cell, now._replace(cut=None), h_before, reverse=reverse)[1]",
+        "_loss_and_grads.py", "recurrence(cell, now, h_before, loops=loops)[1]",
+        "recurrence(cell, now._replace(cut=None), h_before, loops=loops)[1]",
         "keep_the_cuts and 3",
     ),
     "kept states that carry no derivative": (
@@ -153,6 +162,30 @@ MUTANTS = {
     "a residual that forgets the layers below": (
         "_layers.py", "y = hs + y if residual and h_last else hs", "y = hs",
         "stack_is_one_layer and True",
+    ),
+    "products of Jacobians in the wrong order": (
+        "_associative.py", "jnp.matmul(B, A,", "jnp.matmul(A, B,", "by_associative_scan and 37",
+    ),
+    "an associative adjoint that reads the Jacobian of its own step": (
+        "_associative.py", "jnp.roll(matrices, 1 if J.loops.reverse else -1, 0)", "matrices",
+        "by_associative_scan and 37",
+    ),
+    "a kernel's adjoint without its transpose": (
+        "_kernels/run.py", "J.W.T, J.leak", "J.W, J.leak", "states_and_all_gradients and TPU",
+    ),
+    "a kernel that goes through its cuts": (
+        "_kernels/loops.py", "jnp.where(flags.cut > 0, 0.0, delta)", "delta",
+        "states_and_all_gradients and TPU and sigmoid",
+    ),
+    "a kernel whose leak passes too little on": (
+        "_kernels/loops.py", "_where(flags.valid, _keep(leak, adjoint), adjoint)",
+        "_where(flags.valid, 0.999 * _keep(leak, adjoint), adjoint)",
+        "states_and_all_gradients and TPU and identity",
+    ),
+    "members of a kernel that pair with each other's weights": (
+        "_kernels/run.py", "x = jnp.moveaxis(x, axis, place)",
+        "x = jnp.moveaxis(x, axis, place) if place else jnp.moveaxis(x, axis, place)[::-1]",
+        "members_run_side_by_side and TPU",
     ),
 }  # fmt: skip
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import ShapedArray
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -96,10 +97,10 @@ def run(
     streams, flags = each(stream, arrays.streams), each(flag, arrays.flags)
     specs = Arrays._make((matrix, state, state, streams, flags, each(leak, arrays.leak)))
     # Types of arrays, not ShapeDtypeStruct: inside shard_map that asks over which axes they vary.
-    out_shape = [jax.core.ShapedArray((T, M, total, columns), out_dtype)]
+    out_shape = [ShapedArray((T, M, total, columns), out_dtype)]
     out_specs = [stream]
     if loop.finish is not None:
-        out_shape.append(jax.core.ShapedArray((M, total, columns), jnp.dtype(jnp.float32)))
+        out_shape.append(ShapedArray((M, total, columns), jnp.dtype(jnp.float32)))
         out_specs.append(end)
 
     out, *ends = pl.pallas_call(
