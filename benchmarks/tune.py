@@ -1,4 +1,4 @@
-"""Measure what `jaxrnn/_schedule.py` chooses by shape: each choice against its alternatives."""
+"""Measure what is chosen by shape in `jaxrnn/_schedule.py`, or by the user: the alternatives."""
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +29,10 @@ SEGMENT = (
     (25, 32, 65, 128), (64, 64, 103, 256), (256, 32, 128, 128), (784, 128, 1, 128),
     (20_000, 1, 8, 32), (1000, 16, 64, 64), (100, 16, 1024, 1024), (100, 128, 512, 512),
 )  # fmt: skip
+ASSOCIATIVE = (
+    (1000, 1, 4, 1), (10_000, 1, 4, 1), (100_000, 1, 4, 1), (10_000, 1, 4, 2), (100_000, 1, 4, 2),
+    (10_000, 1, 4, 4), (10_000, 1, 4, 8), (1000, 16, 4, 1), (1000, 16, 4, 4), (1000, 1, 8, 32),
+)  # fmt: skip
 
 
 @contextmanager
@@ -42,12 +46,12 @@ def choosing(rule: str, answer: Any) -> Iterator[None]:
         setattr(_schedule, rule, kept)
 
 
-def _forward(cell, xs, g):
-    return jaxrnn.unroll(cell, xs)[1]
+def _forward(cell, xs, g, **how):
+    return jaxrnn.unroll(cell, xs, **how)[1]
 
 
-def _gradient(cell, xs, g):
-    return jax.grad(lambda cell, xs: jnp.sum(_forward(cell, xs, g) * g), (0, 1))(cell, xs)
+def _gradient(cell, xs, g, **how):
+    return jax.grad(lambda cell, xs: jnp.sum(_forward(cell, xs, g, **how) * g), (0, 1))(cell, xs)
 
 
 def _compile(f: Callable, args: tuple) -> Callable[[], Any]:
@@ -75,6 +79,9 @@ def measure(
     )
     calls = {}
     for answer in dict.fromkeys((chosen, *answers)):
+        if rule == "implementation":
+            calls[answer] = _compile(partial(f, implementation=answer), args)
+            continue
         with choosing(rule, answer):
             calls[answer] = _compile(f, args)
     seconds = paired(calls, rounds)
@@ -94,7 +101,7 @@ def main(argv: Sequence[str]) -> int:
     time of the choice, pair by pair: below 1 the rule was wrong.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks tune", description=main.__doc__)
-    rules = ("hoists_inputs", "puts_weights_left", "segment_length")
+    rules = ("hoists_inputs", "puts_weights_left", "segment_length", "implementation")
     parser.add_argument("rule", nargs="*", choices=(*rules, []), help="(default: all)")
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args(argv)
@@ -117,4 +124,8 @@ def main(argv: Sequence[str]) -> int:
             chosen = _schedule.segment_length(T, (B,), H)
             others = [n for n in (T // 64, T // 32, T // 16, T // 8, T // 4, T // 2, T) if n]
             print(line("segment_length", _gradient, (T, B, D, H), chosen, others), flush=True)
+    if "implementation" in wanted:
+        print("the linear loop as a scan? (forward and backward)")
+        for shape in ASSOCIATIVE:
+            print(line("implementation", _gradient, shape, "scan", ("associative",)), flush=True)
     return 0

@@ -33,6 +33,10 @@ def test_every_answer_is_another_program_with_the_same_results(monkeypatch):
         return {answer: jnp.ones(rounds) for answer in calls}
 
     monkeypatch.setattr(tune, "paired", called)
-    tune.measure("hoists_inputs", tune._gradient, (6, 2, 3, 4), True, (True, False), rounds=1)
-    assert list(results) == [True, False]
-    assert_close(results[True], results[False], 1e-5)
+    for rule, answers in {
+        "hoists_inputs": (True, False), "implementation": ("scan", "associative"),
+    }.items():  # fmt: skip
+        results.clear()
+        tune.measure(rule, tune._gradient, (6, 2, 3, 4), answers[0], answers, rounds=1)
+        assert tuple(results) == answers
+        assert_close(*results.values(), 1e-5)
