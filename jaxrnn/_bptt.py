@@ -14,7 +14,7 @@ from jaxrnn._linearised import Steps, Tangents
 from jaxrnn._padding import frozen_states, without_padding
 from jaxrnn._states import prepared
 from jaxrnn._tangent import tangent_of_states
-from jaxrnn._unroll import check_how, check_kernel, check_sequences, spread, together
+from jaxrnn._unroll import check_how, check_sequences, spread, together
 from jaxrnn._window import tangent_in_window
 
 
@@ -98,8 +98,7 @@ def bptt(
     dhs = _checks.floating("dhs", dhs, shape, _checks.swapped(shape))
     if dh_last is not None:
         dh_last = _checks.floating("dh_last", dh_last, shape[1:])
-    how = check_how(xs, reverse, None, truncate, window, implementation, precision)
-    check_kernel(how.loops, args)
+    how = check_how(args, reverse, None, truncate, window, implementation, precision)
     return _bptt(cell, xs, h0, hs, dhs, dh_last, lengths, mask, drive, how=how)
 
 

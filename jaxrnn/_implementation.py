@@ -125,7 +125,10 @@ def _refuse(name: str, reason: str) -> NoReturn:
 
 
 def choose(
-    loops: Loops, W: jax.Array, batch: tuple[int, ...], activation: Activation | None = None
+    loops: Loops,
+    W: jax.Array | jax.ShapeDtypeStruct,
+    batch: tuple[int, ...],
+    activation: Activation | None = None,
 ) -> str:
     """What runs a loop: "scan", "associative" or a kernel.
 
@@ -172,7 +175,7 @@ def perform(
     return kernel()
 
 
-def _won(m: Measured, loops: Loops, W: jax.Array, batch: tuple[int, ...]) -> bool:
+def _won(m, loops, W, batch) -> bool:
     if loops.device is None or loops.device.kind != m.kind or W.dtype != m.dtype:
         return False
     sizes = ((m.hidden, W.shape[0]), (m.batch, prod(batch)))

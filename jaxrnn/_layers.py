@@ -17,7 +17,7 @@ from jaxrnn._cell import Cell, Cells, Ids, check_cells, directions, first_cell, 
 from jaxrnn._dropout import check_dropout, dropouts
 from jaxrnn._dtypes import result_dtype
 from jaxrnn._step import step
-from jaxrnn._unroll import batch_first, check_sequences, unroll
+from jaxrnn._unroll import batch_first, check_how, check_sequences, unroll
 
 
 def unroll_layers(
@@ -79,16 +79,14 @@ def unroll_layers(
     >>> [h.shape for h in h_last], hs.shape
     ([(2, 3), (2, 5)], (7, 2, 5))
     """
-    cells, xs, h0, lengths, mask, drive = check_layers(cells, xs, h0, lengths, mask, drive)
-    reverse = _checks.boolean("reverse", reverse)
+    args = check_layers(cells, xs, h0, lengths, mask, drive)
+    cells, xs, h0, lengths, mask, drive = args
     residual = _checks.boolean("residual", residual)
-    how: dict[str, Any] = dict(
-        lengths=lengths, mask=mask, checkpoint_every=checkpoint_every, truncate=truncate,
-        window=window, implementation=implementation, precision=precision,
-    )  # fmt: skip
+    how = check_how(args, reverse, checkpoint_every, truncate, window, implementation, precision)
+    options: dict[str, Any] = {**how.options(), "lengths": lengths, "mask": mask}
     if isinstance(cells, Cell):
         check_dropout(dropout, key)
-        return unroll(cells, xs, h0, drive=drive, reverse=reverse, **how)
+        return unroll(cells, xs, h0, drive=drive, **options)
     _check_residual(residual, cells)
     drops = dropouts(check_dropout(dropout, key), key, len(cells))
     h_last: list[Any] = []
@@ -96,9 +94,9 @@ def unroll_layers(
     for layer, h, a, drop in zip(cells, h0, drive, drops, strict=True):
         x = drop(y)
         if isinstance(layer, Cell):
-            last, hs = unroll(layer, x, h, drive=a, reverse=reverse, **how)
+            last, hs = unroll(layer, x, h, drive=a, **options)
         else:
-            last, hs = _both(unroll, layer, x, h, a, reverse, how)
+            last, hs = _both(unroll, layer, x, h, a, options)
         y = hs + y if residual and h_last else hs
         h_last.append(last)
     return tuple(h_last), y
@@ -157,12 +155,11 @@ def bidirectional(
     sizes = [first_cell(cell).U.shape[1] for cell in cells]
     if sizes[1] != sizes[0]:
         _checks.bad_value("backward", f"a first U of shape [any, {sizes[0]}]", f"[any, {sizes[1]}]")
-    xs, h0, lengths, mask, drive = _check_inputs(cells, xs, h0, lengths, mask, drive)
-    how: dict[str, Any] = dict(
-        lengths=lengths, mask=mask, checkpoint_every=checkpoint_every, truncate=truncate,
-        window=window, implementation=implementation, precision=precision,
-    )  # fmt: skip
-    return _both(unroll_layers, cells, xs, h0, drive, False, how)
+    args = cells, *_check_inputs(cells, xs, h0, lengths, mask, drive)
+    _, xs, h0, lengths, mask, drive = args
+    how = check_how(args, False, checkpoint_every, truncate, window, implementation, precision)
+    options: dict[str, Any] = {**how.options(), "lengths": lengths, "mask": mask}
+    return _both(unroll_layers, cells, xs, h0, drive, options)
 
 
 def check_layers(cells, xs, h0, lengths, mask, drive):
@@ -218,10 +215,11 @@ def step_layers(cells: Any, x: jax.Array | Ids, h: Any) -> tuple[Any, jax.Array]
     return tuple(states), states[-1]
 
 
-def _both(run: Callable, cells, xs, h0, drive, reverse, how):
+def _both(run: Callable, cells, xs, h0, drive, options):
+    turned = options | dict(reverse=not options["reverse"])
     last, hs = zip(
-        *[run(cell, xs, h, drive=a, reverse=reverse != turned, **how)
-          for cell, h, a, turned in zip(cells, h0, drive, (False, True), strict=True)],
+        *[run(cell, xs, h, drive=a, **how)
+          for cell, h, a, how in zip(cells, h0, drive, (options, turned), strict=True)],
         strict=True,
     )  # fmt: skip
     dtype = result_dtype(hs)

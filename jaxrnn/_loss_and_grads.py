@@ -21,7 +21,7 @@ from jaxrnn._rule import recurrence
 from jaxrnn._segments import offsets, over_segments, starts
 from jaxrnn._states import prepared
 from jaxrnn._step import apply_readout, product
-from jaxrnn._unroll import check_how, check_kernel, check_sequences, spread, together
+from jaxrnn._unroll import check_how, check_sequences, spread, together
 
 
 @jax.tree_util.register_dataclass
@@ -108,8 +108,7 @@ def loss_and_grads(
     check = check_sequences if isinstance(cell, Cell) else check_layers
     args = check(cell, xs, h0, lengths, mask, drive)
     cell, xs, h0, lengths, mask, drive = args
-    how = check_how(xs, reverse, checkpoint_every, truncate, window, implementation, precision)
-    check_kernel(how.loops, args)
+    how = check_how(args, reverse, checkpoint_every, truncate, window, implementation, precision)
     steps = leading_shape(xs)
     valid = valid_steps(lengths, mask, steps[0])
     targets = check_targets(targets, (*steps, params.readout.V.shape[0]), valid)

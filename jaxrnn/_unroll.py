@@ -100,8 +100,7 @@ def unroll(
     ((2, 3), (7, 2, 3))
     """
     args = check_sequences(cell, xs, h0, lengths, mask, drive)
-    how = check_how(args[1], reverse, checkpoint_every, truncate, window, implementation, precision)
-    check_kernel(how.loops, args)
+    how = check_how(args, reverse, checkpoint_every, truncate, window, implementation, precision)
     return _unroll(*args, how=how)
 
 
@@ -122,10 +121,10 @@ class How(NamedTuple):
 
 
 def check_how(
-    xs, reverse, checkpoint_every, truncate, window, implementation="auto", precision=None
+    args, reverse, checkpoint_every, truncate, window, implementation="auto", precision=None
 ) -> How:
-    """Require options that go together; "sqrt" becomes a number of steps."""
-    time = leading_shape(xs)[0]
+    """Require options that go together and with args; "sqrt" becomes a number of steps."""
+    time = leading_shape(args[1])[0]
     if checkpoint_every is not None and not isinstance(time, int):
         _checks.bad_value("checkpoint_every", "None where T is symbolic", repr(checkpoint_every))
     if isinstance(checkpoint_every, str):
@@ -144,17 +143,17 @@ def check_how(
         if "window" in given and other in given:
             _checks.bad_value(f"{other} and window", "at most one of them", "both")
     loops = check_loops(time, reverse, implementation, precision)
+    if implementation in KERNELS:
+        _check_kernel(loops, *args)
     return How(loops, *(given.get(name) for name in How._fields[1:]))
 
 
-def check_kernel(loops: Loops, args: tuple) -> None:
-    """Require that the implementation which is asked for runs each cell."""
-    cells, xs, *arrays = args
-    if loops.implementation not in KERNELS:
-        return
+def _check_kernel(loops, cells, xs, *arrays):
+    """Require a kernel that runs each of the cells."""
     dtype, (_, *batch) = result_dtype(cells, xs, arrays), leading_shape(xs)
     for cell in jax.tree.leaves(cells, is_leaf=lambda leaf: isinstance(leaf, Cell)):
-        choose(loops, cell.W.astype(dtype), tuple(batch), resolve(cell.activation))
+        W = jax.ShapeDtypeStruct(cell.W.shape, dtype)
+        choose(loops, W, tuple(batch), resolve(cell.activation))
 
 
 def check_sequences(cell, xs, h0, lengths, mask, drive):

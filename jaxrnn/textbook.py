@@ -69,7 +69,7 @@ def loss_and_grads(
     Source: sections 3.1 to 3.3.
     """
     args = _checked(params, xs, targets)
-    return _loss_and_grads(*args, how=check_how(args[1], False, None, truncate, window))
+    return _loss_and_grads(*args, how=check_how(args, False, None, truncate, window))
 
 
 def contributions(
@@ -100,7 +100,7 @@ def contributions(
     Source: section 3.3.
     """
     args = _checked(params, xs, targets)
-    return _contributions(*args, how=check_how(args[1], False, None, truncate, window))
+    return _contributions(*args, how=check_how(args, False, None, truncate, window))
 
 
 @partial(jax.jit, static_argnames="how")

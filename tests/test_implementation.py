@@ -207,6 +207,15 @@ def test_no_function_falls_back(which):
         call()
 
 
+def test_the_second_layer_counts_too():
+    cell = jaxrnn.init_cell(jax.random.key(0), 2, 4, dtype=jnp.float32)
+    above = jax.eval_shape(lambda: jaxrnn.init_cell(jax.random.key(0), 4, 2000, dtype=jnp.float32))
+    above = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), above)
+    with built_for(TPU), pytest.raises(NotImplementedError, match="1664 in float32, not 2000"):
+        jaxrnn.unroll_layers((cell, above), jnp.zeros((3, 2), jnp.float32),
+                             implementation="pallas_tpu")  # fmt: skip
+
+
 # Precision ------------------------------------------------------------------------------------
 
 HIGHEST = (jax.lax.Precision.HIGHEST,) * 2

@@ -157,7 +157,8 @@ MUTANTS = {
         "no_derivative_of_second_order and False",
     ),
     "both directions alike": (
-        "_layers.py", "reverse=reverse != turned", "reverse=reverse", "two_directions",
+        "_layers.py", 'reverse=not options["reverse"]', 'reverse=options["reverse"]',
+        "two_directions",
     ),
     "a residual that forgets the layers below": (
         "_layers.py", "y = hs + y if residual and h_last else hs", "y = hs",
