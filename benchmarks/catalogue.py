@@ -3,19 +3,25 @@
 from dataclasses import dataclass
 
 from benchmarks import workers
+from benchmarks.kernels import KERNEL, LARGEST, ROOFLINE, SCAN
 from benchmarks.subjects.registry import (
+    COMMAND_BUFFERS,
+    GPU_SUBJECTS,
     JAX_SUBJECTS,
     SMALL_LOOPS,
     TORCH_SUBJECTS,
     TWO_DEVICES,
 )
+from benchmarks.workloads import MAIN_BATCH
 
-ROOFLINE = "roofline"
 # What a quick run leaves out: who does the same as another in the tables.
 NOT_QUICK = (
     "jaxrnn, vmap axis 1", "naive scan, vmap", "naive scan, relu", "flax.linen", "equinox",
 )  # fmt: skip
-KIND = {"": workers.JAX, TWO_DEVICES: workers.TWO_DEVICES, SMALL_LOOPS: workers.ONE_KERNEL}
+KIND = {
+    "": workers.JAX, TWO_DEVICES: workers.TWO_DEVICES, SMALL_LOOPS: workers.ONE_KERNEL,
+    COMMAND_BUFFERS: workers.COMMAND_BUFFERS,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,8 @@ class Listed:
       base: its name in the registry.
       dtype: of weights, inputs and results.
       precision: of JAX's products; None for JAX's own choice, which on a GPU is TF32.
+      hidden: the largest H that it is measured with; None for any.
+      batch: the only B; None for any.
     """
 
     name: str
@@ -37,6 +45,8 @@ class Listed:
     base: str
     dtype: str = "float32"
     precision: str | None = None
+    hidden: int | None = None
+    batch: int | None = None
 
 
 def listed(device: str, quick: bool = False) -> list[Listed]:
@@ -49,18 +59,33 @@ def listed(device: str, quick: bool = False) -> list[Listed]:
     Returns:
       The subjects, after the roofline.
     """
+    if device == "gpu":
+        return _on_gpu()
     kinds = (workers.JAX, workers.TORCH) if quick else workers.KINDS[device]
     found = [Listed(ROOFLINE, "jax", workers.JAX, ROOFLINE)]
     for name, entry in JAX_SUBJECTS.items():
         if KIND[entry.variant] not in kinds or (quick and name in NOT_QUICK):
             continue
         found.append(Listed(name, entry.package, KIND[entry.variant], name))
-        if device == "gpu" and name in ("jaxrnn", "naive scan"):
-            full = Listed(f"{name}, no TF32", entry.package, workers.JAX, name, precision="highest")
-            half = Listed(f"{name}, bfloat16", entry.package, workers.JAX, name, "bfloat16")
-            found += [full, half]
-    where = {"cpu": "cpu", "gpu": "cuda"}[device]
     for name, options in TORCH_SUBJECTS.items():
-        if options.device == where and not (quick and options.compile):
+        if options.device == "cpu" and not (quick and options.compile):
             found.append(Listed(name, "torch", workers.TORCH, name, options.dtype))
+    return found
+
+
+def _on_gpu() -> list[Listed]:
+    """The kernel of each dtype, and its rivals; those that serve as an orientation at one batch."""
+    found = []
+    for dtype, hidden in LARGEST.items():
+        limits = dtype, None, hidden
+        for name, entry in GPU_SUBJECTS.items():
+            if name in (KERNEL, SCAN) or dtype == "bfloat16":
+                batch = None if name in (KERNEL, SCAN) else MAIN_BATCH
+                kind = KIND[entry.variant]
+                found.append(Listed(f"{name}, {dtype}", entry.package, kind, name, *limits, batch))
+        name = f"{ROOFLINE}, {dtype}"
+        found.append(Listed(name, "jax", workers.JAX, ROOFLINE, *limits, MAIN_BATCH))
+        for name, options in TORCH_SUBJECTS.items():
+            if (options.device, options.dtype) == ("cuda", dtype):
+                found.append(Listed(name, "torch", workers.TORCH, name, *limits))
     return found

@@ -1,5 +1,6 @@
 """A subject's result beside the reference's, before it is timed."""
 
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -19,7 +20,10 @@ class Checker:
     """
 
     def __init__(self, workload: Workload, data: Data, tangent: Data):
-        self.workload, self.data, self.tangent = workload, data, tangent
+        self.workload, self.tangent = workload, tangent
+        self.data, few = data, workload.compared
+        if workload.distinct:
+            self.data = replace(data, xs=data.xs[:, few], g=data.g[:, few])
 
     @cached_property
     def _tanh_states(self) -> np.ndarray:
@@ -27,7 +31,12 @@ class Checker:
 
     @cached_property
     def _tanh_gradients(self) -> tuple:
-        return reference.gradients(self.data, "tanh")
+        return self._gradients("tanh")
+
+    def _gradients(self, activation: str, hs: np.ndarray | None = None) -> tuple:
+        *parameters, dxs = reference.gradients(self.data, activation, hs)
+        times = self.workload.B // self.workload.distinct if self.workload.distinct else 1
+        return *(times * gradient for gradient in parameters), dxs
 
     @cached_property
     def _tanh_tangents(self) -> curvature.Tangents:
@@ -74,7 +83,7 @@ class Checker:
         if activation == "tanh":
             gradients = self._tanh_gradients
         else:
-            gradients = reference.gradients(self.data, activation, hs)
+            gradients = self._gradients(activation, hs)
         return reference.mismatch((hs, *found), (states, *gradients), *precision)
 
     def _tangents_wrong(self, measure, found, expected, precision) -> str | None:

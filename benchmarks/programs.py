@@ -46,22 +46,27 @@ class Arguments:
     xs_tangent: jax.Array | None
 
 
-def arguments(subject: JaxSubject, data: Data, dtype: str = "float32") -> Arguments:
+def arguments(
+    subject: JaxSubject, data: Data, dtype: str = "float32", moved: Data | None = None
+) -> Arguments:
     """The arguments of all programs of a subject on a workload.
 
     Args:
       subject: whose layout.
       data: the numbers.
       dtype: of weights, inputs and cotangent.
+      moved: the direction; by default drawn.
 
     Returns:
       The `Arguments`.
     """
 
     def array(values):
-        return jnp.asarray(_batch_first(subject, values), dtype)
+        # Rounded on the device: NumPy takes seconds for large arrays.
+        return jnp.asarray(_batch_first(subject, values)).astype(dtype)
 
-    moved, xs_tangent = direction(data), None
+    xs_tangent = None
+    moved = direction(data) if moved is None else moved
     if data.ids is not None:
         xs = jnp.asarray(data.ids.T if subject.batch_first else data.ids)
     else:
@@ -128,17 +133,20 @@ def unloaded(subject: JaxSubject, workload: Workload, measure: str, result: Any)
       (hs,), (dU, dW, db, dxs) or (dU, dW, db), (hs, tangent of hs), or the Hessian's product
       as (dU, dW, db).
     """
-    # NumPy's arrays in the subject's containers: nothing here is compiled.
-    result = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), result)
-    if measure == FORWARD:
-        found = (_batch_first(subject, result),)
-    elif measure == JVP:
-        found = tuple(_batch_first(subject, part) for part in result)
-    elif measure == BACKWARD and not workload.ids:
-        gradient, dxs = result
-        found = (*_unload(subject, workload, gradient), _batch_first(subject, dxs))
+
+    def sequences(array):
+        if workload.distinct:
+            few = workload.compared
+            array = array[few] if subject.batch_first else array[:, few]
+        return _batch_first(subject, np.asarray(array, np.float64))
+
+    if measure in (FORWARD, JVP):
+        found = tuple(map(sequences, (result,) if measure == FORWARD else result))
     else:
-        found = _unload(subject, workload, result)
+        gradient, *dxs = result if measure == BACKWARD and not workload.ids else (result,)
+        # NumPy's arrays in the subject's containers: nothing here is compiled.
+        gradient = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), gradient)
+        found = (*_unload(subject, workload, gradient), *map(sequences, dxs))
     return tuple(np.asarray(part) for part in found)
 
 

@@ -5,11 +5,12 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import machine, tables
+from benchmarks import kernels, machine, tables
+from benchmarks.kernels import ROOFLINE
 from benchmarks.measures import BACKWARD, FORWARD
 from benchmarks.ratios import Spread, geometric_mean, slope, spread
 from benchmarks.tables import NOTHING, Table, number, ratio
-from benchmarks.view import NAIVE, OURS, ROOFLINE, Rival, View
+from benchmarks.view import NAIVE, OURS, Rival, View
 from benchmarks.workloads import Workload
 
 MB = 1e6
@@ -28,6 +29,8 @@ def show(document: dict[str, Any], console: Console, costs: bool = True) -> None
     for table in all_tables(document, costs):
         console.print()
         tables.show(table, console)
+    if document["kernels"]:
+        console.print(f"\n{_proved(document)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def markdown(document: dict[str, Any]) -> str:
@@ -40,7 +43,13 @@ def markdown(document: dict[str, Any]) -> str:
       The text.
     """
     parts = [caption(document), *map(tables.markdown, all_tables(document))]
+    if document["kernels"]:
+        parts.append(f"```python\n{_proved(document)}\n```")
     return "\n\n".join(parts)
+
+
+def _proved(document: dict[str, Any]) -> str:
+    return kernels.pasted(kernels.won(document))
 
 
 def caption(document: dict[str, Any]) -> str:
@@ -50,9 +59,10 @@ def caption(document: dict[str, Any]) -> str:
     counts = [len(row["seconds"]) for row in document["rows"] if row.get("seconds")]
     few, many = min(counts, default=0), max(counts, default=0)
     rounds = f"Medians of {few if few == many else f'{few} to {many}'} rounds. " if many else ""
+    dtype = "" if document["kernels"] else f"{document['dtype']}, "
     early = " The run was stopped early." if document.get("interrupted") else ""
     return (
-        f"{machine.describe(document['device'])}, {document['dtype']}, {document['date']}; "
+        f"{machine.describe(document['device'])}, {dtype}{document['date']}; "
         f"{', '.join(names)}. {rounds}A ratio is the median over rounds, quartiles in "
         f"parentheses; above 1 jaxrnn is faster.{early}"
     )
@@ -69,6 +79,10 @@ def all_tables(document: dict[str, Any], costs: bool = True) -> Iterator[Table]:
       The tables: ratios first.
     """
     view = View(document)
+    if document["kernels"]:
+        yield from kernels.tables(document)
+        yield from _left_out(view)
+        return
     for measure in view.measures:
         if any(view.row(w, measure, OURS) for w in view.workloads):
             yield _summary(view, measure)

@@ -11,10 +11,13 @@ options     of the run
 interrupted whether it ended early
 subjects    name, package, activation, kind (of worker) of each
 rows        workload, subject, measure, status: "ready" with seconds (per call, one for each of
-            the rounds), or "failed", "not installed", "not offered" with a reason
+            the rounds) and the kernels in its program; or "failed", "not installed", "not
+            offered", "not measured" with a reason
 compile     workload, subject, measure, and seconds of trace, compile, first_call
 memory      workload, subject, measure, and bytes of temporaries and at the peak of a call
 sweeps      axis, value, and a row with its bytes of temporaries
+kernels     of each kernel by dtype, H and direction (a measure): see `numerics.examine`; files
+            that are older than kernels have none
 """
 
 import json
@@ -24,8 +27,9 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
-LISTS = ("subjects", "rows", "compile", "memory", "sweeps")
-KEYS = ("schema", "date", "device", "versions", "threads", "flags", "dtype", "options", *LISTS)
+OLD_LISTS = ("subjects", "rows", "compile", "memory", "sweeps")
+LISTS = (*OLD_LISTS, "kernels")
+KEYS = ("schema", "date", "device", "versions", "threads", "flags", "dtype", "options", *OLD_LISTS)
 
 
 class ResultsError(ValueError):
@@ -53,7 +57,7 @@ def new(device: dict, versions: dict, options: dict, dtype: str = "float32") -> 
 
 def measured(document: dict[str, Any]) -> bool:
     """Whether there is anything worth keeping."""
-    return bool(document["rows"] or document["sweeps"])
+    return bool(document["rows"] or document["sweeps"] or document["kernels"])
 
 
 def check_writable(path: Path) -> None:
@@ -131,7 +135,7 @@ def read(path: Path) -> dict[str, Any]:
     missing = [key for key in KEYS if key not in document]
     if missing:
         raise ResultsError(f"{path}: lacks {', '.join(missing)}")
-    return document
+    return {"kernels": [], **document}
 
 
 def new_path(wanted: Path, force: bool = False) -> Path:

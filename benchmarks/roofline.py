@@ -14,6 +14,9 @@ from benchmarks.programs import Program
 from benchmarks.side import NotOfferedError
 from benchmarks.workloads import Workload
 
+# Bytes a second, and operations a second (float32 as TF32): NVIDIA's data sheet, without sparsity.
+LIMITS = {"NVIDIA H200": (4.8e12, {"bfloat16": 989e12, "float16": 989e12, "float32": 494e12})}
+
 
 def flops(workload: Workload, measure: str) -> int:
     """Floating-point operations of the products, two for each multiplication.
@@ -34,6 +37,30 @@ def flops(workload: Workload, measure: str) -> int:
         return each * (recurrent + of_inputs)
     with_inputs = 3 if measure == BACKWARD else 2
     return each * (3 * recurrent + with_inputs * of_inputs)
+
+
+def least_seconds(device: str, workload: Workload, measure: str, dtype: str) -> float | None:
+    """No program is faster: what the device takes to multiply, or to read and write arrays.
+
+    Read are inputs and cotangent, written states and the gradient in the inputs; backward reads
+    the states again. All else may stay on the chip.
+
+    Args:
+      device: as JAX calls it.
+      workload: the shapes.
+      measure: FORWARD or BACKWARD.
+      dtype: of all arrays.
+
+    Returns:
+      The seconds; None for a device whose limits are not known here.
+    """
+    if device not in LIMITS:
+        return None
+    bytes_a_second, operations = LIMITS[device]
+    T, B, D, H = workload.T, workload.B, workload.D, workload.H
+    size = 4 if dtype == "float32" else 2
+    moved = size * T * B * (D + H if measure == FORWARD else 2 * D + 3 * H)
+    return max(moved / bytes_a_second, flops(workload, measure) / operations[dtype])
 
 
 def make(workload: Workload, measure: str, dtype: str = "float32") -> Program:

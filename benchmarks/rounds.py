@@ -126,7 +126,7 @@ class Trial:
         if reply["status"] != "ready":
             self.rows[name] = {**row, "reason": reply["reason"]}
             return
-        more = {"flops": reply["flops"]} if "flops" in reply else {}
+        more = {key: reply[key] for key in ("flops", "kernels") if reply.get(key)}
         # Of a worker that was started again the rounds before count too.
         before = self.rows.get(name, {})
         measured = {key: before.get(key, []) for key in ("rounds", "seconds")}

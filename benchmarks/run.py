@@ -2,18 +2,20 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from benchmarks import sweeps
-from benchmarks.catalogue import ROOFLINE, Listed
+from benchmarks.catalogue import Listed
+from benchmarks.kernels import KERNEL, ROOFLINE
 from benchmarks.measures import BACKWARD, COUNTED, FORWARD, MEASURES
 from benchmarks.progress import Reporter
 from benchmarks.results import measured
 from benchmarks.rounds import COMPILE, MEMORY, Caller, Limits, Trial
 from benchmarks.text import without_directories
-from benchmarks.workers import JAX, WorkerDiedError
-from benchmarks.workloads import WORKLOADS, Workload
+from benchmarks.workers import COMMAND_BUFFERS, JAX, NUMERICS, WorkerDiedError
+from benchmarks.workloads import GRID, WORKLOADS, Workload
 
 
 class NoDeviceError(Exception):
@@ -33,6 +35,8 @@ class Plan:
       limits: how much.
       sweeps: whether T, B and H are varied too.
       minutes: what is not begun by then is left out; None for no limit.
+      kernels: whether kernels are examined before they are timed, and a workload's programs
+        compiled side by side.
     """
 
     workloads: tuple[Workload, ...] = WORKLOADS
@@ -40,6 +44,7 @@ class Plan:
     limits: Limits = DEFAULT
     sweeps: bool = True
     minutes: float | None = None
+    kernels: bool = False
 
     def units(self) -> int:
         """How many measures of a workload there are."""
@@ -56,14 +61,9 @@ QUICK = Plan(
     _named("char-rnn, ids", "one long stream", "medium", "document"), (FORWARD, BACKWARD),
     Limits(most=7, least=5, budget=3.0, compiles=1), sweeps=False, minutes=1.7,
 )  # fmt: skip
-# A step costs a GPU some microseconds, whatever its size: 100,000 of them would take a minute.
 GPU = Plan(
-    _named(
-        "medium", "char-rnn, ids", "char-rnn, one-hot", "one long stream", "large", "wide",
-        "sequential MNIST", "ensemble",
-    ),
-    (FORWARD, BACKWARD), Limits(most=11, least=5, budget=4.0, compiles=1), sweeps=False,
-    minutes=8.3,
+    GRID, (FORWARD, BACKWARD), Limits(most=9, least=5, budget=1.0, compiles=1), sweeps=False,
+    minutes=8.0, kernels=True,
 )  # fmt: skip
 
 
@@ -136,11 +136,17 @@ def run(
 
     try:
         for workload in plan.workloads:
-            for measure in plan.measures:
+            taking_part = {m: _taking_part(subjects, workload, m) for m in plan.measures}
+            if plan.kernels and not _late(until):
+                report.begin(f"{workload.name}, before it is timed", 1)
+                for measure, them in taking_part.items():
+                    if not _late(until):
+                        _examine(crew, them, workload, measure, document["kernels"], report)
+                _compile(crew, taking_part, workload, report)
+            for measure, them in taking_part.items():
                 compiles = plan.limits.compiles if measure in (FORWARD, BACKWARD) else 1
                 limits = replace(plan.limits, compiles=compiles, until=until)
-                taking_part = [s for s in subjects if s["name"] != ROOFLINE or measure in COUNTED]
-                trials.append(Trial(crew, taking_part, workload, measure, limits, report))
+                trials.append(Trial(crew, them, workload, measure, limits, report))
                 trials[-1].run()
             keep()
         if plan.sweeps:
@@ -151,3 +157,72 @@ def run(
         raise
     finally:
         keep()
+
+
+def _late(until: float | None) -> bool:
+    return until is not None and time.monotonic() > until
+
+
+def _taking_part(
+    subjects: Sequence[dict[str, Any]], workload: Workload, measure: str
+) -> list[dict[str, Any]]:
+    """Copies of those that are measured there."""
+    return [
+        dict(subject) for subject in subjects
+        if (subject["base"] != ROOFLINE or measure in COUNTED)
+        and workload.H <= (subject["hidden"] or workload.H)
+        and workload.B == (subject["batch"] or workload.B)
+    ]  # fmt: skip
+
+
+def _examine(
+    crew: Caller,
+    subjects: Sequence[dict[str, Any]],
+    workload: Workload,
+    measure: str,
+    found: list[dict[str, Any]],
+    report: Reporter,
+) -> None:
+    """Look at each kernel before it is timed; one that does not run is not timed."""
+    for subject in subjects:
+        if subject["base"] != KERNEL or subject["status"] != "ready":
+            continue
+        key = {"dtype": subject["dtype"], "H": workload.H, "direction": measure}
+        rows = {
+            r["direction"]: r for r in found if (r["dtype"], r["H"]) == (key["dtype"], key["H"])
+        }
+        row, forward = rows.get(measure), rows.get(FORWARD)
+        if row is None and forward and forward["status"] != "ready":
+            # The gradient begins with the states, and what hangs takes its time.
+            row = forward | key
+            found.append(row)
+        elif row is None:
+            report.step(f"is {subject['name']} exact?")
+            asked = {"dtype": key["dtype"], "hidden": workload.H, "direction": measure}
+            try:
+                row = key | crew.call(NUMERICS, do="examine", **asked)
+            except WorkerDiedError as error:
+                row = key | {"status": "failed", "reason": str(error)}
+            found.append(row)
+        if row["status"] != "ready":
+            subject |= {"status": "not measured", "reason": row["reason"]}
+
+
+def _compile(
+    crew: Caller,
+    subjects: dict[str, list[dict[str, Any]]],
+    workload: Workload,
+    report: Reporter,
+) -> None:
+    """Compile what is timed next side by side. One that fails at it does so again, by itself."""
+    for kind in (JAX, COMMAND_BUFFERS):
+        pairs = [
+            (subject["name"], measure)
+            for measure, them in subjects.items()
+            for subject in them
+            if subject["kind"] == kind and subject["status"] == "ready"
+        ]
+        if pairs:
+            report.step(f"{len(pairs)} programs are compiled")
+            with suppress(WorkerDiedError):
+                crew.call(kind, do="compile", pairs=pairs, workload=asdict(workload))

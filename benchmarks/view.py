@@ -9,13 +9,6 @@ from benchmarks.ratios import Spread, paired, spread
 from benchmarks.workloads import Workload
 
 OURS, NAIVE, ROOFLINE = "jaxrnn", "naive scan", "roofline"
-# Whom a subject of torch is compared with: whoever computes at its precision.
-TORCH_AGAINST = {
-    "cuDNN float32": "jaxrnn, no TF32",
-    "cuDNN float32, torch.compile": "jaxrnn, no TF32",
-    "cuDNN bfloat16": "jaxrnn, bfloat16",
-    "cuDNN float16": "jaxrnn, bfloat16",
-}
 
 
 @dataclass(frozen=True)
@@ -62,6 +55,11 @@ class View:
         row = self._rows.get((workload.name, measure, subject))
         return row if row is not None and row.get("seconds") else None
 
+    def listed(self, workload: Workload, what: str, dtype: str) -> bool:
+        """Whether some measure has a row, with times or without, of a subject in a dtype."""
+        name = f"{what}, {dtype}"
+        return any((workload.name, measure, name) in self._rows for measure in self.measures)
+
     def status(self, workload: Workload, measure: str, subject: str) -> str:
         """Of a row; "" where there is none."""
         return self._rows.get((workload.name, measure, subject), {}).get("status", "")
@@ -89,9 +87,9 @@ class View:
 
     @cached_property
     def torch_peers(self) -> dict[str, str]:
-        """Each of torch's layers, and the subject of ours with its precision."""
+        """Each of torch's layers, and ours."""
         names = [s["name"] for s in self.document["subjects"] if s["package"] == "torch"]
-        return {name: TORCH_AGAINST.get(name, OURS) for name in names}
+        return dict.fromkeys(names, OURS)
 
     def best(self, workload: Workload, measure: str, peers: dict[str, str]) -> Rival | None:
         """The peer that comes closest to ours, or leaves it farthest behind."""

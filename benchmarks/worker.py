@@ -63,6 +63,17 @@ class Bench:
         reply = {"status": "ready", "repeats": repeats, "seconds": seconds, "peak_bytes": peak}
         return {**reply, **prepared.record}
 
+    def do_compile(self, pairs: list[list[str]], workload: dict[str, Any]) -> dict[str, Any]:
+        """Compile (subject, measure)s that are prepared next, side by side. JAX's worker alone."""
+        self.side.compile(pairs, Workload(**workload))
+        return {"status": "ready"}
+
+    def do_examine(self, **request: Any) -> dict[str, Any]:
+        """What `numerics.examine` finds out about a kernel."""
+        from benchmarks import numerics
+
+        return {"status": "ready", **numerics.examine(**request)}
+
     def do_sample(self, subject: str) -> dict[str, Any]:
         """One sample, in seconds per call."""
         return {"status": "ready", "seconds": timing.sample(*self.ready[subject])}

@@ -5,11 +5,14 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 
 from benchmarks.text import one_line, without_directories
 
 JAX, TWO_DEVICES, ONE_KERNEL = "jax", "jax, two host devices", "jax, one kernel per small loop"
+COMMAND_BUFFERS, NUMERICS = "jax, loops in command buffers", "jax, numerics"
 TORCH = "torch"
 
 # XLA reads its flags once, when it starts: whatever differs in them runs in another process.
@@ -19,9 +22,18 @@ XLA_FLAGS = {
     ONE_KERNEL: (
         "--xla_backend_extra_options=xla_cpu_small_while_loop_byte_threshold=1000000000"
     ),
+    COMMAND_BUFFERS: (
+        "--xla_gpu_enable_command_buffer=+WHILE --xla_gpu_command_buffer_unroll_loops=true"
+    ),
+    NUMERICS: "",
     TORCH: "",
 }  # fmt: skip
-KINDS = {"cpu": tuple(XLA_FLAGS), "gpu": (JAX, TORCH)}
+KINDS = {
+    "cpu": (JAX, TWO_DEVICES, ONE_KERNEL, TORCH),
+    "gpu": (JAX, COMMAND_BUFFERS, NUMERICS, TORCH),
+}
+# What a GPU hangs at, only the end of the process ends: no request should take half as long.
+GPU_SECONDS, GPU_LIVES = 45.0, 6
 
 
 class WorkerDiedError(Exception):
@@ -60,10 +72,18 @@ class Worker:
       kind: one of KINDS.
       device: "cpu" or "gpu".
       command: what to run; by default `python -m benchmarks.worker KIND DEVICE`.
+      limit: seconds for a reply; by default none on a CPU.
     """
 
-    def __init__(self, kind: str, device: str = "cpu", command: list[str] | None = None):
-        self.kind = kind
+    def __init__(
+        self,
+        kind: str,
+        device: str = "cpu",
+        command: list[str] | None = None,
+        limit: float | None = None,
+    ):
+        self.kind, self.late = kind, False
+        self.limit = GPU_SECONDS if limit is None and device == "gpu" else limit
         self.noise = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
             command or [sys.executable, "-m", "benchmarks.worker", kind, device],
@@ -83,8 +103,22 @@ class Worker:
           The reply.
 
         Raises:
-          WorkerDiedError: the process ended before it answered.
+          WorkerDiedError: the process ended before it answered, or was ended for taking too long.
         """
+        if self.limit is None:
+            return self._ask(request)
+        timer = threading.Timer(self.limit, self._end)
+        timer.start()
+        try:
+            return self._ask(request)
+        finally:
+            timer.cancel()
+
+    def _end(self) -> None:
+        self.late = True
+        self.process.kill()
+
+    def _ask(self, request: dict[str, object]) -> dict:
         assert self.process.stdin and self.process.stdout
         try:
             self.process.stdin.write(json.dumps(request) + "\n")
@@ -98,6 +132,8 @@ class Worker:
 
     def _last_words(self) -> str:
         code = self.process.wait()
+        if self.late:
+            return f"the process gave no answer in {self.limit:.0f} s"
         self.noise.seek(0)
         lines = self.noise.read().decode(errors="replace").strip().splitlines()
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
@@ -119,11 +155,11 @@ class Worker:
 class Crew:
     """The workers of a run, each started when it is first needed, and again when it died."""
 
-    def __init__(self, device: str = "cpu", make=Worker, lives: int = 4):
+    def __init__(self, device: str = "cpu", make=Worker, lives: int | None = None):
         self.device, self.make = device, make
         self.workers: dict[str, Worker] = {}
         self.lives: dict[str, int] = {}
-        self.most = lives
+        self.most = lives or (GPU_LIVES if device == "gpu" else 4)
 
     def call(self, kind: str, /, **request: object) -> dict:
         """One request to the worker of a kind.
@@ -138,6 +174,20 @@ class Crew:
         Raises:
           WorkerDiedError: it died, now or too often before.
         """
+        self._start(kind)
+        try:
+            return self.workers[kind].call(**request)
+        except WorkerDiedError:
+            self.workers.pop(kind).close()
+            raise
+
+    def start(self, kinds: Iterable[str]) -> None:
+        """Start workers side by side; what goes wrong shows at their first call."""
+        for kind in kinds:
+            with suppress(WorkerDiedError):
+                self._start(kind)
+
+    def _start(self, kind: str) -> None:
         if kind not in self.workers:
             if self.lives.setdefault(kind, self.most) == 0:
                 raise WorkerDiedError(f"its process died {self.most} times before")
@@ -146,11 +196,6 @@ class Crew:
                 self.workers[kind] = self.make(kind, self.device)
             except OSError as error:
                 raise WorkerDiedError(one_line(error)) from error
-        try:
-            return self.workers[kind].call(**request)
-        except WorkerDiedError:
-            self.workers.pop(kind).close()
-            raise
 
     def __enter__(self) -> "Crew":
         return self

@@ -17,6 +17,8 @@ class Workload:
       H: hidden units.
       ids: the inputs are ids of D characters; who has no use for them gets one-hot rows.
       members: parameter sets that are mapped over, on the same inputs; 0 for a single one.
+      distinct: sequences that differ; the others repeat them, and only as many are compared with
+        the reference. Its square divides B. 0: all differ, and are compared.
     """
 
     name: str
@@ -26,6 +28,12 @@ class Workload:
     H: int
     ids: bool = False
     members: int = 0
+    distinct: int = 0
+
+    @property
+    def compared(self) -> slice:
+        """Of the batch: each of the distinct sequences once, from all over it."""
+        return slice(None, None, self.B // self.distinct + 1 if self.distinct else None)
 
     @property
     def shape(self) -> str:
@@ -45,6 +53,20 @@ WORKLOADS = (
     Workload("wide", 100, 16, 1024, 1024),
     Workload("large", 100, 128, 512, 512),
     Workload("ensemble", 100, 8, 16, 64, members=64),
+)
+
+
+def _grid(batches: tuple[int, ...], hidden: tuple[int, ...]) -> list[Workload]:
+    return [Workload(f"H {H}, B {B}", 1024, B, 64, H, distinct=4) for H in hidden for B in batches]
+
+
+# What kernels are measured on, the most telling first: a run has only so many minutes.
+MAIN_BATCH = 64
+GRID = tuple(
+    workload
+    for hidden in ((128, 256, 320, 64), (512, 1024, 768))
+    for batches in ((MAIN_BATCH,), (16, 128))
+    for workload in _grid(batches, hidden)
 )
 
 
@@ -86,6 +108,10 @@ def draw(workload: Workload, seed: int = 0) -> Data:
         ids = rng.integers(0, D, (T, B)).astype(np.int32)
         xs = np.eye(D, dtype=np.float32)[ids]
     else:
-        xs = normal(T, B, D)
-    g = normal(T, B, H)
+        xs = _repeated(normal(T, workload.distinct or B, D), B)
+    g = _repeated(normal(T, workload.distinct or B, H), B)
     return Data(U, W.astype(np.float32), b, xs, g, ids if workload.ids else None)
+
+
+def _repeated(array: np.ndarray, batch: int) -> np.ndarray:
+    return np.tile(array, (1, batch // array.shape[1], 1)) if array.shape[1] < batch else array

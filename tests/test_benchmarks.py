@@ -26,7 +26,7 @@ from benchmarks.picture import plot
 from benchmarks.progress import Reporter, reporter
 from benchmarks.rounds import Limits, Trial
 from benchmarks.subjects import JaxSubject, naive, ours
-from benchmarks.subjects.registry import SMALL_LOOPS, TWO_DEVICES, Entry, _two_devices
+from benchmarks.subjects.registry import Entry, _two_devices
 from benchmarks.text import one_line, without_directories
 from benchmarks.worker import Bench
 from benchmarks.workloads import WORKLOADS, Workload
@@ -175,8 +175,9 @@ def test_the_catalogue_has_everyone_once():
     assert {subject.kind for subject in everyone} == set(workers.KINDS["cpu"])
     assert {subject.kind for subject in listed("cpu", quick=True)} == {"jax", "torch"}
     on_gpu = {subject.name: subject for subject in listed("gpu")}
-    assert on_gpu["jaxrnn, bfloat16"].dtype == "bfloat16" and "torch" not in on_gpu
-    assert {TWO_DEVICES, SMALL_LOOPS}.isdisjoint(on_gpu)
+    assert on_gpu["jaxrnn, kernel, bfloat16"].dtype == "bfloat16" and "torch" not in on_gpu
+    kinds = {subject.kind for subject in on_gpu.values()}
+    assert kinds | {workers.NUMERICS} == set(workers.KINDS["gpu"])
 
 
 # Rounds.

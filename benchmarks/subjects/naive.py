@@ -36,6 +36,11 @@ def mapped() -> JaxSubject:
     return _subject("naive scan, vmap", unroll, batch_first=True)
 
 
+def unrolled(steps: int = 8) -> JaxSubject:
+    """The scan with so many steps in each turn of the loop."""
+    return _subject(f"naive scan, unroll {steps}", _scan(jnp.tanh, steps))
+
+
 def _subject(name, unroll, activation="tanh", batch_first=False):
     return JaxSubject(
         name=name,
@@ -49,7 +54,7 @@ def _subject(name, unroll, activation="tanh", batch_first=False):
     )
 
 
-def _scan(phi):
+def _scan(phi, steps=1):
     def unroll(weights, xs):
         ids = jnp.issubdtype(xs.dtype, jnp.integer)
 
@@ -60,6 +65,6 @@ def _scan(phi):
 
         batch = xs.shape[1:] if ids else xs.shape[1:-1]
         h0 = jnp.zeros((*batch, weights.b.size), weights.b.dtype)
-        return jax.lax.scan(step, h0, xs)[1]
+        return jax.lax.scan(step, h0, xs, unroll=steps)[1]
 
     return unroll

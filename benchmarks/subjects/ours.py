@@ -1,5 +1,7 @@
 """jaxrnn itself: the native batch, and the single sequence under `jax.vmap`."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -11,6 +13,12 @@ def native(activation: str = "tanh") -> JaxSubject:
     """The batch as `jaxrnn.unroll` takes it, time first."""
     name = "jaxrnn" if activation == "tanh" else f"jaxrnn, {activation}"
     return _subject(name, _states, activation=activation)
+
+
+def run_by(implementation: str) -> JaxSubject:
+    """The batch, its loops run by what `jaxrnn.unroll` calls so."""
+    unroll = partial(_states, implementation=implementation)
+    return _subject(f"jaxrnn, {implementation}", unroll)
 
 
 def mapped() -> JaxSubject:
@@ -40,7 +48,7 @@ def _subject(name, unroll, activation="tanh", batch_first=False):
     )
 
 
-def _states(cell, xs):
+def _states(cell, xs, implementation="auto"):
     if jnp.issubdtype(xs.dtype, jnp.integer):
         xs = jaxrnn.Ids(xs)
-    return jaxrnn.unroll(cell, xs)[1]
+    return jaxrnn.unroll(cell, xs, implementation=implementation)[1]

@@ -5,10 +5,12 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
+from benchmarks.kernels import KERNEL, SCAN
 from benchmarks.subjects import JaxSubject, naive, ours, peers, sharded
 
 TWO_DEVICES = "two host devices"
 SMALL_LOOPS = "one kernel per small loop"
+COMMAND_BUFFERS = "loops in command buffers"
 
 
 class Entry(NamedTuple):
@@ -72,6 +74,15 @@ JAX_SUBJECTS: dict[str, Entry] = {
     "naive scan, small loops": Entry("jax", SMALL_LOOPS, partial(_small_loops, naive.batched)),
 }
 
+# Subjects of a run on a GPU, in each dtype that has a kernel.
+GPU_SUBJECTS: dict[str, Entry] = {
+    KERNEL: Entry("jaxrnn", "", partial(ours.run_by, "mosaic_gpu")),
+    SCAN: Entry("jaxrnn", "", partial(ours.run_by, "scan")),
+    "naive scan": JAX_SUBJECTS["naive scan"],
+    "naive scan, unroll 8": Entry("jax", "", naive.unrolled),
+    "jaxrnn, command buffers": Entry("jaxrnn", COMMAND_BUFFERS, partial(ours.run_by, "scan")),
+}
+
 TORCH_SUBJECTS: dict[str, TorchOptions] = {
     options.name: options
     for options in (
@@ -81,6 +92,5 @@ TORCH_SUBJECTS: dict[str, TorchOptions] = {
         TorchOptions("cuDNN TF32", "cuda", tf32=True),
         TorchOptions("cuDNN bfloat16", "cuda", "bfloat16"),
         TorchOptions("cuDNN float16", "cuda", "float16"),
-        TorchOptions("cuDNN float32, torch.compile", "cuda", compile=True),
     )
 }

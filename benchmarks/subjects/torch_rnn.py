@@ -101,15 +101,15 @@ def build(
 
 def _unload(workload, measure, result):
     """A measure's result as float64 NumPy arrays of Data's layout."""
-    dxs = []
+    dxs, few = [], workload.compared
     if measure == FORWARD:
-        parts = [result]
+        parts = [[hs[:, few] for hs in result]]
     elif measure == JVP:
         parts = list(zip(*result, strict=True))
     else:
         if len(result) % 4:
             *result, last = result
-            dxs = [_numpy(last)]
+            dxs = [_numpy(last[:, few])]
         # Four parameters a layer; the second bias is torch's alone, its gradient the first's.
         parts = [result[n::4] for n in range(3)]
     members = [np.stack([_numpy(member) for member in part]) for part in parts]
