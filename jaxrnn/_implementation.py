@@ -3,9 +3,8 @@
 None changes what is computed, beyond the rounding of sums; derivatives never see which one ran.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Callable
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple, NoReturn
 
@@ -13,26 +12,11 @@ import jax
 from jax.sharding import AxisType
 
 from jaxrnn import _checks
-from jaxrnn._activation import NAMED, Activation
+from jaxrnn._activation import NAMED
 from jaxrnn._precision import check_precision, config_value, meaning
+from jaxrnn._target import Device, target
 
 IMPLEMENTATIONS = ("auto", "scan", "mosaic_gpu", "pallas_tpu", "associative")
-
-
-class Device(NamedTuple):
-    """What the loops are built for.
-
-    Args:
-      platform: "cpu", "gpu" or "tpu".
-      kind: as JAX calls the device, "NVIDIA H200".
-      capability: of an NVIDIA GPU, "9.0".
-      interpret: whether kernels are interpreted, on a CPU.
-    """
-
-    platform: str
-    kind: str
-    capability: str = ""
-    interpret: bool = False
 
 
 class Loops(NamedTuple):
@@ -80,31 +64,12 @@ LARGEST = {
 KERNELS = tuple(LARGEST)
 _PLATFORM = {"mosaic_gpu": "cuda", "pallas_tpu": "tpu"}
 
-_assumed: list[Device] = []
-
-
-@contextmanager
-def built_for(device: Device) -> Iterator[None]:
-    """Within, programs are traced for that device: to lower them elsewhere, or to interpret."""
-    _assumed.append(device)
-    try:
-        yield
-    finally:
-        _assumed.pop()
-
 
 def device_for(implementation: str) -> Device | None:
     """The device that programs traced now are for; None where nothing depends on it."""
     if implementation not in KERNELS and not (implementation == "auto" and MEASURED):
         return None
-    return _assumed[-1] if _assumed else _present(config_value("jax_default_device"))
-
-
-@cache
-def _present(default: Any) -> Device:
-    device = default if isinstance(default, jax.Device) else jax.local_devices(backend=default)[0]
-    capability = str(getattr(device, "compute_capability", ""))
-    return Device(device.platform, device.device_kind, capability)
+    return target()
 
 
 def check_loops(time: Any, reverse: bool, implementation: str, precision: Any) -> Loops:
@@ -112,6 +77,9 @@ def check_loops(time: Any, reverse: bool, implementation: str, precision: Any) -
     reverse = _checks.boolean("reverse", reverse)
     _checks.one_of("implementation", implementation, IMPLEMENTATIONS)
     check_precision(precision)
+    if precision is None:
+        # As it is now: derivatives are traced later, maybe under another default.
+        precision = config_value("jax_default_matmul_precision")
     symbolic = not isinstance(time, int)
     if symbolic and implementation in (*KERNELS, "associative"):
         _refuse(implementation, f"it needs a T that is a number, not {time}")
@@ -128,7 +96,7 @@ def choose(
     loops: Loops,
     W: jax.Array | jax.ShapeDtypeStruct,
     batch: tuple[int, ...],
-    activation: Activation | None = None,
+    function: Callable[[jax.Array], jax.Array],
 ) -> str:
     """What runs a loop: "scan", "associative" or a kernel.
 
@@ -136,18 +104,16 @@ def choose(
       loops: how it is asked for.
       W: recurrent weights, `[H, H]`.
       batch: all axes that share them.
-      activation: φ, if the loop computes it.
+      function: φ, or φ' from what the loop reads.
 
     Raises:
       NotImplementedError: a kernel that was asked for by name cannot run this.
     """
-    name = loops.implementation
+    name, given = loops.implementation, (loops, W, batch, function)
     if name == "auto":
         won = (m.implementation for m in MEASURED if _won(m, loops, W, batch))
-        return next(
-            (m for m in won if _unsupported(m, loops, W, batch, activation) is None), "scan"
-        )
-    reason = _unsupported(name, loops, W, batch, activation) if name in KERNELS else None
+        return next((m for m in won if _unsupported(m, *given) is None), "scan")
+    reason = _unsupported(name, *given) if name in KERNELS else None
     if reason is not None:
         _refuse(name, reason)
     return name
@@ -156,59 +122,74 @@ def choose(
 def perform(
     name: str,
     loops: Loops,
+    args: tuple,
     *,
-    scan: Callable[[], Any],
-    kernel: Callable[[], Any],
-    associative: Callable[[], Any] | None = None,
+    scan: Callable[..., Any],
+    kernel: Callable[..., Any],
+    associative: Callable[..., Any] | None = None,
 ) -> Any:
     """What `choose` has named; where a loop is not linear, "associative" is the scan.
 
     A kernel that "auto" chose gives way to the scan where the program is compiled for another
-    platform: for arrays that lie on the CPU of a machine with a GPU.
+    platform: for arrays that lie on the CPU of a machine with a GPU. The derivative of a kernel,
+    where no rule of the library stands around it (in that of `loss_and_grads`), is the scan's.
     """
     if name == "associative" and associative is not None:
-        return associative()
+        return associative(*args)
     if name not in KERNELS:
-        return scan()
-    if loops.implementation == "auto":
-        return jax.lax.platform_dependent(default=scan, **{_PLATFORM[name]: kernel})
-    return kernel()
+        return scan(*args)
+
+    @jax.custom_jvp
+    def run(*args):
+        if loops.implementation == "auto":
+            return jax.lax.platform_dependent(*args, default=scan, **{_PLATFORM[name]: kernel})
+        return kernel(*args)
+
+    run.defjvp(partial(jax.jvp, scan))
+    return run(*args)
 
 
 def _won(m, loops, W, batch) -> bool:
-    if loops.device is None or loops.device.kind != m.kind or W.dtype != m.dtype:
+    device = loops.device
+    if device is None or device.kind != m.kind or W.dtype != m.dtype:
+        return False
+    # XLA does not split a kernel over devices.
+    if device.many and set(jax.sharding.get_abstract_mesh().axis_types) != {AxisType.Manual}:
         return False
     sizes = ((m.hidden, W.shape[0]), (m.batch, prod(batch)))
     return all(least <= size <= most for (least, most), size in sizes)
 
 
-def _unsupported(name, loops, W, batch, activation) -> str | None:
+def _unsupported(name, loops, W, batch, function) -> str | None:
     """Why a kernel cannot run a loop; None where it can."""
     hidden_size, device, dtype = W.shape[0], loops.device, W.dtype.name
     if name == "mosaic_gpu" and not (0, 11) <= jax.__version_info__ < (0, 13):
         return f"it is written for jax 0.11 and 0.12 (Python 3.12), not {jax.__version__}"
     if device is None or not _runs_on(name, device):
-        wanted = {"mosaic_gpu": "an NVIDIA GPU of compute capability 9.0", "pallas_tpu": "a TPU"}[
-            name
-        ]
-        return f"it needs {wanted}, not {_named(device)}"
+        wanted = {"mosaic_gpu": "an NVIDIA GPU of compute capability 9.0", "pallas_tpu": "a TPU"}
+        return f"it needs {wanted[name]}, not {_named(device)}"
     if dtype not in LARGEST[name]:
         return f"it runs {', '.join(LARGEST[name])}, not {dtype}"
     if not all(isinstance(size, int) for size in (hidden_size, *batch)):
         return f"it needs sizes that are numbers, not {[*batch, hidden_size]}"
     if hidden_size > LARGEST[name][dtype]:
         return f"it takes H up to {LARGEST[name][dtype]} in {dtype}, not {hidden_size}"
-    if prod(batch) == 0:
-        return f"it needs sequences, not a batch of shape {list(batch)}"
-    if activation is not None and activation not in NAMED.values():
+    if prod(batch) * hidden_size == 0:
+        return f"it needs states, not those of shape {[*batch, hidden_size]}"
+    if not any(function in (a.function, a.derivative_from_output) for a in NAMED.values()):
         return f"it has {', '.join(NAMED)}, not another activation"
-    if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
+    if _explicit(W):
         return "it does not run under explicit sharding (shard_map will do)"
     if meaning(loops.precision) not in _multiplies(name, dtype):
-        asked = config_value("jax_default_matmul_precision")
-        asked = repr(loops.precision if asked is None or loops.precision is not None else asked)
-        return f"its products of {dtype} are {_PRODUCTS[name]}, not of precision {asked}"
+        return f"its products of {dtype} are {_PRODUCTS[name]}, not of {loops.precision!r}"
     return None
+
+
+def _explicit(W) -> bool:
+    meshes = [jax.sharding.get_abstract_mesh()]
+    if isinstance(W, jax.Array):
+        meshes.append(jax.typeof(W).sharding.mesh)
+    return any(AxisType.Explicit in mesh.axis_types for mesh in meshes)
 
 
 def _runs_on(name: str, device: Device) -> bool:

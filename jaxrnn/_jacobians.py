@@ -85,16 +85,19 @@ def jacobians(
 
     With a leak φ(a_t) is recomputed: divided out of h_t it would be lost at α = 0.
     """
-    activation = resolve(cell.activation)
-    slope_of = activation.derivative_from_output
-    if cell.leak is None and slope_of is not None:
+    activation, slope_of = resolve(cell.activation), slope_from_basis(cell)
+    from_output = slope_of is not _identity
+    if cell.leak is None and from_output:
         return Jacobians(cell.W, None, hs, mask, cut, slope_of, loops), hs
     a = preactivation(row_weights(cell, xs, loops.precision), xs, h_prev, drive)
     phi = activation.function(a)
-    if slope_of is not None:
-        return Jacobians(cell.W, cell.leak, phi, mask, cut, slope_of, loops), phi
-    basis = slope(activation, phi, a)
-    return Jacobians(cell.W, cell.leak, basis, mask, cut, _identity, loops), phi
+    basis = phi if from_output else slope(activation, phi, a)
+    return Jacobians(cell.W, cell.leak, basis, mask, cut, slope_of, loops), phi
+
+
+def slope_from_basis(cell: Cell) -> Callable[[jax.Array], jax.Array]:
+    """φ' as the loops find it: from φ(a), or where that does not give it, from itself."""
+    return resolve(cell.activation).derivative_from_output or _identity
 
 
 def _identity(x: jax.Array) -> jax.Array:

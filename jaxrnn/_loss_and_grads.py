@@ -13,6 +13,7 @@ from jaxrnn._cell import Cell, Ids, Params, Readout, check_params, leading_shape
 from jaxrnn._checkpointed import checkpointed
 from jaxrnn._dtypes import accumulation_dtype, cast, cast_like, result_dtype, wide
 from jaxrnn._implementation import choose
+from jaxrnn._jacobians import slope_from_basis
 from jaxrnn._layers import check_layers, first_states, unroll_layers
 from jaxrnn._linearised import Steps, Tangents, segment_gradient
 from jaxrnn._loss import check_targets, cross_entropy, output_error
@@ -163,7 +164,7 @@ def _run(params, cell, sequences, h0, lengths, how):
     sequences = prepared(sequences, 0, lengths, cell.U.shape[1])
     h_last, hs = recurrence(cell, sequences, h0, loops=how.loops)
     length, batch, longest = time, h0.shape[:-1], max(hs.shape[-1], params.readout.V.shape[0])
-    if choose(how.loops, cell.W, batch) == "scan":
+    if choose(how.loops, cell.W, batch, slope_from_basis(cell)) == "scan":
         length = _schedule.segment_length(time, batch, longest)
     before = None, starts(hs, h0, length, how.loops.reverse)
     return h_last, Steps(*sequences, hs), before, length

@@ -5,6 +5,8 @@
 solved forward (the tangent) or transposed, backward in time (the adjoint, which is BPTT).
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -25,13 +27,14 @@ def tangent_states(J: Jacobians, e: jax.Array, y0: jax.Array | None = None) -> j
     def loop(weights, sequences, y0):
         (W, leak), (basis, mask, cut, e) = weights, sequences
         J = Jacobians(W, leak, basis, mask, cut, slope_of, loops)
-        name = choose(loops, W, y0.shape[:-1])
+        name = choose(loops, W, y0.shape[:-1], slope_of)
         return None, perform(
             name,
             loops,
-            scan=lambda: _scan_forward(J, e, y0),
-            kernel=lambda: kernels.tangent_states(name, J, e, y0),
-            associative=lambda: _associative.tangent_states(J, e, y0),
+            (J, e, y0),
+            scan=_scan_forward,
+            kernel=partial(kernels.tangent_states, name),
+            associative=_associative.tangent_states,
         )
 
     y0 = jnp.zeros_like(e[0]) if y0 is None else y0
@@ -75,19 +78,20 @@ def adjoint_states(
     def loop(weights, sequences, from_later):
         (W, leak), (basis, mask, cut, g) = weights, sequences
         J = Jacobians(W, leak, basis, mask, cut, slope_of, loops)
-        name, given = choose(loops, W, from_later.shape[:-1]), (J, g, from_later)
+        name = choose(loops, W, from_later.shape[:-1], slope_of)
         return perform(
             name,
             loops,
-            scan=lambda: _scan_backward(*given, as_delta),
-            kernel=lambda: kernels.adjoint_states(name, *given, as_delta=as_delta),
-            associative=lambda: _associative.adjoint_states(*given, as_delta=as_delta),
+            (J, g, from_later),
+            scan=partial(_scan_backward, as_delta=as_delta),
+            kernel=partial(kernels.adjoint_states, name, as_delta=as_delta),
+            associative=partial(_associative.adjoint_states, as_delta=as_delta),
         )
 
     return foldable(loop)((J.W, J.leak), (J.basis, J.mask, J.cut, g), from_later)
 
 
-def _scan_backward(J, g, from_later, as_delta):
+def _scan_backward(J, g, from_later, *, as_delta):
     W_T_times = repeated_product(J.W, from_later.shape[:-1], J.loops.precision)
 
     def body(from_later, now):

@@ -3,7 +3,8 @@
 Steps where the mask is False are frozen: h_t = h_{t−1}.
 """
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,36 +70,43 @@ def states(
       time_axis: how many batch axes stand in front of time.
       copies: how many networks run side by side, if this is one of them.
     """
-    xs, drive, mask, _ = sequences
     activation = resolve(cell.activation)
+    name = choose(loops, cell.W, h0.shape[:-1], activation.function)
+    how: dict[str, Any] = dict(activation=activation, loops=loops, time_axis=time_axis)
+    return perform(
+        name,
+        loops,
+        (cell, sequences, h0),
+        scan=partial(_scan, **how, copies=copies),
+        kernel=partial(_kernel, **how, name=name),
+    )
+
+
+def _kernel(cell, sequences, h0, *, activation, loops, time_axis, name):
+    xs, drive, mask, _ = sequences
+    a = from_inputs(row_weights(cell, xs, loops.precision), xs, drive)
+    a, mask = jax.tree.map(lambda s: jnp.moveaxis(s, time_axis, 0), (a, mask))
+    h_last, hs = kernels.states(name, loops, cell.W, cell.leak, activation.function, a, mask, h0)
+    return h_last, jnp.moveaxis(hs, 0, time_axis)
+
+
+def _scan(cell, sequences, h0, *, activation, loops, time_axis, copies):
+    xs, drive, mask, _ = sequences
     weights = row_weights(cell, xs, loops.precision)
-    batch = h0.shape[:-1]
-    name = choose(loops, cell.W, batch, activation)
+    batch, time = h0.shape[:-1], leading_shape(xs)[time_axis]
+    hidden_size, input_size = cell.U.shape
+    sizes = (time, batch, input_size, hidden_size, copies)
+    hoisted = not isinstance(xs, Ids) and _schedule.hoists_inputs(*sizes)
+    if hoisted:
+        xs, drive = from_inputs(weights, xs, drive), None
+    from_state = repeated_product(weights.W_T, batch, loops.precision)
 
-    def kernel():
-        a, valid = jax.tree.map(
-            lambda s: jnp.moveaxis(s, time_axis, 0), (from_inputs(weights, xs, drive), mask)
-        )
-        phi = activation.function
-        h_last, hs = kernels.states(name, loops, cell.W, cell.leak, phi, a, valid, h0)
-        return h_last, jnp.moveaxis(hs, 0, time_axis)
+    def body(h_prev, now):
+        x, drive, mask = now
+        a = from_state(h_prev) + (x if hoisted else from_inputs(weights, x, drive))
+        return select(mask, advance(activation, weights.leak, a, h_prev), h_prev)
 
-    def scan():
-        time = leading_shape(xs)[time_axis]
-        hidden_size, input_size = cell.U.shape
-        sizes = (time, batch, input_size, hidden_size, copies)
-        hoisted = not isinstance(xs, Ids) and _schedule.hoists_inputs(*sizes)
-        steps = (from_inputs(weights, xs, drive), None) if hoisted else (xs, drive)
-        from_state = repeated_product(weights.W_T, batch, loops.precision)
-
-        def body(h_prev, now):
-            x, drive, mask = now
-            a = from_state(h_prev) + (x if hoisted else from_inputs(weights, x, drive))
-            return select(mask, advance(activation, weights.leak, a, h_prev), h_prev)
-
-        return _over_time(body, h0, (*steps, mask), time, loops.reverse, time_axis)
-
-    return perform(name, loops, scan=scan, kernel=kernel)
+    return _over_time(body, h0, (xs, drive, mask), time, loops.reverse, time_axis)
 
 
 def _over_time(body, h0, sequences, time, reverse, time_axis):

@@ -11,7 +11,7 @@ from jaxrnn import _schedule
 from jaxrnn._cell import Cell, Ids
 from jaxrnn._dtypes import accumulation_dtype, cast, cast_like
 from jaxrnn._implementation import Loops, choose
-from jaxrnn._jacobians import apply_first
+from jaxrnn._jacobians import apply_first, slope_from_basis
 from jaxrnn._linear_map import LinearMap
 from jaxrnn._linearised import Steps, Tangents, linearised, only, segment_gradient, sources
 from jaxrnn._primitive import jvp_of
@@ -69,7 +69,7 @@ def tangent_of_states(
 def _segments(known, loops, time_axis) -> dict[str, Any]:
     cell, steps, h0 = known
     length, batch = steps.hs.shape[time_axis], h0.shape[:-1]
-    if choose(loops, cell.W, batch) == "scan":
+    if choose(loops, cell.W, batch, slope_from_basis(cell)) == "scan":
         length = _schedule.segment_length(length, batch, h0.shape[-1])
     before = starts(steps.hs, h0, length, loops.reverse, time_axis)
     return dict(before=before, length=length, time_axis=time_axis)

@@ -13,6 +13,7 @@ from jaxrnn._cell import Cell, Ids, check_cell, check_inputs, leading_shape
 from jaxrnn._checkpointed import checkpointed
 from jaxrnn._dtypes import cast, result_dtype
 from jaxrnn._implementation import KERNELS, Loops, check_loops, choose
+from jaxrnn._jacobians import slope_from_basis
 from jaxrnn._padding import check_valid, cut_steps, select, valid_steps, without_padding
 from jaxrnn._rule import recurrence
 from jaxrnn._states import Sequences, prepared
@@ -153,7 +154,8 @@ def _check_kernel(loops, cells, xs, *arrays):
     dtype, (_, *batch) = result_dtype(cells, xs, arrays), leading_shape(xs)
     for cell in jax.tree.leaves(cells, is_leaf=lambda leaf: isinstance(leaf, Cell)):
         W = jax.ShapeDtypeStruct(cell.W.shape, dtype)
-        choose(loops, W, tuple(batch), resolve(cell.activation))
+        for function in (resolve(cell.activation).function, slope_from_basis(cell)):
+            choose(loops, W, tuple(batch), function)
 
 
 def check_sequences(cell, xs, h0, lengths, mask, drive):

@@ -19,7 +19,8 @@ from benchmarks.subjects.registry import Entry
 from benchmarks.tangents import direction
 from benchmarks.worker import Bench
 from benchmarks.workloads import GRID, Workload, draw
-from jaxrnn._implementation import LARGEST, MEASURED, Device, Measured, built_for
+from jaxrnn._implementation import LARGEST, MEASURED, Measured
+from jaxrnn._target import Device, built_for
 
 RESULTS = pathlib.Path(__file__).parent.parent / "benchmarks" / "results"
 TPU = "pallas_tpu", Device("tpu", "TPU v5e", interpret=True), "float32"

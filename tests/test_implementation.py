@@ -1,5 +1,6 @@
 """By what the loops are run: the choice, what each takes, and that none changes a derivative."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from test_structure import equations
 
 import jaxrnn
 from jaxrnn import _implementation
-from jaxrnn._implementation import Device, Loops, Measured, built_for, choose
+from jaxrnn._implementation import Loops, Measured, choose
+from jaxrnn._target import Device, built_for
 
 H200 = Device("gpu", "NVIDIA H200", "9.0")
 TPU = Device("tpu", "TPU v5 lite")
@@ -35,7 +37,7 @@ def loss(unroll, cell, xs, h0):
 
 
 def test_auto_is_the_scan_where_nothing_was_measured():
-    assert choose(Loops(False), matrix_of(64), (16,)) == "scan"
+    assert choose(Loops(False), matrix_of(64), (16,), jnp.tanh) == "scan"
 
 
 @recent
@@ -57,7 +59,7 @@ def test_auto_takes_what_was_measured(monkeypatch, kind, dtype, hidden_size, bat
     entry = Measured("NVIDIA H200", "bfloat16", (64, 128), (16, 64), "mosaic_gpu")
     monkeypatch.setattr(_implementation, "MEASURED", (entry,))
     loops = Loops(False, device=Device("gpu", kind, "9.0"))
-    assert choose(loops, matrix_of(hidden_size, dtype), batch) == expected
+    assert choose(loops, matrix_of(hidden_size, dtype), batch, jnp.tanh) == expected
 
 
 def test_auto_falls_back_where_its_kernel_cannot_run(monkeypatch):
@@ -65,10 +67,33 @@ def test_auto_falls_back_where_its_kernel_cannot_run(monkeypatch):
     entry = Measured("TPU v5 lite", "float32", (1, 10**6), (1, 64), "pallas_tpu")
     monkeypatch.setattr(_implementation, "MEASURED", (entry,))
     loops, W = Loops(False, device=TPU), matrix_of(64, "float32")
-    assert choose(loops, W, (4,)) == "pallas_tpu"
-    assert choose(loops._replace(precision="high"), W, (4,)) == "scan"
-    assert choose(loops, matrix_of(5000, "float32"), (4,)) == "scan"
-    assert choose(loops, W, (4,), jaxrnn.Activation(jnp.sin)) == "scan"
+    assert choose(loops, W, (4,), jnp.tanh) == "pallas_tpu"
+    assert choose(loops._replace(precision="high"), W, (4,), jnp.tanh) == "scan"
+    assert choose(loops, matrix_of(5000, "float32"), (4,), jnp.tanh) == "scan"
+    assert choose(loops, W, (4,), jnp.sin) == "scan"
+    # XLA does not split a kernel over devices.
+    assert choose(loops._replace(device=TPU._replace(many=True)), W, (4,), jnp.tanh) == "scan"
+
+
+def test_auto_runs_an_activation_that_no_kernel_has(monkeypatch):
+    entry = Measured("TPU v5 lite", "float32", (1, 10**6), (1, 64), "pallas_tpu")
+    monkeypatch.setattr(_implementation, "MEASURED", (entry,))
+    params, xs, h0, _ = random_case(dtype=jnp.float32)
+    phi = jaxrnn.Activation(
+        jax.lax.erf, lambda h: 2 / jnp.pi**0.5 * jnp.exp(-jnp.square(jax.lax.erf_inv(h)))
+    )
+    cell = dataclasses.replace(params.cell, activation=phi)
+    f = jax.jit(jax.grad(partial(loss, jaxrnn.unroll)))
+    with built_for(TPU):
+        text = f.trace(cell, xs, h0).lower(lowering_platforms=("tpu",)).as_text()
+    assert "jaxrnn_" not in text
+
+
+def test_derivatives_keep_the_precision_of_the_call():
+    params, xs, h0, _ = random_case(dtype=jnp.float32)
+    with jax.default_matmul_precision("highest"):
+        states, pull = jax.vjp(jaxrnn.unroll, params.cell, xs, h0)
+    assert set(precisions(pull, states)) == {HIGHEST}
 
 
 def test_what_auto_chose_gives_way_on_another_platform(monkeypatch):
@@ -125,7 +150,7 @@ def test_auto_on_a_cpu_imports_no_pallas():
         ("pallas_tpu", TPU, "float64", 8, None, "it runs bfloat16, float32, not float64"),
         ("pallas_tpu", TPU, "float32", 4096, None, "it takes H up to 1664 in float32, not 4096"),
         ("pallas_tpu", TPU, "float32", 8, "high", "its products of float32 are those of "
-         "precision 'default' or 'highest', not of precision 'high'"),
+         "precision 'default' or 'highest', not of 'high'"),
         pytest.param("mosaic_gpu", TPU, "bfloat16", 8, None, "it needs an NVIDIA GPU of compute "
                      "capability 9.0, not TPU v5 lite (tpu)", marks=recent),
         pytest.param("mosaic_gpu", Device("gpu", "NVIDIA A100", "8.0"), "bfloat16", 8, None,
@@ -138,7 +163,7 @@ def test_auto_on_a_cpu_imports_no_pallas():
         pytest.param("mosaic_gpu", H200, "float32", 192, None,
                      "it takes H up to 160 in float32, not 192", marks=recent),
         pytest.param("mosaic_gpu", H200, "float32", 8, "highest", "its products of float32 are "
-                     "TensorFloat-32, summed in float32, not of precision 'highest'",
+                     "TensorFloat-32, summed in float32, not of 'highest'",
                      marks=recent),
     ],
 )  # fmt: skip
@@ -161,7 +186,7 @@ def test_a_kernel_says_so_of_batches_and_activations():
         return jax.jit(partial(jaxrnn.unroll, implementation="pallas_tpu"))(cell, xs)
 
     with built_for(TPU):
-        with pytest.raises(NotImplementedError, match=r"sequences, not a batch of shape \[0\]"):
+        with pytest.raises(NotImplementedError, match=r"needs states, not those of shape \[0, 3\]"):
             call(batch=0)
         with pytest.raises(NotImplementedError, match="tanh, relu, sigmoid, identity, not another"):
             call(activation=jnp.sin)

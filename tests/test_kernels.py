@@ -19,7 +19,8 @@ from test_structure import equations
 
 import jaxrnn
 from jaxrnn._activation import NAMED
-from jaxrnn._implementation import LARGEST, Device, built_for
+from jaxrnn._implementation import LARGEST
+from jaxrnn._target import Device, built_for
 
 HOPPER = Device("gpu", "NVIDIA H200", "9.0", interpret=True)
 TPU = Device("tpu", "TPU v5 lite", interpret=True)
@@ -120,6 +121,24 @@ def test_by_hand(kernel):
     call = partial(jaxrnn.bptt, params.cell, xs, h0, hs, jnp.cos(hs), lengths=lengths)
     found, expected = call(implementation=kernel), call()
     assert_close(jax.tree.leaves(found), jax.tree.leaves(expected), FIRST)
+
+
+@pytest.mark.parametrize("how", [{}, {"checkpoint_every": 2, "truncate": 3}], ids=str)
+def test_gradients_by_hand_are_differentiable(kernel, how):
+    params, xs, h0, ids = case(leak=jnp.float32(0.6))
+    lengths = jnp.array([5, 0, 2, 3])
+
+    def f(implementation, params, h0):
+        def gradient(params, h0):
+            options = dict(h0=h0, lengths=lengths, implementation=implementation, **how)
+            return jaxrnn.loss_and_grads(params, xs, ids, **options)[1].params
+
+        return jax.jvp(gradient, (params, h0), (params, h0)), jax.grad(
+            lambda p: jnp.sum(jnp.sin(gradient(p, h0).cell.W))
+        )(params)
+
+    found, expected = (jax.jit(partial(f, name))(params, h0) for name in (kernel, "scan"))
+    assert_close(jax.tree.leaves(found), jax.tree.leaves(expected), SECOND)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
