@@ -30,8 +30,8 @@ MUTANTS = {
         "match_a_naive_scan and tanh and 7",
     ),
     "adjoint without its transpose": (
-        "_recurrence.py", "W_T_times = repeated_product(W, ",
-        "W_T_times = repeated_product(W.T, ", "match_a_naive_scan and tanh and 7",
+        "_recurrence.py", "W_T_times = repeated_product(J.W, ",
+        "W_T_times = repeated_product(J.W.T, ", "match_a_naive_scan and tanh and 7",
     ),
     "adjoint added after the product": (
         "_recurrence.py", "adjoint = from_later if g is None else g + from_later",
@@ -112,8 +112,8 @@ MUTANTS = {
         "gradients_under_every_choice and plain and 2",
     ),
     "inputs before the loop without the drive": (
-        "_states.py", "(from_inputs(weights, xs, drive), None)",
-        "(from_inputs(weights, xs), None)", "gradients_under_every_choice and plain and before",
+        "_states.py", "from_inputs(weights, xs, drive), None",
+        "from_inputs(weights, xs), None", "gradients_under_every_choice and plain and before",
     ),
     "weights on the left, not transposed": (
         "_step.py", "left, accumulate = matrix.T,", "left, accumulate = matrix,",
