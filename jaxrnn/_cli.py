@@ -69,7 +69,7 @@ _TRAIN = {
 
 def make_parser() -> argparse.ArgumentParser:
     """The options of all commands."""
-    from jaxrnn._run import Config
+    from jaxrnn._training.run import Config
 
     parser = _Parser(prog="jaxrnn", description="The Elman recurrent network in JAX.")
     parser.add_argument("--version", action="version", version=version("jaxrnn"))
@@ -116,13 +116,15 @@ def _example(args) -> int:
 
 
 def _train(args) -> int:
-    from jaxrnn import _checkpoint, _corpus, _devices, _progress, _run
+    from jaxrnn._training import checkpoints, devices, progress
+    from jaxrnn._training import corpus as texts
+    from jaxrnn._training import run as runs
 
-    _devices.make_cores_devices()
+    devices.make_cores_devices()
     import_module("orbax.checkpoint")  # missed now, not when the trained network is saved
-    config = _run.Config(**{name: getattr(args, name) for name in _TRAIN})
-    text, name = _corpus.read_text(args.files)
-    corpus = _corpus.make_corpus(
+    config = runs.Config(**{name: getattr(args, name) for name in _TRAIN})
+    text, name = texts.read_text(args.files)
+    corpus = texts.make_corpus(
         text, name,
         held_out=config.held_out, batch_size=config.batch_size, seq_length=config.seq_length,
     )  # fmt: skip
@@ -140,9 +142,9 @@ def _train(args) -> int:
     lines = ", ".join(f"{name} {bits:.2f}" for name, bits in references.items())
     console.print(f"held-out bits per character for reference: {lines}")
     try:
-        with _progress.reporter(console, config.steps) as report:
-            result = _run.run(corpus, config, out, report)
-    except _run.DivergedError as error:
+        with progress.reporter(console, config.steps) as report:
+            result = runs.run(corpus, config, out, report)
+    except runs.DivergedError as error:
         print(f"jaxrnn train: error: {error}", file=sys.stderr)
         return EXIT_DIVERGED
     if result.stopped:
@@ -155,7 +157,7 @@ def _train(args) -> int:
         params, vocabulary = result.state.params, corpus.vocabulary
         prompt = vocabulary.decode(corpus.held_out[:SAMPLE_CONTEXT])
         print(_generated(params, vocabulary, prompt, args.sample_length, TEMPERATURE, args.seed))
-    rows = _checkpoint.read_metrics(out)
+    rows = checkpoints.read_metrics(out)
     try:
         from jaxrnn._plots import plot_run
 
@@ -169,9 +171,9 @@ def _train(args) -> int:
 
 
 def _sample(args) -> int:
-    from jaxrnn import _run
+    from jaxrnn._training import run
 
-    state, vocabulary, _ = _run.load(Path(args.directory))
+    state, vocabulary, _ = run.load(Path(args.directory))
     text = _generated(
         state.params, vocabulary, args.prompt, args.length, args.temperature, args.seed
     )

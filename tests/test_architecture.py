@@ -7,6 +7,8 @@ import subprocess
 import sys
 import tomllib
 
+import pytest
+
 import jaxrnn
 from jaxrnn import convert, textbook, train, worked_example
 
@@ -17,7 +19,7 @@ PACKAGE = ROOT / "jaxrnn"
 FLOORS = [
     ["_primitive", "_segments", "_schedule", "_sharding"],
     ["_fold", "_linear_map"],
-    ["_dtypes", "_devices", "_printed", "_ngram", "_plots", "_progress"],
+    ["_dtypes", "_printed", "_plots"],
     ["_checks"],
     ["_activation", "_padding", "_dropout", "_precision"],
     ["_cell", "_target"],
@@ -35,8 +37,8 @@ FLOORS = [
     ["_layers", "_bptt"],
     ["_loss_and_grads"],
     ["textbook", "convert", "_text", "_example_training", "_sample"],
-    ["worked_example", "_corpus", "_checkpoint", "train"],
-    ["_example_report", "_run"],
+    ["worked_example", "train"],
+    ["_example_report", "_training"],
     ["_cli"],
     ["__main__"],
 ]
@@ -65,24 +67,32 @@ def test_files_import_from_floors_below_their_own():
             assert inside or floor[imported] < floor[name], f"{name} imports {imported}"
 
 
-# Within the kernels, likewise.
-OF_KERNELS = [
-    ["loops"],
-    ["_tiles"],
-    ["mosaic_gpu_cluster"],
-    ["mosaic_gpu", "mosaic_gpu_tf32", "pallas_tpu"],
-    ["run"],
-]
+# Within a room, likewise.
+ROOMS = {
+    "_kernels": [
+        ["loops"],
+        ["_tiles"],
+        ["mosaic_gpu_cluster"],
+        ["mosaic_gpu", "mosaic_gpu_tf32", "pallas_tpu"],
+        ["run"],
+    ],
+    "_training": [
+        ["ngram", "devices", "progress", "checkpoints"],
+        ["corpus"],
+        ["run"],
+    ],
+}
 
 
-def test_files_of_kernels_too():
-    floor = {name: n for n, names in enumerate(OF_KERNELS) for name in names}
-    files = {path.stem: path for path in PACKAGE.glob("_kernels/*.py") if path.stem != "__init__"}
+@pytest.mark.parametrize("room", ROOMS)
+def test_files_of_rooms_too(room):
+    floor = {name: n for n, names in enumerate(ROOMS[room]) for name in names}
+    files = {path.stem: path for path in PACKAGE.glob(f"{room}/*.py") if path.stem != "__init__"}
     assert set(files) == set(floor)
     for name, path in files.items():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
-                "jaxrnn._kernels"
+                f"jaxrnn.{room}"
             ):
                 inside = node.module.split(".")[2:] or [alias.name for alias in node.names]
                 assert all(floor[other] < floor[name] for other in inside), f"{name}: {inside}"

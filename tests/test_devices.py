@@ -11,7 +11,7 @@ import pytest
 from helpers import assert_close, random_case
 
 from jaxrnn import train
-from jaxrnn._devices import Placement
+from jaxrnn._training.devices import Placement
 
 
 @pytest.mark.parametrize(("batch_size", "count"), [(8, 4), (6, 2), (5, 1)])
@@ -52,8 +52,8 @@ def test_a_split_batch_trains_as_a_whole_one():
 @pytest.mark.parametrize("chosen", ["", "--xla_force_host_platform_device_count=3"])
 def test_cores_are_devices_unless_somebody_has_chosen(chosen):
     code = (
-        "from jaxrnn import _devices; _devices.make_cores_devices();"
-        "import jax; print(len(jax.devices())); _devices.make_cores_devices()"
+        "from jaxrnn._training import devices; devices.make_cores_devices();"
+        "import jax; print(len(jax.devices())); devices.make_cores_devices()"
     )
     environment = {**os.environ, "XLA_FLAGS": chosen, "JAX_PLATFORMS": "cpu"}
     found = subprocess.run(

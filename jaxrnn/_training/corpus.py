@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from jaxrnn import _checks
-from jaxrnn._ngram import bigram_bits, unigram_bits
 from jaxrnn._text import Vocabulary, streams
+from jaxrnn._training.ngram import bigram_bits, unigram_bits
 
 # Streams of the held-out text are at least this long: each starts without context.
 HELD_OUT_STREAM = 4096

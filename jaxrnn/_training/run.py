@@ -14,11 +14,12 @@ import jax
 import numpy as np
 import optax
 
-from jaxrnn import _checkpoint, _checks, train
-from jaxrnn._corpus import Corpus
-from jaxrnn._devices import Placement
+from jaxrnn import _checks, train
 from jaxrnn._init import init_params
 from jaxrnn._text import Vocabulary, streams
+from jaxrnn._training import checkpoints
+from jaxrnn._training.corpus import Corpus
+from jaxrnn._training.devices import Placement
 
 REPORT_EVERY = 25
 
@@ -81,15 +82,15 @@ def load(out: Path) -> tuple[train.TrainState, Vocabulary, Config]:
     Raises:
       InputError: no run directory, or a damaged one.
     """
-    vocabulary = _checkpoint.load_vocabulary(out)
-    values = _checkpoint.load_json(out, _checkpoint.CONFIG)
+    vocabulary = checkpoints.load_vocabulary(out)
+    values = checkpoints.load_json(out, checkpoints.CONFIG)
     try:
         config = Config(**values["options"])
         template = jax.eval_shape(lambda: initial_state(config, len(vocabulary)))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        path = out / _checkpoint.CONFIG
+        path = out / checkpoints.CONFIG
         raise _checks.InputError(f"{path}: expected the options of a run: {error}") from error
-    return _checkpoint.load_state(out, template), vocabulary, config
+    return checkpoints.load_state(out, template), vocabulary, config
 
 
 @contextmanager
@@ -125,19 +126,19 @@ def run(
       DivergedError: a loss that is not finite; nothing is left in `out`.
     """
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    _checkpoint.claim(out)
+    checkpoints.claim(out)
     try:
-        _checkpoint.write_json(
-            out / _checkpoint.CONFIG, {"text": corpus.name, "options": asdict(config)}
+        checkpoints.write_json(
+            out / checkpoints.CONFIG, {"text": corpus.name, "options": asdict(config)}
         )
-        _checkpoint.write_json(out / _checkpoint.VOCABULARY, corpus.vocabulary.characters)
+        checkpoints.write_json(out / checkpoints.VOCABULARY, corpus.vocabulary.characters)
 
         def keep_and_report(row):
-            _checkpoint.append_metrics(out, row)
+            checkpoints.append_metrics(out, row)
             report(row)
 
         result = _loop(corpus, config, keep_and_report)
-        _checkpoint.save_state(out, result.state)
+        checkpoints.save_state(out, result.state)
         return result
     except BaseException:
         for path in out.iterdir():

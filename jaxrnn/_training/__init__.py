@@ -1,0 +1,1 @@
+"""A training run that is left alone: its text, its checkpoints, its devices, its directory."""
