@@ -1,0 +1,189 @@
+"""One update of truncated backpropagation, and the state that goes from each to the next."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrnn import _checks
+from jaxrnn._cell import Ids, Params, check_forward, check_params
+from jaxrnn._layers import first_states
+from jaxrnn._loss_and_grads import loss_and_grads
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class TrainState:
+    """All that changes in training.
+
+    Args:
+      params: the `Params`.
+      optimizer_state: what optax keeps.
+      h: the state carried from window to window, `[B, H]`; of a stack one for each layer.
+      step: how many updates have been made, int32.
+      key: a random key for a loss of one's own; None if nothing is random. It does not change:
+        each update folds its step into it.
+
+    For a model of one's own `params` is any pytree of arrays, and `h` any that starts as zeros.
+    """
+
+    params: Any
+    optimizer_state: Any
+    h: Any
+    step: jax.Array
+    key: Any = None
+
+
+# (params, h, inputs, targets, key) -> (the loss summed over all targets, in nats; the last h)
+Loss = Callable[[Any, Any, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+
+
+def init_state(
+    params: Params, optimizer: optax.GradientTransformation, batch_size: int, key: Any = None
+) -> TrainState:
+    """The state before the first update.
+
+    Args:
+      params: initial `Params`.
+      optimizer: from optax.
+      batch_size: B, how many streams are read side by side.
+      key: a random key, for a loss of one's own that draws.
+
+    Returns:
+      A `TrainState` with h = 0 and step = 0.
+
+    Raises:
+      TypeError, ValueError: params that do not fit, a batch size below 1.
+    """
+    # Copied: an update consumes its state, and the caller's params must outlive it.
+    checked: Any = jax.tree.map(jnp.copy, check_params(params))
+    check_forward("params.cell", checked.cell)  # a state from the end is not carried on
+    _checks.positive("batch_size", batch_size)
+    h = first_states(checked.cell, (batch_size,))
+    return TrainState(checked, optimizer.init(checked), h, jnp.zeros((), jnp.int32), key)
+
+
+def make_update(
+    optimizer: optax.GradientTransformation, loss: Loss | None = None
+) -> Callable[
+    [TrainState, jax.typing.ArrayLike, jax.typing.ArrayLike], tuple[TrainState, jax.Array]
+]:
+    """One update of truncated BPTT as one jitted call.
+
+    θ ← θ + optimizer(∂/∂θ of the mean loss of the window), h_0 ← h_T
+
+    Args:
+      optimizer: from optax; `optax.sgd(η)` is the source's θ ← θ − η ∂L/∂θ, of the mean.
+      loss: of a model of one's own, (params, h, inputs, targets, key) -> (the loss summed over all
+        targets, the last h); by default that of `jaxrnn.loss_and_grads`, by hand.
+
+    Returns:
+      A function (state, inputs, targets) -> (state, loss): ids `[T, B]` each, loss in mean
+      nats per character before the update. It consumes the state that it is given.
+
+    Raises:
+      TypeError, ValueError: the function returned, as `jaxrnn.loss_and_grads`.
+
+    Source: "Parameter updates".
+    """
+
+    @partial(jax.jit, donate_argnums=0)
+    def update(state: TrainState, inputs: jax.Array, targets: jax.Array):
+        new, mean, _ = _update(optimizer, loss, state, inputs, targets)
+        return new, mean
+
+    return update
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Figures:
+    """What a checked update says of itself; it stays on the device until someone looks.
+
+    Args:
+      loss: in mean nats per character, before the update.
+      gradient_norm: of the mean's gradient, all parameters together, before the optimiser.
+      parameter_norm: likewise, before the update.
+      finite: whether loss, gradient, and the new parameters and optimiser state all are.
+    """
+
+    loss: jax.Array
+    gradient_norm: jax.Array
+    parameter_norm: jax.Array
+    finite: jax.Array
+
+
+def make_checked_update(
+    optimizer: optax.GradientTransformation, loss: Loss | None = None
+) -> Callable[[TrainState, jax.typing.ArrayLike, jax.typing.ArrayLike], tuple[TrainState, Figures]]:
+    """An update that changes nothing where a number of it is not finite.
+
+    Parameters and optimiser state are then as before, h = 0 as at the start of a stream, and the
+    step counts. `optax.apply_if_finite` looks at gradients only: neither at the carried state nor
+    at what overflows although the gradient did not.
+
+    Args:
+      optimizer: as in `make_update`.
+      loss: as in `make_update`.
+
+    Returns:
+      A function (state, inputs, targets) -> (state, `Figures`), which `fit` takes. It consumes the
+      state that it is given.
+
+    Raises:
+      TypeError, ValueError: the function returned, as that of `make_update`.
+    """
+
+    @partial(jax.jit, donate_argnums=0)
+    def update(state: TrainState, inputs: jax.Array, targets: jax.Array):
+        new, mean, gradient = _update(optimizer, loss, state, inputs, targets)
+        # Not h: it is split as the batch is, and a loss is finite only where its states are.
+        leaves = jax.tree.leaves((mean, gradient, new.params, new.optimizer_state))
+        finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+        norms = _norm(gradient), _norm(state.params)
+        kept = replace(start_over(state), step=new.step)
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, kept)
+        return new, Figures(mean, *norms, finite)
+
+    return update
+
+
+def _norm(tree):
+    # optax renames its own.
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
+
+
+def _update(optimizer, loss, state, inputs, targets):
+    """The new state, the mean loss, and its gradient."""
+    params, size = state.params, targets.size
+    if loss is None:
+        total, gradients = loss_and_grads(params, Ids(inputs), targets, h0=state.h)
+        summed, h = gradients.params, gradients.h_last
+    else:
+        key = None if state.key is None else jax.random.fold_in(state.key, state.step)
+        differentiated = jax.value_and_grad(loss, has_aux=True)
+        (total, h), summed = differentiated(params, state.h, inputs, targets, key)
+    mean: Any = jax.tree.map(lambda g: g / jnp.asarray(size, g.dtype), summed)
+    updates, optimizer_state = optimizer.update(mean, state.optimizer_state, params)
+    params = optax.apply_updates(params, updates)
+    return TrainState(params, optimizer_state, h, state.step + 1, state.key), total / size, mean
+
+
+def start_over(state: TrainState) -> TrainState:
+    """The same state before the first window of the streams.
+
+    Args:
+      state: a `TrainState`.
+
+    Returns:
+      It with h = 0.
+
+    Raises:
+      TypeError: no `TrainState`.
+    """
+    _checks.instance("state", state, TrainState)
+    return replace(state, h=jax.tree.map(jnp.zeros_like, state.h))

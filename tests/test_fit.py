@@ -1,0 +1,186 @@
+"""The checked update and the loop, as functions: what they count, when they stop, own models."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxrnn
+from jaxrnn import train
+
+T, B, K, H = 4, 3, 5, 6
+OPTIMIZER = optax.adam(1e-2)
+
+
+@pytest.fixture(autouse=True)
+def _as_optax_needs_it():
+    """optax multiplies floats by its integer step counts."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def make_state(**how):
+    params = jaxrnn.init_params(jax.random.key(0), K, H, K, dtype=jnp.float64)
+    return train.init_state(params, OPTIMIZER, B, **how)
+
+
+def reader(start=0):
+    ids = np.random.default_rng(0).integers(0, K, (41, B))
+    return train.windows(ids[:-1], ids[1:], T, start)
+
+
+def broken_loss(at):
+    """That of the network, but not a number in the update after so many."""
+
+    def loss(params, h, inputs, targets, key):
+        h, hs = jaxrnn.unroll(params.cell, jaxrnn.Ids(inputs), h)
+        total = jnp.sum(jaxrnn.cross_entropy(jaxrnn.apply_readout(params.readout, hs), targets))
+        # The key is folded with the step: which of the steps this is.
+        steps = jnp.stack([jax.random.fold_in(jax.random.key(7), n) for n in range(12)])
+        now = jnp.argmax(jax.random.key_data(steps)[:, 1] == jax.random.key_data(key)[1])
+        return jnp.where(now == at, jnp.nan, total), h
+
+    return loss
+
+
+def assert_same(found, expected):
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_a_checked_update_is_an_update():
+    plain, checked = train.make_update(OPTIMIZER), train.make_checked_update(OPTIMIZER)
+    inputs, targets, _ = next(reader())
+    expected, loss = plain(make_state(), inputs, targets)
+    found, figures = checked(make_state(), inputs, targets)
+    assert_same(found, expected)
+    assert figures.loss == loss and figures.finite
+    norm = np.sqrt(sum(np.sum(leaf**2) for leaf in jax.tree.leaves(make_state().params)))
+    np.testing.assert_allclose(figures.parameter_norm, norm, rtol=1e-14)
+
+
+# A gradient that overflows although the loss is finite, and an optimiser that does.
+INFINITE = {
+    "loss": (OPTIMIZER, lambda p, *_: jnp.nan * jnp.sum(p.cell.b)),
+    "gradient": (OPTIMIZER, lambda p, *_: jnp.sum(jnp.sqrt(jnp.abs(p.cell.b)))),
+    "optimizer": (optax.sgd(1e300), lambda p, *_: 1e20 * jnp.sum(p.cell.b)),
+}
+
+
+@pytest.mark.parametrize("name", INFINITE)
+def test_what_is_not_finite_changes_nothing(name):
+    optimizer, value = INFINITE[name]
+    params = make_state().params
+    state = train.init_state(params, optimizer, B)
+    state = train.TrainState(state.params, state.optimizer_state, state.h + 1, state.step)
+    update = train.make_checked_update(optimizer, lambda p, h, *_: (value(p), h))
+    kept = optimizer.init(params)
+    inputs, targets, _ = next(reader())
+    new, figures = update(state, inputs, targets)
+    assert not figures.finite
+    assert_same((new.params, new.optimizer_state), (params, kept))
+    assert new.step == 1 and not np.any(new.h)
+
+
+def test_reports_come_when_they_are_due_and_count_what_was():
+    update, losses, state = train.make_checked_update(OPTIMIZER), [], make_state()
+    windows = reader()
+    for _ in range(11):
+        inputs, targets, first = next(windows)
+        state, figures = update(train.start_over(state) if first else state, inputs, targets)
+        losses.append(float(figures.loss))
+    reports = list(train.fit(make_state(), update, reader(), 11, every=(4, 6)))
+    assert [report.step for report in reports] == [4, 6, 8, 11]
+    means = [np.mean(losses[a:b]) for a, b in ((0, 4), (4, 6), (6, 8), (8, 11))]
+    assert [report.loss for report in reports] == means
+    assert_same(reports[-1].state, state)
+    assert reports[-1].gradient_norm == figures.gradient_norm
+    assert all(report.updates_per_second > 0 and not report.skipped for report in reports)
+
+
+def test_it_stops_when_it_is_asked_to_and_goes_on_where_it_was():
+    update = train.make_checked_update(OPTIMIZER)
+    *_, whole = train.fit(make_state(), update, reader(), 14, every=5)
+    asked = []
+    *_, half = train.fit(
+        make_state(), update, reader(), 14, stop=lambda step: asked.append(step) or step == 7
+    )
+    assert (half.step, asked) == (7, [1, 2, 3, 4, 5, 6, 7])
+    # The streams start over at step 10: the place in the text is the step.
+    *_, rest = train.fit(half.state, update, reader(7), 14, every=5)
+    assert_same(rest.state, whole.state)
+    assert not list(train.fit(rest.state, update, reader(14), 14))
+    with pytest.raises(ValueError, match=r"^every: expected at least 1, got 0"):
+        next(train.fit(make_state(), update, reader(), 14, every=0))
+
+
+def test_a_number_that_is_none_ends_it_and_names_the_step():
+    update = train.make_checked_update(OPTIMIZER, broken_loss(at=5))
+    reports = train.fit(make_state(key=jax.random.key(7)), update, reader(), 12, every=4)
+    assert next(reports).step == 4
+    said = r"^the loss became nan at step 6 \(gradient norm 0, parameter norm \d\.\d+\)$"
+    with pytest.raises(train.DivergedError, match=said):
+        next(reports)
+
+
+def test_or_it_is_skipped():
+    update = train.make_checked_update(OPTIMIZER, broken_loss(at=5))
+    reports = list(
+        train.fit(make_state(key=jax.random.key(7)), update, reader(), 6, every=(4, 5),
+                  skip_nonfinite=True)
+    )  # fmt: skip
+    assert [report.skipped for report in reports] == [0, 0, 1]
+    assert math.isnan(reports[-1].loss) and not math.isnan(reports[0].loss)
+    assert reports[-1].state.step == 6
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(reports[-1].state.params))
+
+
+def test_what_a_model_draws_is_of_its_step():
+    """So that a run that goes on draws what it would have drawn."""
+
+    def loss(params, h, inputs, targets, key):
+        h, hs = jaxrnn.unroll_layers(params.cell, jaxrnn.Ids(inputs), h, dropout=0.5, key=key)
+        logits = jaxrnn.apply_readout(params.readout, hs)
+        return jnp.sum(jaxrnn.cross_entropy(logits, targets)), h
+
+    def state(seed):
+        params = jaxrnn.init_params(jax.random.key(0), K, H, K, layers=2, dtype=jnp.float64)
+        return train.init_state(params, optax.sgd(0.0), B, jax.random.key(seed))
+
+    update = train.make_checked_update(optax.sgd(0.0), loss)
+    inputs, targets, _ = next(reader())
+
+    def losses(seed):
+        now, found = state(seed), []
+        for _ in range(3):
+            now, figures = update(train.start_over(now), inputs, targets)
+            found.append(float(figures.loss))
+        return found
+
+    assert len(set(losses(0))) == 3
+    assert losses(0) == losses(0) != losses(1)
+
+
+def test_evaluation_goes_where_it_is_put():
+    params, put = make_state().params, []
+    ids = np.random.default_rng(1).integers(0, K, (9, B))
+
+    def recorded(x, axis):
+        put.append((x.shape, axis))
+        return jnp.asarray(x)
+
+    found = train.evaluate(params, ids[:-1], ids[1:], put=recorded)
+    assert found == train.evaluate(params, ids[:-1], ids[1:])
+    assert put == [((B, H), 0), ((8, B), 1), ((8, B), 1)]
+
+
+def test_windows_go_on_where_they_were():
+    windows, later = reader(), reader(13)
+    for _ in range(13):
+        next(windows)
+    for _ in range(9):
+        assert_same(next(later), next(windows))
+    with pytest.raises(ValueError, match=r"^start: expected at least 0, got -1"):
+        next(reader(-1))
