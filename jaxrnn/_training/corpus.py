@@ -7,89 +7,98 @@ import numpy as np
 
 from jaxrnn import _checks
 from jaxrnn._text import Vocabulary, streams
+from jaxrnn._training.encode import CHUNK, Text
+from jaxrnn._training.id_file import open_ids
 from jaxrnn._training.ngram import bigram_bits, unigram_bits
 
 # Streams of the held-out text are at least this long: each starts without context.
 HELD_OUT_STREAM = 4096
+EVALUATED = 500_000
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text as ids, cut into streams for training and for held-out evaluation."""
+    """A text as ids, cut into streams for training and for held-out evaluation.
+
+    Args:
+      name: what messages call it.
+      level: what an id stands for, "char" or "byte".
+      vocabulary: the characters of the ids.
+      train: ids `[N]`, a view of the file.
+      held_out: ids `[M]`, a view of the file.
+      evaluated: of the held-out text, from its beginning, at most so many are predicted.
+    """
 
     name: str
+    level: str
     vocabulary: Vocabulary
     train: np.ndarray
     held_out: np.ndarray
+    evaluated: int = EVALUATED
 
     def references(self) -> dict[str, float]:
         """Bits per held-out character of counting."""
-        size = len(self.vocabulary)
+        size, held_out = len(self.vocabulary), self.held_out[: self.evaluated]
         return {
-            "unigram": unigram_bits(self.train, self.held_out, size),
-            "bigram": bigram_bits(self.train, self.held_out, size),
+            "unigram": unigram_bits(self.train, held_out, size),
+            "bigram": bigram_bits(self.train, held_out, size),
         }
 
     def held_out_streams(self, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Few streams where the text is short, never more than in training."""
-        count = min(batch_size, max(1, len(self.held_out) // HELD_OUT_STREAM))
-        return streams(self.held_out, count)
+        """Few streams where the text is short, never more than in training.
+
+        Their number is a power of two, so that they divide over devices.
+        """
+        held_out = self.held_out[: self.evaluated]
+        most = min(batch_size, max(1, len(held_out) // HELD_OUT_STREAM))
+        return streams(held_out, 1 << (most.bit_length() - 1))
 
 
-def read_text(files: list[str]) -> tuple[str, str]:
-    """The text of all files in their order, and what to call it.
-
-    With no file: the documentation that ships inside CPython.
-
-    Raises:
-      InputError: a file that cannot be read, is empty, or is no UTF-8.
-    """
-    if not files:
-        from pydoc_data.topics import topics
-
-        return "".join(topics.values()), "CPython's pydoc_data.topics"
-    parts = []
-    for name in files:
-        try:
-            content = Path(name).read_bytes()
-        except OSError as error:
-            raise _checks.InputError(f"{name}: cannot be read: {error.strerror}") from error
-        if not content:
-            raise _checks.InputError(f"{name}: expected text, got an empty file")
-        try:
-            parts.append(content.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            byte = f"byte 0x{content[error.start]:02x} at offset {error.start}"
-            raise _checks.InputError(f"{name}: expected UTF-8, got {byte}") from error
-    return "".join(parts), " ".join(files)
-
-
-def make_corpus(
-    text: str, name: str, *, held_out: float, batch_size: int, seq_length: int
+def open_corpus(
+    path: Path,
+    text: Text,
+    *,
+    held_out: float,
+    batch_size: int,
+    seq_length: int,
+    evaluated: int = EVALUATED,
 ) -> Corpus:
-    """Split a text into training and held-out ids.
+    """Split the ids in a file into training and held-out ones; none is read into memory.
 
     Args:
-      text: all of it.
-      name: what messages call it.
-      held_out: the fraction at its end that is not trained on.
+      path: what `encode` wrote.
+      text: what it returned.
+      held_out: the fraction at the end that is not trained on.
       batch_size: B, how many streams training reads.
       seq_length: T, the length of their windows.
+      evaluated: see `Corpus`.
 
     Raises:
-      InputError: a text of one distinct character, or too short for the streams.
+      InputError: a missing or damaged file, a text of one distinct character, or too short for
+        the streams.
     """
-    vocabulary = Vocabulary(text)
-    if len(vocabulary) < 2:
-        only = vocabulary.characters[0]
-        raise _checks.InputError(f"{name}: expected two distinct characters, got only {only!r}")
-    kept = max(2, round(len(text) * held_out))
+    ids = open_ids(path, text.length, len(text.characters))
+    unit = "bytes" if text.level == "byte" else "characters"
+    only = _only_one(ids, text)
+    if only is not None:
+        raise _checks.InputError(f"{text.name}: expected two distinct {unit}, got only {only}")
+    kept = max(2, round(text.length * held_out))
     needed = batch_size * seq_length + 1
-    if len(text) - kept < needed:
+    if text.length - kept < needed:
         raise _checks.InputError(
-            f"{name}: expected at least {needed:,} characters for training, "
+            f"{text.name}: expected at least {needed:,} {unit} for training, "
             f"{batch_size} streams of one window of {seq_length}, "
-            f"got {max(0, len(text) - kept):,}; lower --batch-size or --seq-length"
+            f"got {max(0, text.length - kept):,}; lower --batch-size or --seq-length"
         )
-    ids = vocabulary.encode(text)
-    return Corpus(name, vocabulary, ids[:-kept], ids[-kept:])
+    vocabulary = Vocabulary(text.characters)
+    return Corpus(text.name, text.level, vocabulary, ids[:-kept], ids[-kept:], evaluated)
+
+
+def _only_one(ids: np.ndarray, text: Text) -> str | None:
+    """The only character of a text, or None where there are more."""
+    if text.level == "char":
+        return repr(text.characters[0]) if len(text.characters) == 1 else None
+    for start in range(0, len(ids), CHUNK):
+        if np.any(ids[start : start + CHUNK] != ids[0]):
+            return None
+    return f"0x{ids[0]:02x}"

@@ -1,0 +1,135 @@
+"""A file of ids that is written piece by piece, and read as if it were an array in memory."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from jaxrnn import _checks
+
+# Ids that are widened at a time.
+CHUNK = 2**20
+
+
+def id_dtype(count: int) -> np.dtype:
+    """The narrowest dtype for the ids of so many characters."""
+    return np.min_scalar_type(max(0, count - 1))
+
+
+class IdFile:
+    """A `.npy` file of ids that grows; its header is right once it is finished.
+
+    Args:
+      file: empty, to be written and read.
+      path: what messages call it.
+    """
+
+    def __init__(self, file: BinaryIO, path: Path):
+        self.length = 0
+        self._file, self._path, self._dtype = file, path, id_dtype(0)
+        with _writing(path):
+            self._start = file.write(self._header())
+
+    def append(self, ids: np.ndarray) -> None:
+        """Add ids `[n]`; those of a wider dtype than before widen all that are in the file."""
+        with _writing(self._path):
+            if ids.dtype != self._dtype:
+                self._widen(ids.dtype)
+            self._file.write(ids.data)
+        self.length += len(ids)
+
+    def _widen(self, dtype: np.dtype) -> None:
+        old, self._dtype = self._dtype, dtype
+        # From the end: what is written lies behind what is still to be read.
+        for end in range(self.length, 0, -CHUNK):
+            begin = max(0, end - CHUNK)
+            self._file.seek(self._start + begin * old.itemsize)
+            ids = np.frombuffer(self._file.read((end - begin) * old.itemsize), old)
+            self._file.seek(self._start + begin * dtype.itemsize)
+            self._file.write(ids.astype(dtype).data)
+        self._file.seek(self._start + self.length * dtype.itemsize)
+
+    def _header(self) -> bytes:
+        """NumPy leaves room in it for the length to grow."""
+        header = BytesIO()
+        about = {"descr": self._dtype.str, "fortran_order": False, "shape": (self.length,)}
+        np.lib.format.write_array_header_1_0(header, about)
+        return header.getvalue()
+
+    def finish(self) -> None:
+        """Write the length, and all of it to the disk."""
+        header = self._header()
+        if len(header) != self._start:
+            raise RuntimeError(f"{self._path}: NumPy's header grew to {len(header)} bytes")
+        with _writing(self._path):
+            self._file.seek(0)
+            self._file.write(header)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[IdFile]:
+    """A file under another name, which gets its own when all went well, and is gone otherwise.
+
+    Args:
+      path: where it is then; a file that is there is replaced.
+
+    Raises:
+      InputError: it cannot be written, at any time until it is complete.
+    """
+    partial, file = path.with_name(f".{path.name}.partial"), None
+    try:
+        with _writing(path):
+            file = partial.open("w+b")
+        ids = IdFile(file, path)
+        yield ids
+        ids.finish()
+        with _writing(path):
+            file.close()
+            os.replace(partial, path)
+    except BaseException:  # Ctrl-C too
+        with suppress(OSError):  # a full disk refuses once more what is still in the buffer
+            if file is not None:
+                file.close()
+        with suppress(OSError):
+            partial.unlink()
+        raise
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise _checks.InputError(f"{path}: cannot be written: {reason}") from error
+
+
+def open_ids(path: Path, length: int, size: int) -> np.ndarray:
+    """The ids in a file, mapped: what is not looked at is not read.
+
+    Args:
+      path: what `IdFile` wrote.
+      length: how many.
+      size: |A|, of how many characters.
+
+    Raises:
+      InputError: it is missing, damaged, or another text's.
+    """
+    try:
+        # Unlike np.load it takes nothing but a single array.
+        ids = np.lib.format.open_memmap(path, mode="r")
+    except OSError as error:
+        raise _checks.InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        line = str(error).splitlines()[0]
+        raise _checks.InputError(f"{path}: expected the ids of a text, got {line}") from error
+    if ids.shape != (length,) or ids.dtype != id_dtype(size):
+        wanted = f"{id_dtype(size)} array of shape [{length}]"
+        raise _checks.InputError(f"{path}: expected {wanted}, got {_checks.came(ids)}")
+    return np.asarray(ids)  # the same memory, without the methods of a file
