@@ -1,115 +1,184 @@
-"""A run directory: an orbax checkpoint beside JSON files that a person can read.
+"""The checkpoints of a run, through orbax: the last few and the best, each whole or not there.
 
-config.json, vocabulary.json and metrics.jsonl (a line each time the run reports) are plain
-JSON; `checkpoint/` is orbax's. Nothing is pickled.
+`checkpoints/<step>/` holds the arrays (`state`), JSON beside them (`about`) and what the best is
+chosen by (`metrics`). orbax writes under another name and renames. Nothing is pickled.
 """
 
-import json
-import os
+import logging
+import math
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxrnn import _checks
-from jaxrnn._text import Vocabulary
 
-CONFIG, VOCABULARY, METRICS, CHECKPOINT = (
-    "config.json", "vocabulary.json", "metrics.jsonl", "checkpoint",
-)  # fmt: skip
-
-
-def claim(out: Path) -> None:
-    """Make the directory of a new run, or require it to be empty.
-
-    Raises:
-      InputError: it holds something, is a file, or cannot be written.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if any(out.iterdir()):
-            raise _checks.InputError(f"--out: expected an empty or new directory, got {out}")
-        probe = out / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise _checks.InputError(f"--out: cannot write to {out}: {error.strerror}") from error
+FOLDER = "checkpoints"
+KEPT = 3
+# Old checkpoints are moved here before they are deleted: a half-deleted one is none.
+DELETED = "deleted"
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+class SaveError(Exception):
+    """A checkpoint that cannot be written; those before it are untouched."""
 
 
-def append_metrics(out: Path, row: dict[str, Any]) -> None:
-    """Add one line to the metrics."""
-    with (out / METRICS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """All rows of the metrics."""
-    with (out / METRICS).open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
-def save_state(out: Path, state: Any) -> None:
-    """Write a pytree of arrays with orbax, whole or not at all."""
-    import orbax.checkpoint as ocp
-
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((out / CHECKPOINT).absolute(), state)
-
-
-def load_state(out: Path, template: Any) -> Any:
-    """Read the pytree back.
+class Checkpoints:
+    """The checkpoints in a run directory.
 
     Args:
       out: the run directory.
-      template: the same tree of arrays, or of `jax.ShapeDtypeStruct`.
+      write: whether any will be saved; what a save that was cut short has left is removed then.
 
     Raises:
-      InputError: there is no checkpoint, or it cannot be read as this tree.
+      InputError: they cannot be read, or not be written.
     """
-    import orbax.checkpoint as ocp
 
-    path = (out / CHECKPOINT).absolute()
-    if not path.is_dir():
-        raise _checks.InputError(f"{out}: expected a run directory, got no {CHECKPOINT}/ in it")
-    device = jax.local_devices()[0]
-    sharding = jax.sharding.SingleDeviceSharding(device)
-    template = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), template
-    )
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(path, template)
-    except Exception as error:  # orbax raises many kinds; each means an unreadable checkpoint
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise _checks.InputError(f"{path}: the checkpoint cannot be read: {line}") from error
+    def __init__(self, out: Path, write: bool = False):
+        import orbax.checkpoint as ocp
+
+        policies = ocp.checkpoint_managers
+        self.folder, self._ocp = out / FOLDER, ocp
+        kept = policies.AnyPreservationPolicy([
+            policies.LatestN(KEPT),
+            policies.BestN(get_metric_fn=_held_out_bits, reverse=True, n=1),
+        ])  # fmt: skip
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=kept, best_fn=_held_out_bits, best_mode="min",
+            cleanup_tmp_directories=write, enable_async_checkpointing=False, read_only=not write,
+            todelete_subdir=DELETED if write else None, create=write,
+            save_interval_steps=int(write),
+        )  # fmt: skip
+        try:
+            with _quiet():
+                self._manager = ocp.CheckpointManager(self.folder.absolute(), options=options)
+        except Exception as error:  # orbax raises many kinds
+            raise _checks.InputError(f"{self.folder}: cannot be used: {_line(error)}") from error
+
+    def steps(self) -> list[int]:
+        """Of all finished checkpoints, in order."""
+        return sorted(self._manager.all_steps())
+
+    def best(self) -> int | None:
+        """The step of the least held-out loss."""
+        return self._manager.best_step()
+
+    def save(self, step: int, state: Any, about: dict[str, Any], held_out_bits: float | None):
+        """Save a checkpoint, and drop those that are no longer among the last or the best.
+
+        Args:
+          step: how many updates have been made.
+          state: a pytree of arrays.
+          about: what JSON can say.
+          held_out_bits: if they were measured at this step.
+
+        Raises:
+          SaveError: it cannot be written.
+        """
+        args = self._ocp.args
+        items = args.Composite(
+            state=args.StandardSave(state),
+            about=args.JsonSave({**about, "fingerprint": int(fingerprint(state))}),
+        )
+        metrics = {"held_out_bits": math.inf if held_out_bits is None else held_out_bits}
+        try:
+            with _quiet():
+                self._manager.save(step, args=items, metrics=metrics, force=True)
+        except Exception as error:  # of many kinds, by what went wrong
+            raise SaveError(
+                f"{self.folder / str(step)}: cannot be written: {_line(error)}"
+            ) from error
+
+    def about(self, step: int) -> dict[str, Any]:
+        """What JSON said beside the arrays.
+
+        Raises:
+          InputError: it is damaged.
+        """
+        return self._read(step, about=self._ocp.args.JsonRestore())["about"]
+
+    def state(self, step: int, shapes: Any) -> Any:
+        """The arrays.
+
+        Args:
+          step: of which checkpoint.
+          shapes: the same tree of `jax.ShapeDtypeStruct` with the shardings it is wanted in.
+
+        Raises:
+          InputError: it is damaged, or of another tree.
+        """
+        state = self._read(step, state=self._ocp.args.StandardRestore(shapes))["state"]
+        if int(fingerprint(state)) != self.about(step).get("fingerprint"):
+            raise self._damaged(step, "it holds other numbers than were saved")
+        return state
+
+    def _read(self, step, **items):
+        try:
+            with _quiet():
+                return self._manager.restore(step, args=self._ocp.args.Composite(**items))
+        except Exception as error:  # orbax raises many kinds; each means an unreadable checkpoint
+            raise self._damaged(step, _line(error)) from error
+
+    def _damaged(self, step, line):
+        path = self.folder / str(step)
+        older = [str(self.folder / str(other)) for other in self.steps() if other < step]
+        way = f"; without it {older[-1]} is the newest" if older else ""
+        return _checks.InputError(f"{path}: the checkpoint cannot be read: {line}{way}")
 
 
-def load_json(out: Path, name: str) -> Any:
-    """Read one of a run's JSON files.
+def _held_out_bits(metrics):
+    return metrics["held_out_bits"]
 
-    Raises:
-      InputError: it is not there or is damaged.
+
+@jax.jit
+def fingerprint(tree: Any) -> jax.Array:
+    """A number of all bits of all arrays, which no split over devices changes: uint32.
+
+    Σ (2 i + 1) bits_i modulo 2³²: integers, so that the order of a sum is of no account, and odd
+    weights, so that no change of one number goes unseen. What orbax reads it does not check.
     """
-    try:
-        return json.loads((out / name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise _checks.InputError(f"{out}: expected a run directory, got no {name} in it") from None
-    except (OSError, ValueError) as error:
-        raise _checks.InputError(f"{out / name}: cannot be read: {error}") from error
+    total = jnp.zeros((), jnp.uint32)
+    for n, leaf in enumerate(jax.tree.leaves(tree)):
+        words = jnp.ravel(_words(leaf))
+        weights = 2 * jnp.arange(words.size, dtype=jnp.uint32) + jnp.uint32(1)
+        total += jnp.uint32(2 * n + 1) * jnp.sum(words * weights, dtype=jnp.uint32)
+    return total
 
 
-def load_vocabulary(out: Path) -> Vocabulary:
-    """The vocabulary of a run."""
-    try:
-        return Vocabulary(load_json(out, VOCABULARY))
-    except _checks.InputError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise _checks.InputError(f"{out / VOCABULARY}: {error}") from error
+def _words(x):
+    """The bits of an array as uint32."""
+    size = x.dtype.itemsize
+    if size < 4:
+        return jax.lax.bitcast_convert_type(x, f"uint{8 * size}").astype(jnp.uint32)
+    return jax.lax.bitcast_convert_type(x, jnp.uint32)
+
+
+def _line(error):
+    """The first line of what an error says, without the pages that may follow."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    first = str(error).strip().splitlines()[:1] or [type(error).__name__]
+    return re.split(r" \[|\. See full", first[0])[0]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing on standard error but the one line of what is raised.
+
+    Where orbax fails, its threads go on and print pages, some of them later: then this stays.
+    """
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    before, hook = [logger.level for logger in loggers], sys.unraisablehook
+
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda unraisable: None
+    yield
+    sys.unraisablehook = hook
+    for logger, level in zip(loggers, before, strict=True):
+        logger.setLevel(level)

@@ -1,11 +1,25 @@
-"""The devices of a training run: its batch is split over them, its parameters are on each."""
+"""The devices of a training run: a mesh, over which its batch and its weights are split."""
 
 import math
 import os
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jaxrnn import _checks
+
+# Axes of the mesh: the batch is split over the one, hidden units over the other.
+DATA, MODEL = "data", "model"
+# How each array of the parameters, and of what an optimiser keeps for it, is split.
+SPLIT = {
+    "U": PartitionSpec(MODEL, None),
+    "W": PartitionSpec(MODEL, None),
+    "b": PartitionSpec(MODEL),
+    "leak": PartitionSpec(MODEL),
+    "V": PartitionSpec(None, MODEL),
+}
 
 
 def make_cores_devices() -> None:
@@ -25,27 +39,68 @@ def make_cores_devices() -> None:
 
 
 class Placement:
-    """Where the arrays of a run are, for a batch of this size.
+    """Where the arrays of a run are.
 
     Args:
-      batch_size: sequences in a batch; split over as many devices as divide it.
+      batch_size: sequences in a batch.
+      hidden_size: units of a layer.
+      model: over how many devices the units are split. The batch is split over the others: in one
+        process over as many as divide it, of several processes over all.
+
+    Raises:
+      InputError: devices, units or sequences that cannot be split so.
     """
 
-    def __init__(self, batch_size: int):
-        devices = jax.local_devices()
-        self.devices = devices[: math.gcd(batch_size, len(devices))]
-        mesh = Mesh(np.array(self.devices), ("data",))
-        self._everywhere = NamedSharding(mesh, PartitionSpec())
-        self._split = [NamedSharding(mesh, PartitionSpec(*(None,) * n, "data")) for n in (0, 1)]
+    def __init__(self, batch_size: int, hidden_size: int, model: int = 1):
+        devices, processes = jax.devices(), jax.process_count()
+        if len(devices) % model:
+            expected = f"a divisor of the {len(devices)} devices"
+            raise _checks.InputError(f"--model-devices: expected {expected}, got {model}")
+        if hidden_size % model:
+            expected = f"a divisor of --hidden-size {hidden_size}"
+            raise _checks.InputError(f"--model-devices: expected {expected}, got {model}")
+        data = len(devices) // model
+        if processes == 1:
+            data = math.gcd(batch_size, data)
+        elif batch_size % data:
+            raise _checks.InputError(
+                f"--batch-size: expected a multiple of {data}, over so many devices it is split, "
+                f"got {batch_size}"
+            )
+        auto = (AxisType.Auto, AxisType.Auto)
+        self.mesh = jax.make_mesh(
+            (data, model), (DATA, MODEL), axis_types=auto, devices=devices[: data * model]
+        )
+        self.devices = data * model
 
-    def everywhere(self, tree):
-        """A copy on each device."""
-        return jax.device_put(tree, self._everywhere)
+    def of_state(self, state: Any) -> Any:
+        """How a `TrainState`, or one of shapes, is split: a tree of shardings."""
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: NamedSharding(self.mesh, self._spec(path, x)), state
+        )
 
-    def split(self, x, axis: int = 0):
-        """The batch, which is that axis, split over the devices."""
-        return jax.device_put(x, self._split[axis])
+    def _spec(self, path, x):
+        names = [getattr(part, "name", "") for part in path]
+        if names[0] == "h":
+            return PartitionSpec(DATA, MODEL)
+        spec = SPLIT.get(names[-1], PartitionSpec())
+        return spec if len(spec) == np.ndim(x) else PartitionSpec()
 
-    def together(self, tree):
-        """On the first device."""
-        return jax.device_put(tree, self.devices[0])
+    def put_state(self, state: Any) -> Any:
+        """A state of which every process has the same numbers, split over the devices."""
+        return jax.tree.map(lambda x, how: _place(np.asarray(x), how), state, self.of_state(state))
+
+    def split(self, x: Any, axis: int) -> jax.Array:
+        """An array of the host whose axis is the batch; ids become int32.
+
+        Where the batch is no multiple of the devices it is split over, each has all of it.
+        """
+        data = DATA if x.shape[axis] % self.mesh.shape[DATA] == 0 else None
+        ids = np.issubdtype(x.dtype, np.integer)
+        sharding = NamedSharding(self.mesh, PartitionSpec(*(None,) * axis, data))
+        return _place(x, sharding, np.int32 if ids else x.dtype)
+
+
+def _place(x, sharding, dtype=None):
+    # Each process reads its own part, and none asks the others whether theirs is the same.
+    return jax.make_array_from_callback(x.shape, sharding, lambda part: np.asarray(x[part], dtype))

@@ -1,210 +1,184 @@
-"""One training run: from a corpus to a run directory."""
+"""One training run, from its beginning or a checkpoint to its end or a signal."""
 
 import math
-import shutil
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-import optax
 
-from jaxrnn import _checks, train
-from jaxrnn._init import init_params
-from jaxrnn._text import Vocabulary, streams
-from jaxrnn._training import checkpoints
+from jaxrnn import train
+from jaxrnn._text import streams
+from jaxrnn._training import directory, processes
+from jaxrnn._training.checkpoints import Checkpoints, SaveError
+from jaxrnn._training.config import Config, initial_state, make_optimizer
 from jaxrnn._training.corpus import Corpus
 from jaxrnn._training.devices import Placement
+from jaxrnn._training.encode import Text
+from jaxrnn._training.saved import identity, load_state
+from jaxrnn._training.signals import stop_requests
 
 REPORT_EVERY = 25
 
 
-@dataclass(frozen=True)
-class Config:
-    """What a run is made of; its fields are the options of `jaxrnn train`."""
-
-    hidden_size: int = 256
-    layers: int = 1
-    seq_length: int = 64
-    batch_size: int = 64
-    steps: int = 2000
-    learning_rate: float = 3e-3
-    grad_clip: float = 1.0
-    optimizer: str = "adam"
-    activation: str = "tanh"
-    recurrent: str = "orthogonal"
-    held_out: float = 0.1
-    eval_every: int = 250
-    seed: int = 0
-
-
-class DivergedError(Exception):
-    """The loss is no longer a number."""
+class FailedError(Exception):
+    """A run that could not go on; one line says why and which checkpoint is the last."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended."""
-
-    state: train.TrainState
-    steps: int
-    bits: float
-    seconds: float
-    stopped: bool
-
-
-def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """The optax optimiser, its learning rate decaying to 0 as a cosine, gradients clipped."""
-    rate = optax.cosine_decay_schedule(config.learning_rate, config.steps)
-    optimizer = getattr(optax, config.optimizer)(rate)
-    if config.grad_clip > 0:
-        return optax.chain(optax.clip_by_global_norm(config.grad_clip), optimizer)
-    return optimizer
-
-
-def initial_state(config: Config, size: int) -> train.TrainState:
-    """The state of a run before its first update, for |A| characters."""
-    params = init_params(
-        jax.random.key(config.seed), size, config.hidden_size, size,
-        layers=config.layers, recurrent=config.recurrent, activation=config.activation,
-    )  # fmt: skip
-    return train.init_state(params, make_optimizer(config), config.batch_size)
-
-
-def load(out: Path) -> tuple[train.TrainState, Vocabulary, Config]:
-    """A run as it was saved.
-
-    Raises:
-      InputError: no run directory, or a damaged one.
-    """
-    vocabulary = checkpoints.load_vocabulary(out)
-    values = checkpoints.load_json(out, checkpoints.CONFIG)
-    try:
-        config = Config(**values["options"])
-        template = jax.eval_shape(lambda: initial_state(config, len(vocabulary)))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        path = out / checkpoints.CONFIG
-        raise _checks.InputError(f"{path}: expected the options of a run: {error}") from error
-    return checkpoints.load_state(out, template), vocabulary, config
-
-
-@contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed: an update that was begun is finished first; twice ends it."""
-    pressed = False
-
-    def handler(*_):
-        nonlocal pressed
-        pressed = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = signal.signal(signal.SIGINT, handler)
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def run(
-    corpus: Corpus, config: Config, out: Path, report: Callable[[dict[str, Any]], None]
-) -> Result:
-    """Train, and leave a run directory behind, or nothing at all.
+    """How a run ended.
 
     Args:
+      step: how many updates it has made, in all.
+      bits: per held-out character when they were last measured; NaN if they never were.
+      seconds: of training, in all.
+      signal: the one that ended it, 0 if none did.
+    """
+
+    step: int
+    bits: float
+    seconds: float
+    signal: int
+
+
+class Run:
+    """A run that is about to begin or to go on.
+
+    Args:
+      out: its directory.
+      config: its options.
+      text: what there is to know of its text.
       corpus: the text.
-      config: the options.
-      out: an empty or new directory.
-      report: called with each row of metrics.
+      placement: its devices.
 
     Raises:
-      InputError: `out` cannot be used.
-      DivergedError: a loss that is not finite; nothing is left in `out`.
+      InputError: a checkpoint or the metrics are damaged, of another run, or cannot be written.
     """
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    checkpoints.claim(out)
-    try:
-        checkpoints.write_json(
-            out / checkpoints.CONFIG, {"text": corpus.name, "options": asdict(config)}
-        )
-        checkpoints.write_json(out / checkpoints.VOCABULARY, corpus.vocabulary.characters)
 
-        def keep_and_report(row):
-            checkpoints.append_metrics(out, row)
-            report(row)
+    def __init__(self, out: Path, config: Config, text: Text, corpus: Corpus, placement: Placement):
+        self.out, self.config, self.text, self.corpus = out, config, text, corpus
+        self.placement = placement
+        self._checkpoints = Checkpoints(out, write=True)
+        self.step = max(self._checkpoints.steps(), default=0)
+        rows = [row for row in directory.read_metrics(out) if row["step"] <= self.step]
+        self._skipped = rows[-1].get("skipped", 0) if rows else 0
+        self._seconds = rows[-1]["seconds"] if rows else 0.0
+        bits = [row["held_out_bits"] for row in rows if "held_out_bits" in row]
+        self._bits = bits[-1] if bits and bits[-1] is not None else math.nan
 
-        result = _loop(corpus, config, keep_and_report)
-        checkpoints.save_state(out, result.state)
-        return result
-    except BaseException:
-        for path in out.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for folder in made:
-            folder.rmdir()
-        raise
+    def result(self, signal: int = 0) -> Result:
+        """Where it stands."""
+        return Result(self.step, self._bits, self._seconds, signal)
 
+    def go(self, report: Callable[[dict[str, Any]], None]) -> Result:
+        """Train to the end, or until a signal, leaving checkpoints and metrics.
 
-def _loop(corpus, config, report):
-    placement = Placement(config.batch_size)
-    state = placement.everywhere(initial_state(config, len(corpus.vocabulary)))
-    state = replace(state, h=placement.split(state.h))
-    update = train.make_update(make_optimizer(config))
-    held_out = corpus.held_out_streams(config.batch_size)
-    windows = train.windows(*streams(corpus.train, config.batch_size), config.seq_length)
-    losses, step, timed_from, bits = [], 0, 0, math.nan
-    begun = since = time.perf_counter()
-    with _interrupts() as interrupted:
-        done = False
-        while not done:
-            inputs, targets, first = next(windows)
-            if first:
-                state = train.start_over(state)
-            state, loss = update(state, placement.split(inputs, 1), placement.split(targets, 1))
-            losses.append(loss)
-            step += 1
-            if step == 1:
-                # The first update compiles; it does not count as reading.
-                loss.block_until_ready()
-                timed_from, since = step, time.perf_counter()
-            done = step == config.steps or interrupted()
-            due = done or step % config.eval_every == 0
-            if step % REPORT_EVERY and not due:
-                continue
-            mean = _finite_mean(losses, step)
-            seconds = time.perf_counter() - since
-            read = (step - timed_from) * targets.size
-            row = {
-                "step": step,
-                "loss": mean,
-                "bits": mean / math.log(2),
-                "characters_per_second": round(read / seconds),
-                "seconds": round(time.perf_counter() - begun, 3),
-            }
-            if due:
-                bits = train.evaluate(placement.together(state.params), *held_out) / math.log(2)
-                _require_finite(bits, step)
-                row["held_out_bits"] = bits
-            report(row)
-            losses, timed_from, since = [], step, time.perf_counter()
-        state = placement.together(state)
-        return Result(state, step, bits, time.perf_counter() - begun, step < config.steps)
+        Args:
+          report: called with each row of metrics.
 
+        Raises:
+          InputError: the checkpoint to go on from is damaged, or of another run.
+          FailedError: a number that is not finite, or a file that cannot be written.
+          LostError: another process is gone.
+        """
+        try:
+            return self._go(report)
+        except train.DivergedError as error:
+            advice = "try a smaller --learning-rate or --grad-clip, or --skip-nonfinite"
+            raise FailedError(f"{error}; {self._last()}; {advice}") from error
+        except (SaveError, jax.errors.JaxRuntimeError) as error:
+            line = str(error).strip().splitlines()[0]
+            if processes.are_several():
+                # What is gone breaks whatever the others do with it next.
+                said = f"another process is gone, or the way to it ({line[-200:]})"
+                raise processes.LostError(f"{said}; {self._last()}") from error
+            raise FailedError(f"{line}; {self._last()}") from error
+        except OSError as error:
+            name = error.filename or self.out
+            said = f"{name}: cannot be written: {error.strerror}"
+            raise FailedError(f"{said}; {self._last()}") from error
 
-def _finite_mean(losses, step):
-    values = np.array([float(loss) for loss in losses])
-    bad = np.flatnonzero(~np.isfinite(values))
-    if bad.size:
-        _require_finite(values[bad[0]], step - len(values) + int(bad[0]) + 1)
-    return float(values.mean())
+    def _last(self):
+        # By name: orbax may be what has failed.
+        names = [path.name for path in self._checkpoints.folder.glob("*")]
+        finished = sorted(int(name) for name in names if name.isdecimal())
+        if not finished:
+            return "there is no checkpoint yet"
+        return f"the last checkpoint is {self._checkpoints.folder / str(finished[-1])}"
 
+    def _go(self, report):
+        config, put = self.config, self.placement.split
+        if self.step:
+            state = load_state(self._checkpoints, self.step, config, self.text, self.placement)
+        else:
+            state = self.placement.put_state(initial_state(config, len(self.text.characters)))
+        if processes.is_first():
+            directory.trim_metrics(self.out, self.step)
+        update = train.make_checked_update(make_optimizer(config))
+        inputs, targets = streams(self.corpus.train, config.batch_size)
+        windows = train.windows(inputs, targets, config.seq_length, self.step)
+        placed = ((put(x, 1), put(y, 1), first) for x, y, first in windows)
+        held_out = self.corpus.held_out_streams(config.batch_size)
+        begun = time.perf_counter() - self._seconds
+        signal = 0
+        with stop_requests() as asked:
 
-def _require_finite(value, step):
-    if not math.isfinite(value):
-        raise DivergedError(
-            f"the loss became {value} at step {step}; nothing was kept; "
-            "try a smaller --learning-rate or --grad-clip"
-        )
+            def stop(step):
+                nonlocal signal
+                # Several processes must stop at one step, and so ask each other now and then.
+                if not processes.are_several() or step % REPORT_EVERY == 0:
+                    signal = processes.largest(asked())
+                return signal > 0
+
+            processes.wait_for_all("training")
+            for now in train.fit(
+                state, update, placed, config.steps,
+                every=(REPORT_EVERY, config.eval_every, config.checkpoint_every),
+                skip_nonfinite=config.skip_nonfinite, stop=stop,
+            ):  # fmt: skip
+                self.step = now.step
+                ended = now.step == config.steps
+                row = self._row(now, begun)
+                measured = None
+                if ended or now.step % config.eval_every == 0:
+                    nats = train.evaluate(now.state.params, *held_out, put=put)
+                    measured = self._measured(nats, now)
+                    row["held_out_bits"] = measured
+                    self._bits = math.nan if measured is None else measured
+                if processes.is_first():
+                    directory.append_metrics(self.out, row)
+                report(row)
+                if ended or signal or now.step % config.checkpoint_every == 0:
+                    about = identity(config, self.text)
+                    self._checkpoints.save(now.step, now.state, about, measured)
+        return self.result(0 if self.step == config.steps else signal)
+
+    def _row(self, now, begun):
+        self._seconds = round(time.perf_counter() - begun, 3)
+        finite = math.isfinite(now.loss)
+        row = {
+            "step": now.step,
+            "loss": now.loss if finite else None,
+            "bits": now.loss / math.log(2) if finite else None,
+            "characters_per_second": round(
+                now.updates_per_second * self.config.batch_size * self.config.seq_length
+            ),
+            "seconds": self._seconds,
+        }
+        self._skipped += now.skipped
+        if self._skipped:
+            row["skipped"] = self._skipped
+        return row
+
+    def _measured(self, nats, now):
+        if not math.isfinite(nats):
+            if self.config.skip_nonfinite:
+                return None
+            raise train.DivergedError(
+                f"the held-out loss became {nats} at step {now.step} (gradient norm "
+                f"{now.gradient_norm:.4g}, parameter norm {now.parameter_norm:.4g})"
+            )
+        return nats / math.log(2)

@@ -1,0 +1,265 @@
+"""Checkpoints that are damaged, of another run, or cannot be written: one line, nothing lost."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrnn._checks import InputError
+from jaxrnn._training import directory
+from jaxrnn._training.checkpoints import Checkpoints, fingerprint
+from jaxrnn._training.config import Config, initial_state
+from jaxrnn._training.devices import Placement
+from jaxrnn._training.saved import load
+
+SMALL = ["--steps", "30", "--hidden-size", "16", "--seq-length", "8", "--batch-size", "4",
+         "--eval-every", "10", "--checkpoint-every", "10", "--sample-length", "0"]  # fmt: skip
+CONFIG = Config(hidden_size=16, batch_size=4)
+SIZE = 29
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compile_once(tmp_path_factory):
+    cache = tmp_path_factory.getbasetemp().parent / "jax-cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        yield
+
+
+@pytest.fixture
+def float32():
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def train(*args, limit=None):
+    def small_files():
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    process = subprocess.run(
+        [sys.executable, "-m", "jaxrnn", "train", *map(str, args)],
+        capture_output=True, text=True, timeout=120, preexec_fn=small_files,
+        env={**os.environ, "XLA_FLAGS": ""},
+    )  # fmt: skip
+    return process
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "fox.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog.\n" * 60)
+    return path
+
+
+@pytest.fixture(scope="module")
+def interrupted(text_file, tmp_path_factory):
+    """A run that was asked to stop: `jaxrnn train` itself, with a longer way to go."""
+    out = tmp_path_factory.mktemp("runs") / "fox"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jaxrnn", "train", text_file, "--out", out, *SMALL,
+         "--steps", "100000"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "XLA_FLAGS": ""},
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("step     30"):
+            process.send_signal(signal.SIGTERM)
+            break
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (143, "")
+    assert re.search(r"stopped by SIGTERM at step \d+ of 100000; to go on: .*--resume", output)
+    return out
+
+
+@pytest.fixture
+def run(interrupted, tmp_path):
+    return shutil.copytree(interrupted, tmp_path / "run")
+
+
+def contents(folder):
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def make_state(seed=0):
+    config = Config(hidden_size=16, batch_size=4, seed=seed)
+    return Placement(4, 16).put_state(initial_state(config, SIZE))
+
+
+def shapes(model=1):
+    placement = Placement(4, 16, model)
+    like = jax.eval_shape(lambda: initial_state(CONFIG, SIZE))
+    return jax.tree.map(
+        lambda x, how: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=how),
+        like, placement.of_state(like),
+    )  # fmt: skip
+
+
+def assert_same(found, expected):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(expected))
+
+
+def test_the_last_three_and_the_best_are_kept(float32, tmp_path):
+    checkpoints = Checkpoints(tmp_path, write=True)
+    for step, bits in enumerate((3.0, 2.0, None, 2.5, None, None), 1):
+        checkpoints.save(step, make_state(step), {"at": step}, bits)
+    again = Checkpoints(tmp_path)
+    assert again.steps() == [2, 4, 5, 6] and again.best() == 2
+    assert again.about(4)["at"] == 4
+    for model in (1, 2):  # on other devices too
+        for step in again.steps():
+            assert_same(again.state(step, shapes(model)), make_state(step))
+
+
+def test_a_state_is_read_as_it_was_or_not_at_all(float32, tmp_path, capfd):
+    """Each file of a checkpoint with a bit turned over, cut in half, and gone."""
+    checkpoints = Checkpoints(tmp_path, write=True)
+    for step in (1, 2):
+        checkpoints.save(step, make_state(step), {"at": step}, 3.0 - step)
+    capfd.readouterr()
+    files = [path for path in (tmp_path / "checkpoints" / "2").rglob("*") if path.is_file()]
+    refused = 0
+    for file in files:
+        content = file.read_bytes()
+        turned = bytearray(content)
+        turned[len(turned) // 2] ^= 16
+        for damaged in (bytes(turned), content[: len(content) // 2], None):
+            file.unlink() if damaged is None else file.write_bytes(damaged)
+            before = contents(tmp_path)
+            try:
+                assert_same(Checkpoints(tmp_path).state(2, shapes()), make_state(2))
+            except InputError as error:
+                refused += 1
+                assert str(tmp_path / "checkpoints") in str(error)
+                assert "\n" not in str(error)
+            assert contents(tmp_path) == before
+            file.write_bytes(content)
+    # All three of the data of each shard, at least.
+    assert refused >= 6
+    assert capfd.readouterr().err == ""
+
+
+def test_a_fingerprint_sees_each_bit_and_no_split(float32):
+    state, number = make_state(), lambda tree: int(fingerprint(tree))
+    whole = number(jax.device_get(state))
+    assert number(state) == whole == number(jax.device_put(state, jax.devices()[0]))
+    W = np.asarray(state.params.cell.W)
+    words = W.view(np.uint32).copy()
+    words[3, 5] ^= 1
+    assert len({number(W), number(words.view(np.float32)), number(W.T.copy())}) == 3
+
+
+def test_a_disk_that_is_full_loses_nothing(run):
+    before = contents(run / "checkpoints")
+    found = train("--resume", run, limit=2000)
+    assert found.returncode == 1, found.stderr
+    said = r"jaxrnn train: error: .* cannot be written: .*; the last checkpoint is .*; to go on.*\n"
+    assert re.fullmatch(said, found.stderr), found.stderr
+    assert contents(run / "checkpoints").items() >= before.items()
+    newest = Checkpoints(run).steps()[-1]
+    assert train("--resume", run, "--checkpoint-every", "5", limit=10).returncode != 0
+    load(run)
+    assert Checkpoints(run).steps()[-1] == newest
+
+
+def test_a_damaged_checkpoint_is_one_line(run):
+    newest = max((run / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
+    for file in (newest / "state").rglob("d/*"):
+        file.write_bytes(b"")
+    before = contents(run)
+    found = train("--resume", run)
+    assert (found.returncode, len(found.stderr.splitlines())) == (2, 1), found.stderr
+    said = rf"jaxrnn train: error: {newest}: the checkpoint cannot be read: .* is the newest\n"
+    assert re.fullmatch(said, found.stderr), found.stderr
+    assert contents(run) == before
+
+
+def test_a_checkpoint_of_another_run_is_one_line(run):
+    values = json.loads((run / "config.json").read_text())
+    values["options"]["learning_rate"] = 0.5
+    (run / "config.json").write_text(json.dumps(values))
+    before = contents(run)
+    found = train("--resume", run)
+    assert found.returncode == 2
+    said = r".*/\d+: expected a checkpoint of this run, got one of another learning_rate, .*\n"
+    assert re.fullmatch(said, found.stderr), found.stderr
+    assert contents(run) == before
+
+
+def test_other_options_are_one_line(run):
+    found = train("--resume", run, "--hidden-size", "8")
+    said = f"--hidden-size: expected 16, as {run} was begun with, got 8"
+    assert (found.returncode, found.stderr) == (2, f"jaxrnn train: error: {said}\n")
+
+
+def test_only_one_at_a_time_trains_a_run(run):
+    import fcntl
+
+    with (run / "config.json").open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        found = train("--resume", run)
+    said = f"{run}: expected a run that nobody is training, another process is"
+    assert (found.returncode, found.stderr) == (2, f"jaxrnn train: error: {said}\n")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_directory_that_cannot_be_written_is_one_line(run):
+    for folder in (run, run / "checkpoints"):
+        folder.chmod(0o500)
+    found = train("--resume", run)
+    for folder in (run, run / "checkpoints"):
+        folder.chmod(0o700)
+    assert (found.returncode, len(found.stderr.splitlines())) == (2, 1), found.stderr
+
+
+def test_where_nothing_can_be_written_is_one_line(text_file):
+    found = train(text_file, *SMALL, "--out", "/proc/run")
+    said = "jaxrnn train: error: --out: cannot write to /proc/run: .*\n"
+    assert found.returncode == 2 and re.fullmatch(said, found.stderr), found.stderr
+
+
+def test_a_run_that_diverges_says_where_and_goes_on_without(text_file, tmp_path):
+    out = tmp_path / "run"
+    wild = ["--activation", "identity", "--optimizer", "sgd", "--learning-rate", "1e30",
+            "--grad-clip", "0"]  # fmt: skip
+    found = train(text_file, *SMALL, *wild, "--out", out)
+    assert found.returncode == 1
+    said = (
+        r"jaxrnn train: error: the .* at step \d+ \(gradient norm \S+, parameter norm \S+\); "
+        r"there is no checkpoint yet; try .*--skip-nonfinite; to go on: .*\n"
+    )
+    assert re.fullmatch(said, found.stderr), found.stderr
+    found = train("--resume", out, "--skip-nonfinite")
+    assert (found.returncode, found.stderr) == (0, "")
+    skipped = directory.read_metrics(out)[-1]["skipped"]
+    assert f"skipped {skipped}" in found.stdout and 0 < skipped <= 30
+
+
+def test_a_finished_run_says_so(run, text_file, tmp_path):
+    out = tmp_path / "short"
+    assert train(text_file, *SMALL, "--out", out).returncode == 0
+    before = contents(out)
+    found = train("--resume", out)
+    assert (found.returncode, found.stderr) == (0, "")
+    bits = directory.read_metrics(out)[-1]["held_out_bits"]
+    said = f"{out} is finished: 30 updates, held-out bits per character: {bits:.3f}\n"
+    assert found.stdout == said and contents(out) == before
+
+
+def test_nothing_is_pickled(run):
+    for path, content in contents(run).items():
+        assert not content.startswith(b"\x80\x04"), path
+    np.load(run / "ids.npy", allow_pickle=False)
