@@ -1,0 +1,159 @@
+"""The arithmetic of many devices, against numbers computed by hand and XLA's own count."""
+
+import pathlib
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxrnn
+from benchmarks import hardware as sheets
+from benchmarks import scaling
+from benchmarks import update_cost as arithmetic
+from benchmarks.hardware import H100, V5P
+from benchmarks.update_cost import best, collective, model_axis_from, update_cost
+
+# Round numbers, a switch for 4 devices, and nothing on the chip.
+PLAIN = sheets.Hardware(
+    "plain", flops=1e9, float32_flops=5e8, memory=1e9, memory_bandwidth=1e6, on_chip=0, step=0.0,
+    joined=4, torus=False, link_bandwidth=1e5, start=1.0, hop=0.1, network_bandwidth=1e4,
+    network_hop=0.5,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("T", [1, 8])
+def test_flops_are_those_that_xla_counts(T):
+    H, K, B = 96, 64, 32
+    params = jaxrnn.init_params(jax.random.key(0), K, H, K)
+    ids, h0 = jnp.zeros((T, B), jnp.int32), jnp.zeros((B, H), params.cell.W.dtype)
+
+    @jax.jit
+    def gradients(params, ids, h0):
+        return jaxrnn.loss_and_grads(params, jaxrnn.Ids(ids), ids, h0=h0)
+
+    counted = gradients.lower(params, ids, h0).compile().cost_analysis()["flops"]
+    # XLA counts the body of a loop once: of each loop one product, where T run.
+    expected = arithmetic.update_flops(H, B, T, K) - 2 * (T - 1) * 2 * B * H * H
+    # What it counts besides is elementwise.
+    assert expected <= counted <= 1.05 * expected
+
+
+def test_parameters_are_those_of_a_network():
+    params = jaxrnn.init_params(jax.random.key(0), 7, 5, 7)
+    assert arithmetic.parameters(5, 7) == sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def test_one_device_by_hand():
+    T, K, H, B = 10, 1, 10, 2
+    cost = update_cost(H, B, 1, 1, PLAIN, T=T, K=K)
+    assert cost.flops == 6 * 2 * 10 * 10 * 11 == 13_200
+    assert cost.compute == pytest.approx(cost.flops / 1e9)
+    # A step reads W (200 bytes), forward two arrays of 40 bytes, backward three.
+    steps = 10 * (200 + 80) + 10 * (200 + 120)
+    # Four arrays [T, B, H] and hs again, logits twice; seven arrays of 131 float32 parameters.
+    after = 2 * 10 * 2 * (5 * 10 + 2 * 1) + 7 * 4 * 131
+    assert cost.memory == cost.total == pytest.approx((steps + after) / 1e6)
+    assert (cost.bound_by, cost.sent, cost.gradient_allreduce) == ("memory", 0, 0)
+    assert cost.held == 4 * 4 * 131 + 2 * 10 * 2 * 10
+
+
+def test_collectives_by_hand():
+    assert collective(PLAIN, 800.0, 1, 1, 2) == (0, 0)
+    # Half of the bytes each way, and a hop: 1 + 2 · 0.1 + 2 · 400 / 1e5.
+    assert collective(PLAIN, 800.0, 2, 1, 2) == pytest.approx((1.208, 800))
+    # Four joined, two such groups: a quarter of the array goes between them, half of it each way.
+    assert collective(PLAIN, 800.0, 4, 2, 1) == pytest.approx((1 + 0.2 + 0.5 + 100 / 1e4, 700))
+    # A cube of 4 × 4 × 4 has six links for each chip, and at most two hops on each axis.
+    assert arithmetic.within(V5P, 64) == (6, 6 * 100e9)
+    assert arithmetic.within(V5P, 8) == (3, 3 * 100e9)
+
+
+def test_the_mesh_by_hand():
+    T, K, H, B = 10, 1, 10, 8
+    # Model 2 inside a host of 4, so data is 2 inside and 2 hosts.
+    cost = update_cost(H, B, 4, 2, PLAIN, T=T, K=K)
+    gather, reduce = 1 + 0.1 + 20 / 1e5, 1 + 0.2 + 40 / 1e5  # of [2, 10] in 2 bytes
+    assert cost.step_collectives == pytest.approx(T * (gather + reduce))
+    # Half of 131 parameters in 4 bytes: 262 bytes over a link, 131 over the network.
+    assert cost.gradient_allreduce == pytest.approx(1 + 0.2 + 1.0 + 131 / 1e4)
+    # All states of [10, 2, 10], and logits [10, 2, 1] there and back.
+    assert cost.other_collectives == pytest.approx(1.1 + 200 / 1e5 + 1.2 + 40 / 1e5)
+    assert cost.sent == pytest.approx(T * (20 + 40) + 200 + 40 + 262 + 131)
+    assert cost.bound_by == "model"
+
+
+@pytest.mark.parametrize("hardware", [H100, V5P])
+@pytest.mark.parametrize(("data", "model"), [(8, 1), (64, 1), (16, 4), (64, 16), (8, 128)])
+def test_better_hardware_is_never_slower(hardware, data, model):
+    before = update_cost(4096, 4096, data, model, hardware)
+    for name in ("flops", "memory_bandwidth", "link_bandwidth", "network_bandwidth"):
+        better = replace(hardware, **{name: 2 * getattr(hardware, name)})
+        assert update_cost(4096, 4096, data, model, better).total <= before.total
+    for name in ("start", "hop", "network_hop", "step"):
+        better = replace(hardware, **{name: getattr(hardware, name) / 2})
+        assert update_cost(4096, 4096, data, model, better).total <= before.total
+    assert before.total >= max(before.compute, before.steps, before.gradient_allreduce)
+
+
+@pytest.mark.parametrize("hardware", [H100, V5P])
+def test_no_cost_is_below_its_parts_and_more_devices_do_the_same_work(hardware):
+    for H in arithmetic.SIZES:
+        costs = [best(H, scaling.STRONG_BATCH, n, hardware) for n in scaling.DEVICES]
+        assert len({cost.flops for cost in costs}) == 1
+        for n, cost in zip(scaling.DEVICES, costs, strict=True):
+            assert cost.data * cost.model == n
+            assert cost.compute == pytest.approx(costs[0].compute / n)
+            assert cost.total >= costs[0].compute / n
+        assert [cost.total for cost in costs] == sorted((c.total for c in costs), reverse=True)
+
+
+def test_the_model_axis_wins_only_where_w_leaves_the_chip():
+    # 50 MB of L2 are 5,000 rows of bfloat16, 3,535 of float32; 128 MiB of VMEM are 8,192, 5,792.
+    for hardware, bfloat16, float32 in ((H100, 5120, 3584), (V5P, 8448, 5888)):
+        for devices in (8, 64, 1024):
+            assert model_axis_from(hardware, 64 * devices, devices) == bfloat16
+            assert model_axis_from(hardware, 64 * devices, devices, 4) == float32
+        # With 512 rows for each device the product takes longer than reading W.
+        assert model_axis_from(hardware, 4096, 8) is None
+        free = replace(hardware, memory_bandwidth=1e30)
+        assert model_axis_from(free, 64 * 64, 64) is None
+    assert model_axis_from(replace(H100, on_chip=0), 64 * 64, 64) == 4864
+    assert model_axis_from(replace(V5P, on_chip=0), 64 * 64, 64) == 7424
+
+
+def test_what_does_not_fit_is_not_chosen():
+    small = replace(H100, memory=1.0)
+    assert best(1024, 64, 8, small) is None
+    with pytest.raises(ValueError, match="power of 2, got 6"):
+        best(1024, 96, 6, H100)
+    with pytest.raises(ValueError, match="divisible by the mesh, got 65/2"):
+        update_cost(1024, 65, 2, 1, H100)
+
+
+def test_the_report_has_all_sizes(capsys):
+    assert scaling.main() == 0
+    text = capsys.readouterr().out
+    for hardware in (H100, V5P):
+        assert text.count(f"**{hardware.name}: ") == 4
+    tables = [block for block in text.split("\n\n") if block.startswith("|")]
+    for table in tables:
+        rows = [line.split("|")[1:-1] for line in table.splitlines()]
+        assert len({len(row) for row in rows}) == 1
+        assert all(cell.strip() for row in rows for cell in row)
+    of_sizes = [table for table in tables if table.startswith("| H |")]
+    assert len(of_sizes) == 6
+    for table in of_sizes:
+        assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [
+            f"| {H:,}" for H in arithmetic.SIZES
+        ]
+
+
+def test_the_readme_has_the_tables_as_they_are_printed():
+    readme = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+    printed, titles = scaling.report(), tuple(f"**{h.name}: " for h in (H100, V5P))
+    parts = readme.split("\n\n")
+    found = [n for n, part in enumerate(parts) if part.startswith(titles)]
+    assert found or "benchmarks.scaling" not in readme
+    for n in found:
+        assert "\n\n".join(parts[n : n + 2]) in printed
