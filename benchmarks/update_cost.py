@@ -10,7 +10,6 @@ A step cannot begin before the one before has ended, on all devices of the model
 are sums of steps, and a step is the longest of its product, its memory traffic and the device's
 own latency, and after it the collective. Collectives hide behind nothing, as they stand in the
 program; what else would cost (activations, softmax, input, the host) is left out.
-
 Products are bfloat16; parameters, gradients and moments float32.
 """
 
