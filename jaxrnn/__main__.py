@@ -4,7 +4,7 @@ import io
 import os
 import sys
 
-EXTRAS = {"rich": "cli", "orbax": "cli", "matplotlib": "plot"}
+EXTRAS = {"rich": "cli", "orbax": "cli", "shtab": "cli", "matplotlib": "plot"}
 
 
 def main() -> int:

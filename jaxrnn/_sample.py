@@ -1,16 +1,21 @@
 """Generation: the network reads a prompt and goes on by itself."""
 
 import math
+from collections.abc import Iterator
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxrnn import _checks
 from jaxrnn._cell import Ids, Params, check_forward, check_params, first_cell
 from jaxrnn._layers import step_layers, unroll_layers
 from jaxrnn._step import apply_readout
+
+# Ids that are drawn between two looks at them.
+BLOCK = 16
 
 
 def generate(
@@ -32,6 +37,23 @@ def generate(
       TypeError: ids that are not integers, params of another kind.
       ValueError: an empty prompt, an invalid id, a negative length or temperature.
     """
+    params, prompt, sharpness = _check(params, key, prompt, length, temperature)
+    return _generate(params, key, prompt, sharpness, length=length, greedy=temperature == 0)
+
+
+def stream_ids(
+    params: Params, key: jax.Array, prompt: jax.Array, length: int, temperature: float = 1.0,
+    block: int = BLOCK,
+) -> Iterator[np.ndarray]:  # fmt: skip
+    """The ids that `generate` draws, as they come: arrays of `block`, the last one shorter.
+
+    A block is being drawn already while the one before it is looked at.
+    """
+    params, prompt, sharpness = _check(params, key, prompt, length, temperature)
+    return _blocks(params, key, prompt, sharpness, length, temperature == 0, block)
+
+
+def _check(params, key, prompt, length, temperature):
     params = check_params(params)
     prompt = _checks.integers("prompt", prompt, (None,))
     if prompt.shape[0] == 0:
@@ -46,13 +68,41 @@ def generate(
     if sizes[0] != sizes[1]:
         _checks.bad_value("params", "as many outputs as inputs", f"{sizes[1]} and {sizes[0]}")
     _checks.in_range("prompt", prompt, sizes[0])
-    sharpness = jnp.asarray(1.0 / temperature if temperature else 1.0, jnp.float32)
-    return _generate(params, key, prompt, sharpness, length=length, greedy=temperature == 0)
+    return params, prompt, jnp.asarray(1.0 / temperature if temperature else 1.0, jnp.float32)
+
+
+def _blocks(params, key, prompt, sharpness, length, greedy, block):
+    state, drawn = _read(params, prompt), None
+    # One key for each id, so that an id does not depend on the blocks.
+    keys, places = jax.random.split(key, length), np.arange(block)
+    for start in range(0, length, block):
+        # The last block is drawn whole too, with any keys, and cut: another length would be
+        # another program.
+        some = keys[np.minimum(start + places, length - 1)]
+        former = drawn
+        state, drawn = _draw(params, state, some, sharpness, greedy=greedy)
+        if former is not None:
+            yield np.asarray(former)
+    if drawn is not None:
+        yield np.asarray(drawn)[: (length - 1) % block + 1]
 
 
 @partial(jax.jit, static_argnames=("length", "greedy"))
 def _generate(params, key, prompt, sharpness, *, length, greedy):
+    keys = jax.random.split(key, length)
+    return _draw(params, _read(params, prompt), keys, sharpness, greedy=greedy)[1]
+
+
+@jax.jit
+def _read(params, prompt):
+    """(h, y) after a prompt: the state of each layer, and what the last one puts out."""
     h, hs = unroll_layers(params.cell, Ids(prompt))
+    return h, hs[-1]
+
+
+@partial(jax.jit, static_argnames="greedy")
+def _draw(params, state, keys, sharpness, *, greedy):
+    """Draw an id with each key; (h, y) after them, and the ids."""
 
     def body(state, key):
         h, y = state
@@ -64,4 +114,4 @@ def _generate(params, key, prompt, sharpness, *, length, greedy):
         drawn = drawn.astype(jnp.int32)
         return step_layers(params.cell, Ids(drawn), h), drawn
 
-    return lax.scan(body, (h, hs[-1]), jax.random.split(key, length))[1]
+    return lax.scan(body, state, keys)

@@ -1,18 +1,22 @@
 """Each command as a process, in a terminal and without one; each bad input as one line."""
 
+import itertools
 import json
-import os
-import pty
 import re
 import signal
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
+from commands import SMALL, TEXT, here, in_terminal, jaxrnn, start
 
-TEXT = "the quick brown fox jumps over the lazy dog.\n" * 60
-SMALL = ["--steps", "30", "--hidden-size", "16", "--seq-length", "8", "--batch-size", "4",
-         "--eval-every", "10", "--sample-length", "20"]  # fmt: skip
+from jaxrnn import _sample, init_params
+from jaxrnn._training.directory import read_metrics
+
+# Not UTF-8 wherever one begins to read.
+BYTES = bytes([0xFF, 0x00, 0xC3, 0x28, 0x0A]) * 600
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -23,20 +27,6 @@ def _compile_once(tmp_path_factory):
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         yield
-
-
-def start(*args, cwd=None, stdout=subprocess.PIPE, **env):
-    return subprocess.Popen(
-        [sys.executable, "-m", "jaxrnn", *map(str, args)],
-        cwd=cwd, stdout=stdout, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "XLA_FLAGS": "", **env},
-    )  # fmt: skip
-
-
-def jaxrnn(*args, **how):
-    process = start(*args, **how)
-    output, errors = process.communicate(timeout=120)
-    return subprocess.CompletedProcess(args, process.returncode, output, errors)
 
 
 @pytest.fixture(scope="module")
@@ -52,102 +42,169 @@ def trained(text_file, tmp_path_factory):
     return out, jaxrnn("train", text_file, "--out", out, *SMALL)
 
 
-def test_training_without_a_terminal(trained):
+def test_training_without_a_terminal(trained, text_file):
     out, run = trained
     assert (run.returncode, run.stderr) == (0, "")
-    assert (
-        "2,430 characters, 270 more held out, 29 distinct\n1,229 parameters, 30 updates"
-        in run.stdout
-    )
-    assert re.search(r"unigram \d\.\d\d, bigram \d\.\d\d", run.stdout)
-    line = r"step 10/30  loss \d\.\d+ bits \d\.\d+ held-out \d\.\d+ \d+k char/s  0:\d\d:\d\d left"
-    assert re.search(line, run.stdout), run.stdout
+    plan, first = run.stdout.split("\nstep 10/30", 1)
+    said = plan.splitlines()
+    assert said[0] == f"{text_file}: 2,430 characters, 270 more held out, 29 distinct"
+    assert said[1] == "1,229 parameters, 30 updates of 4 × 8 characters: the text 0.395 times"
+    assert re.fullmatch(r"\d+ cpu devices?(, the batch over \d)?, about \d+ MB on each", said[2])
+    assert re.search(r"unigram \d\.\d\d, bigram \d\.\d\d", said[3]) and len(said) == 4
+    line = r"  loss \d\.\d+ bits \d\.\d+ held-out \d\.\d+ \d+k char/s  0:\d\d:\d\d left"
+    assert re.match(line, first)
     sample = re.search(
         r"from where the held-out text begins:\n(.*)\nloss curves", run.stdout, re.DOTALL
     )
     assert len(sample[1]) == 20
     found = float(re.search(r"held-out bits per character: (\d\.\d+)", run.stdout)[1])
-    rows = [json.loads(row) for row in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(out)
     assert [row["step"] for row in rows] == [10, 20, 25, 30]
     assert found == round(rows[-1]["held_out_bits"], 3) < rows[0]["held_out_bits"]
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in out.iterdir()) == [
-        "checkpoint", "config.json", "loss.png", "metrics.jsonl", "vocabulary.json",
+        "checkpoints", "config.json", "ids.npy", "loss.png", "metrics.jsonl", "text.json",
     ]  # fmt: skip
-    assert json.loads((out / "config.json").read_text())["options"]["hidden_size"] == 16
-    assert "".join(json.loads((out / "vocabulary.json").read_text())) == "".join(
-        dict.fromkeys(TEXT)
-    )
+    begun = json.loads((out / "config.json").read_text())
+    assert begun["options"]["hidden_size"] == 16 and begun["sources"] == [str(text_file)]
+    characters = json.loads((out / "text.json").read_text())["text"]["characters"]
+    assert characters == "".join(dict.fromkeys(TEXT))
+    np.testing.assert_array_equal(np.load(out / "ids.npy"), [characters.index(c) for c in TEXT])
 
 
-def test_the_same_seed_gives_the_same_run(trained, text_file, tmp_path):
-    again = jaxrnn("train", text_file, "--out", tmp_path / "again", *SMALL)
-    other = jaxrnn("train", text_file, "--out", tmp_path / "other", *SMALL, "--seed", "1")
-    bits = [re.search(r"character: (\S+)", run.stdout)[1] for run in (trained[1], again, other)]
-    assert bits[0] == bits[1] != bits[2]
+def figures(out):
+    return [(row["step"], row["loss"], row.get("held_out_bits")) for row in read_metrics(out)]
 
 
-def test_sampling(trained):
+def test_training_in_a_terminal_shows_a_bar_and_does_the_same(trained, text_file, tmp_path):
+    run = in_terminal("train", text_file, "--out", tmp_path / "run", *SMALL)
+    assert (run.returncode, run.stderr) == (0, "")
+    for shown in ("30/30", "━", "held-out", "char/s"):
+        assert shown in run.stdout
+    assert figures(tmp_path / "run") == figures(trained[0])
+
+
+def test_a_stack_learns_from_files_directories_and_standard_input(trained, tmp_path):
+    (tmp_path / "notes").mkdir()
+    for name, content in (("notes/b", "bee\n"), ("notes/a", "ant\n"), ("last", "dog\n")):
+        (tmp_path / name).write_text(content * 200)
+    read, out = tmp_path / "notes", tmp_path / "run"
+    with (tmp_path / "last").open() as file:
+        run = jaxrnn("train", read, "-", tmp_path / "last", "--out", out, *SMALL, "--layers", "2",
+                     "--seed", "1", stdin=file)  # fmt: skip
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.startswith(f"{read} standard input {tmp_path / 'last'}: 2,880 characters,")
+    text = json.loads((out / "text.json").read_text())["text"]
+    ids = np.load(out / "ids.npy")
+    everything = "".join(line * 200 for line in ("ant\n", "bee\n", "dog\n", "dog\n"))
+    assert "".join(text["characters"][i] for i in ids) == everything
+    weights = 16 * (9 + 16 + 1) + 16 * (16 + 16 + 1) + 9 * (16 + 1)
+    assert f"\n{weights:,} parameters, 30 updates" in run.stdout
+    assert figures(out)[-1] != figures(trained[0])[-1]
+
+
+def test_bytes_from_end_to_end(tmp_path):
+    (tmp_path / "data").write_bytes(BYTES)
+    out = tmp_path / "run"
+    run = jaxrnn("train", tmp_path / "data", "--level", "byte", "--out", out, *SMALL)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.startswith(f"{tmp_path / 'data'}: 2,700 bytes, 300 more held out\n")
+    np.testing.assert_array_equal(np.load(out / "ids.npy"), list(BYTES))
+    how = ["sample", out, "--prompt", b"\xff(\xc3".decode(errors="surrogateescape"),
+           "--length", "30"]  # fmt: skip
+    piped = jaxrnn(*how, text=False)
+    assert (piped.returncode, piped.stderr) == (0, b"")
+    assert piped.stdout.startswith(b"\xff(\xc3") and len(piped.stdout) == 3 + 30
+    shown = in_terminal(*how)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    readable = piped.stdout.decode(errors="backslashreplace")
+    # A terminal changes line ends, and has no control characters on its screen.
+    assert re.sub(r"[^ -~]", "", shown.stdout) == re.sub(r"[^ -~]", "", readable)
+
+
+def test_sampling(trained, capsys):
     out, _ = trained
-    first, again, other, greedy = (
-        jaxrnn("sample", out, "--prompt", "the fox", "--length", "40", *how)
-        for how in ([], [], ["--seed", "7"], ["--temperature", "0"])
+    asked = ["sample", out, "--prompt", "the fox", "--length", "40"]
+    first = jaxrnn(*asked)
+    again, other, greedy, best = (
+        here(capsys, *asked, *how)
+        for how in ([], ["--seed", "7"], ["--temperature", "0"], ["--best"])
     )
     assert first.returncode == 0 and first.stderr == ""
-    assert first.stdout == again.stdout != other.stdout
+    assert first.stdout == again.stdout == best.stdout != other.stdout
     assert greedy.stdout not in (first.stdout, other.stdout)
     for run in (first, other, greedy):
         assert run.stdout.startswith("the fox") and len(run.stdout) == len("the fox") + 40 + 1
-    assert jaxrnn("sample", out, "--length", "3").returncode == 0
+    unasked = here(capsys, "sample", out, "--length", "0")
+    assert (unasked.returncode, unasked.stdout) == (0, "\n")
 
 
-def read_terminal(terminal):
-    shown = b""
-    while True:
-        try:
-            part = os.read(terminal, 65536)
-        except OSError:  # how Linux says that the other end is closed
-            return shown.decode()
-        if not part:
-            return shown.decode()
-        shown += part
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_blocks_are_what_is_drawn_at_once(temperature):
+    params = init_params(jax.random.key(3), 7, 8, 7, layers=2)
+    key, prompt = jax.random.key(5), jax.numpy.array([1, 6, 0])
+    programs = _sample._draw._cache_size()
+    for length in (0, 1, 16, 17, 50):
+        blocks = list(_sample.stream_ids(params, key, prompt, length, temperature))
+        assert [len(block) for block in blocks[:-1]] == [16] * (len(blocks) - 1)
+        drawn = [int(n) for block in blocks for n in block]
+        assert drawn == _sample.generate(params, key, prompt, length, temperature).tolist()
+    assert len(set(drawn)) > 1 and _sample._draw._cache_size() == programs + 1
 
 
-def test_a_stack_is_trained_and_sampled(text_file, tmp_path):
-    out = tmp_path / "run"
-    run = jaxrnn("train", text_file, "--out", out, "--layers", "2", *SMALL)
-    assert (run.returncode, run.stderr) == (0, "")
-    weights = 16 * (29 + 16 + 1) + 16 * (16 + 16 + 1) + 29 * (16 + 1)
-    assert f"\n{weights:,} parameters, 30 updates" in run.stdout
-    sample = jaxrnn("sample", out, "--prompt", "the ", "--length", "20")
-    assert (sample.returncode, sample.stderr, len(sample.stdout)) == (0, "", 4 + 20 + 1)
+def test_samples_are_printed_while_they_are_drawn(trained, capsys, monkeypatch):
+    drawn = []
+
+    def draw(*args, _draw=_sample._draw, **how):
+        drawn.append(len(capsys.readouterr().out))
+        return _draw(*args, **how)
+
+    monkeypatch.setattr(_sample, "_draw", draw)
+    here(capsys, "sample", trained[0], "--length", "100")
+    printed = list(itertools.accumulate(drawn))
+    # Two blocks are under way before the first is there.
+    assert printed == [0, 0, 16, 32, 48, 64, 80]
 
 
-def test_training_in_a_terminal_shows_a_bar(text_file, tmp_path):
-    ours, theirs = pty.openpty()
-    process = start("train", text_file, "--out", tmp_path / "run", *SMALL, stdout=theirs,
-                    TERM="xterm-256color", COLUMNS="100")  # fmt: skip
-    os.close(theirs)
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", read_terminal(ours))
-    os.close(ours)
-    _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (0, "")
-    assert "30/30" in text and "━" in text and "held-out" in text and "char/s" in text
+def test_a_sample_that_is_interrupted(trained):
+    process = start("sample", trained[0], "--length", "3000000")
+    begin = process.stdout.read(40)
+    assert len(begin) == 40 and process.poll() is None
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "")
+    assert rest.endswith("\n") and len(rest) < 1_000_000
 
 
-def test_a_run_that_is_interrupted_is_kept(text_file, tmp_path):
-    out = tmp_path / "run"
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_interrupted_is_kept(number, text_file, tmp_path, capsys):
+    out = tmp_path / "a run"
     process = start("train", text_file, "--out", out, *SMALL, "--steps", "1000000")
     for line in process.stdout:
         if line.startswith("step"):
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             break
     rest, errors = process.communicate(timeout=120)
-    assert process.returncode == 130 and errors == ""
-    steps = int(re.search(r"stopped at step (\d+) of 1000000", rest)[1])
-    rows = (out / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(rows[-1])["step"] == steps
-    assert jaxrnn("sample", out, "--length", "5").returncode == 0
+    assert (process.returncode, errors) == (128 + number, "")
+    said = re.search(r"^stopped by (\w+) at step (\d+) of 1000000; to go on: (.*)$", rest, re.M)
+    assert said[1] == number.name and said[3] == f"jaxrnn train --resume '{out}'"
+    assert read_metrics(out)[-1]["step"] == int(said[2])
+    assert (out / "checkpoints" / said[2]).is_dir()
+    assert here(capsys, "sample", out, "--length", "5").returncode == 0
+
+
+def test_a_loss_that_is_no_number_keeps_the_run(text_file, tmp_path):
+    run = jaxrnn("train", text_file, *SMALL, "--activation", "identity", "--optimizer", "sgd",
+                 "--learning-rate", "1e30", "--grad-clip", "0", "--checkpoint-every", "1",
+                 "--out", "deep/run", cwd=tmp_path)  # fmt: skip
+    assert run.returncode == 1
+    assert re.fullmatch(
+        r"jaxrnn train: error: .* at step \d+ .*gradient norm .*parameter norm .*; "
+        r"the last checkpoint is deep/run/checkpoints/\d+; .*--learning-rate.*; "
+        r"to go on: jaxrnn train --resume deep/run\n",
+        run.stderr,
+    ), run.stderr
+    assert (tmp_path / "deep/run/config.json").exists()
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +214,7 @@ def bad(tmp_path_factory):
     (folder / "short").write_text("abc" * 5)
     (folder / "latin").write_bytes(b"caf\xe9 au lait")
     (folder / "same").write_text("a" * 5000)
+    (folder / "bare").mkdir()
     (folder / "full").mkdir()
     (folder / "full" / "file").write_text("mine")
     return folder
@@ -164,13 +222,18 @@ def bad(tmp_path_factory):
 
 BAD_TRAINING = {
     "missing file": (["{bad}/none"], "none: cannot be read: No such file or directory"),
-    "a directory": (["{bad}/full"], "full: cannot be read: Is a directory"),
+    "no text": (["{bad}/bare"], "bare: expected text, got a directory without text files"),
     "empty file": (["{bad}/empty"], "empty: expected text, got an empty file"),
     "short text": (["{bad}/short"], "short: expected at least 33 characters .* got 13; lower"),
-    "no UTF-8": (["{bad}/latin"], "latin: expected UTF-8, got byte 0xe9 at offset 3"),
+    "no UTF-8": (["{bad}/latin"], "latin: expected UTF-8, got byte 0xe9 at offset 3 .*--level"),
     "one character": (["{bad}/same"], "same: expected two distinct characters, got only 'a'"),
     "full directory": (["{text}", "--out", "{bad}/full"], "--out: expected an empty or new"),
     "out is a file": (["{text}", "--out", "{bad}/same"], "--out: cannot write to .*same"),
+    "out is a run": (["{text}", "--out", "{run}"], "is a run; to go on .*train --resume .*fox"),
+    "two places": (["{text}", "--out", "a", "--resume", "b"], "--resume: not allowed with .*--out"),
+    "another option": (["--resume", "{run}", "--layers", "2"], "--layers: expected 1, as .*fox"),
+    "another text": (["{text}", "--resume", "{run}"], "--resume: expected no text beside it"),
+    "no run": (["--resume", "{bad}"], "bad.*: expected a run directory, got no config.json in it"),
     "no steps": (["{text}", "--steps", "0"], "--steps: expected a whole number, at least 1, got 0"),
     "no number": (["{text}", "--hidden-size", "many"], "expected a whole number, .* got many"),
     "negative rate": (["{text}", "--learning-rate", "-1"], "expected a number above 0, got -1"),
@@ -182,115 +245,61 @@ BAD_TRAINING = {
 
 
 @pytest.mark.parametrize(("args", "message"), BAD_TRAINING.values(), ids=BAD_TRAINING.keys())
-def test_bad_training_input_is_one_line(args, message, bad, text_file, tmp_path):
-    args = [arg.format(bad=bad, text=text_file) for arg in args]
-    out = [] if "--out" in args else ["--out", str(tmp_path / "run")]
-    # Options given later count, so that a case may override the small run.
-    run = jaxrnn("train", *SMALL, *out, *args, cwd=tmp_path)
-    assert run.returncode == 2, run.stdout
+def test_bad_training_input_is_one_line(
+    args, message, bad, trained, text_file, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    args = [arg.format(bad=bad, text=text_file, run=trained[0]) for arg in args]
+    if "--resume" not in args:
+        # Options given later count, so that a case may override the small run.
+        args = [*SMALL, *([] if "--out" in args else ["--out", "run"]), *args]
+    run = here(capsys, "train", *args)
+    assert (run.returncode, run.stdout) == (2, "")
     assert re.fullmatch(r"jaxrnn(?: train)?: error: .*\n", run.stderr), run.stderr
     assert re.search(message, run.stderr), run.stderr
     assert not list(tmp_path.iterdir())
     assert (bad / "full" / "file").read_text() == "mine"
 
 
-def test_a_loss_that_is_no_number_leaves_nothing(text_file, tmp_path):
-    run = jaxrnn("train", text_file, *SMALL, "--activation", "identity", "--optimizer", "sgd",
-                 "--learning-rate", "1e30", "--grad-clip", "0", "--out", "deep/run",
-                 cwd=tmp_path)  # fmt: skip
-    assert run.returncode == 1
-    assert re.fullmatch(
-        r"jaxrnn train: error: the loss became (nan|inf) at step \d+; nothing was kept; .*\n",
-        run.stderr,
-    )
+def test_bad_input_of_a_process_is_one_line(bad, tmp_path):
+    run = jaxrnn("train", bad / "empty", cwd=tmp_path)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert re.fullmatch(r"jaxrnn train: error: .*: expected text, got an empty file\n", run.stderr)
     assert not list(tmp_path.iterdir())
 
 
-def test_bad_sampling_input_is_one_line(trained, tmp_path):
+def test_bad_sampling_input_is_one_line(trained, tmp_path, capsys):
     out, _ = trained
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    for name in ("config.json", "vocabulary.json"):
-        (broken / name).write_text((out / name).read_text())
+    unsaved, broken = tmp_path / "unsaved", tmp_path / "broken"
+    for folder in (unsaved, broken):
+        folder.mkdir()
+        for name in ("config.json", "text.json"):
+            (folder / name).write_text((out / name).read_text())
+    config = (out / "config.json").read_text()
+    (broken / "config.json").write_text(config.replace('"hidden_size": 16', '"hidden_size": "x"'))
     cases = [
-        ([tmp_path], "expected a run directory, got no vocabulary.json"),
-        ([broken], "expected a run directory, got no checkpoint/"),
+        ([tmp_path], "expected a run directory, got no config.json in it"),
+        ([unsaved], "expected a run with a checkpoint, got none yet"),
+        ([broken], "config.json: expected the options of a run: hidden_size: expected int"),
         ([out, "--prompt", "the Fox"], "--prompt: expected the 29 characters .* 'F' at position 4"),
         ([out, "--temperature", "-1"], "expected a number, at least 0, got -1"),
         ([out, "--length", "1.5"], "expected a whole number, at least 0, got 1.5"),
     ]
     for args, message in cases:
-        run = jaxrnn("sample", *args)
+        run = here(capsys, "sample", *args)
         assert (run.returncode, run.stdout) == (2, "")
         assert re.fullmatch(r"jaxrnn sample: error: .*\n", run.stderr), run.stderr
         assert re.search(message, run.stderr), run.stderr
-    config = (broken / "config.json").read_text()
-    (broken / "config.json").write_text(config.replace('"hidden_size": 16', '"hidden_size": "x"'))
-    run = jaxrnn("sample", broken)
-    assert (run.returncode, run.stdout) == (2, "")
-    assert re.fullmatch(r".*config.json: expected the options of a run: .*\n", run.stderr)
-    (broken / "config.json").write_text(config)
-    (broken / "checkpoint").mkdir()
-    (broken / "checkpoint" / "_METADATA").write_text("{")
-    run = jaxrnn("sample", broken)
-    assert run.returncode == 2 and "the checkpoint cannot be read" in run.stderr
-    assert len(run.stderr.splitlines()) == 1, run.stderr
 
 
-def test_example(tmp_path):
-    run = jaxrnn("example", "--plot", tmp_path / "ensemble.png", COLUMNS="80")
+def test_example(tmp_path, capsys):
+    run = in_terminal("example", "--plot", tmp_path / "ensemble.png")
     assert (run.returncode, run.stderr) == (0, "")
     assert "68 of 68 printed numbers agree" in run.stdout
     assert (tmp_path / "ensemble.png").read_bytes().startswith(b"\x89PNG")
-    wrong = jaxrnn("example", "--plot", tmp_path / "none" / "ensemble.png")
+    wrong = here(capsys, "example", "--plot", tmp_path / "none" / "ensemble.png")
     assert wrong.returncode == 2
     assert re.fullmatch(r"jaxrnn example: error: --plot: expected a file .*\n", wrong.stderr)
-
-
-@pytest.mark.parametrize("command", [[], ["example"], ["train"], ["sample"]])
-def test_help_fits_80_columns(command):
-    run = jaxrnn(*command, "--help", COLUMNS="80")
-    assert run.returncode == 0 and "usage: jaxrnn" in run.stdout
-    assert all(len(line) <= 80 for line in run.stdout.splitlines())
-
-
-@pytest.mark.parametrize(
-    ("module", "arguments", "extra"),
-    [
-        ("rich", ["example"], "cli"),
-        ("orbax", ["train", "{text}"], "cli"),
-        ("matplotlib", ["example", "--plot", "x.png"], "plot"),
-    ],
-)
-def test_a_missing_extra_is_named(module, arguments, extra, text_file, tmp_path):
-    arguments = [argument.format(text=text_file) for argument in arguments]
-    code = (
-        f"import sys; sys.modules[{module!r}] = None; sys.argv = ['jaxrnn', *{arguments!r}];"
-        "from jaxrnn.__main__ import main; sys.exit(main())"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    message = f"jaxrnn: error: {module} is missing; pip install 'jaxrnn[{extra}]'\n"
-    assert (run.returncode, run.stdout, run.stderr) == (2, "", message)
-    assert not list(tmp_path.iterdir())
-
-
-def test_training_without_matplotlib_says_so(text_file, tmp_path):
-    code = (
-        "import sys; sys.modules['matplotlib'] = None;"
-        f"sys.argv = ['jaxrnn', 'train', {str(text_file)!r}, '--out', 'run', *{SMALL!r}];"
-        "from jaxrnn.__main__ import main; sys.exit(main())"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert (run.returncode, run.stderr) == (0, "")
-    assert "no loss curves: matplotlib is missing; pip install 'jaxrnn[plot]'" in run.stdout
-    assert (tmp_path / "run" / "checkpoint").is_dir()
-
-
-def test_output_that_nobody_reads_any_more():
-    code = "jaxrnn example | head -n 1"
-    command = code.replace("jaxrnn", f"{sys.executable} -m jaxrnn", 1)
-    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert run.stdout == "5 Forward pass\n" and run.stderr == ""
 
 
 def test_a_terminal_of_few_characters():
@@ -298,5 +307,99 @@ def test_a_terminal_of_few_characters():
     assert (run.returncode, run.stderr) == (0, "") and "68 of 68" in run.stdout
 
 
-def test_version():
-    assert jaxrnn("--version").stdout == "0.1.0\n"
+def test_output_that_nobody_reads_any_more(trained):
+    ours = f"{sys.executable} -m jaxrnn"
+    for command in (f"{ours} example | head -c 14",
+                    f"{ours} sample {trained[0]} --length 3000000 | head -c 14"):  # fmt: skip
+        run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+        assert len(run.stdout) == 14 and run.stderr == ""
+
+
+def run_without(module, arguments, folder):
+    code = (
+        f"import sys; sys.modules[{module!r}] = None;"
+        f"sys.argv = ['jaxrnn', *{list(map(str, arguments))!r}];"
+        "from jaxrnn.__main__ import main; sys.exit(main())"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, timeout=120
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "extra"),
+    [
+        ("rich", ["example"], "cli"),
+        ("rich", ["show", "."], "cli"),
+        ("orbax", ["train", "{text}"], "cli"),
+        ("shtab", ["--print-completion", "bash"], "cli"),
+        ("matplotlib", ["example", "--plot", "x.png"], "plot"),
+    ],
+)
+def test_a_missing_extra_is_named(module, arguments, extra, text_file, tmp_path):
+    arguments = [argument.format(text=text_file) for argument in arguments]
+    run = run_without(module, arguments, tmp_path)
+    message = f"jaxrnn: error: {module} is missing; pip install 'jaxrnn[{extra}]'\n"
+    assert (run.returncode, run.stdout, run.stderr) == (2, "", message)
+    assert not list(tmp_path.iterdir())
+
+
+def test_training_without_matplotlib_says_so(text_file, tmp_path):
+    run = run_without("matplotlib", ["train", text_file, "--out", "run", *SMALL], tmp_path)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "no loss curves: matplotlib is missing; pip install 'jaxrnn[plot]'" in run.stdout
+    assert (tmp_path / "run" / "checkpoints" / "30").is_dir()
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["sample"], ["show"], ["example"]])
+def test_help_fits_80_columns(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    run = here(capsys, *command, "--help")
+    assert run.returncode == 0 and "usage: jaxrnn" in run.stdout
+    assert all(len(line) <= 80 for line in run.stdout.splitlines())
+
+
+def test_help_and_version_need_no_extra():
+    code = "import sys; sys.modules.update(dict.fromkeys(['rich', 'orbax', 'shtab', 'matplotlib']))"
+    for option, said in (("--help", "usage: jaxrnn"), ("--version", "0.1.0\n")):
+        call = f"from jaxrnn._cli import main; main([{option!r}])"
+        run = subprocess.run([sys.executable, "-c", f"{code}; {call}"], capture_output=True,
+                             text=True)  # fmt: skip
+        assert (run.returncode, run.stderr) == (0, "") and run.stdout.startswith(said)
+
+
+def completed(script, *words):
+    """What bash offers for the last of these words."""
+    line = " ".join(f"'{word}'" for word in words)
+    # As bash calls it: the command, the word, the word before.
+    code = f"""
+      COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; COMP_LINE="${{COMP_WORDS[*]}}"
+      read -r _ _ name _ <<< "$(complete -p jaxrnn | sed 's/-o [^ ]*//')"
+      "$name" jaxrnn '{words[-1]}' '{words[-2]}'; printf '%s\\n' "${{COMPREPLY[@]}}"
+    """
+    run = subprocess.run(["bash", "-c", f"source {script}\n{code}"], capture_output=True, text=True)
+    assert run.stderr == ""
+    return run.stdout.split()
+
+
+def test_completion_in_bash(capsys, tmp_path, monkeypatch):
+    run = here(capsys, "--print-completion", "bash")
+    assert (run.returncode, run.stderr) == (0, "")
+    script = tmp_path / "script"
+    script.write_text(run.stdout)
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert completed(script, "jaxrnn", "tr") == ["train"]
+    assert completed(script, "jaxrnn", "train", "--optim") == ["--optimizer"]
+    assert completed(script, "jaxrnn", "train", "--optimizer", "na") == ["nadam"]
+    assert completed(script, "jaxrnn", "train", "--resume", "") == ["runs"]
+    assert completed(script, "jaxrnn", "show", "r") == ["runs"]
+    assert completed(script, "jaxrnn", "train", "s") == ["script"]
+
+
+@pytest.mark.parametrize("shell", ["zsh", "tcsh"])
+def test_completion_in_other_shells(shell, capsys):
+    run = here(capsys, "--print-completion", shell)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "--optimizer" in run.stdout and "train" in run.stdout

@@ -1,45 +1,59 @@
 """What a training run shows while it runs: a bar on a terminal, plain lines elsewhere."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 
 class Reporter:
     """Keeps the latest held-out figure and shows each row of metrics."""
 
-    def __init__(self, console: Console, steps: int, bar: Progress | None):
+    def __init__(self, console: Console, steps: int, begun: int, bar: Progress | None):
         self.console, self.steps, self.bar = console, steps, bar
         self.held_out = "–"
-        self.before = {"step": 0, "seconds": 0.0}
+        # The last line that was printed, by a clock that evaluation and checkpoints count for too.
+        self.printed, self.at = begun, time.perf_counter()
         if bar is not None:
-            self.task = bar.add_task("", total=steps, figures="compiling")
+            self.task = bar.add_task("", total=steps, completed=begun, figures="compiling")
 
     def __call__(self, row: dict[str, Any]) -> None:
         """Show one row."""
         if "held_out_bits" in row:
-            self.held_out = f"{row['held_out_bits']:.3f}"
+            bits = row["held_out_bits"]
+            self.held_out = "–" if bits is None else f"{bits:.3f}"
         speed = f"{row['characters_per_second'] / 1000:.0f}k char/s"
-        figures = f"loss {row['loss']:.3f} bits {row['bits']:.3f} held-out {self.held_out} {speed}"
+        loss, bits = ("–" if row[k] is None else f"{row[k]:.3f}" for k in ("loss", "bits"))
+        figures = f"loss {loss} bits {bits} held-out {self.held_out} {speed}"
+        if row.get("skipped"):
+            figures += f" skipped {row['skipped']}"
         if self.bar is not None:
             self.bar.update(self.task, completed=row["step"], figures=figures)
         elif "held_out_bits" in row:
-            pace = (row["seconds"] - self.before["seconds"]) / (row["step"] - self.before["step"])
+            now = time.perf_counter()
+            pace = (now - self.at) / (row["step"] - self.printed)
             left = timedelta(seconds=round(pace * (self.steps - row["step"])))
+            self.printed, self.at = row["step"], now
             step = f"step {row['step']:>{len(str(self.steps))}}/{self.steps}"
             self.console.print(f"{step}  {figures}  {left} left", highlight=False, soft_wrap=True)
-        self.before = row
 
 
 @contextmanager
-def reporter(console: Console, steps: int) -> Iterator[Reporter]:
-    """A function to call with each row of metrics."""
-    if not console.is_terminal:
-        yield Reporter(console, steps, None)
+def reporter(console: Console, steps: int, begun: int) -> Iterator[Reporter]:
+    """A function to call with each row of metrics of a run that begins at some step."""
+    if not console.is_terminal or console.quiet:
+        yield Reporter(console, steps, begun, None)
         return
     columns = (
         TextColumn("{task.completed}/{task.total}"),
@@ -48,4 +62,14 @@ def reporter(console: Console, steps: int) -> Iterator[Reporter]:
         TimeRemainingColumn(compact=True),
     )
     with Progress(*columns, console=console, expand=True) as bar:
-        yield Reporter(console, steps, bar)
+        yield Reporter(console, steps, begun, bar)
+
+
+@contextmanager
+def of_bytes(console: Console, what: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A function to call with the bytes read and those there are: a bar, on a terminal."""
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    hidden = not console.is_terminal or console.quiet
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,163 @@
+"""`jaxrnn show`: what a run is, where it stands and how it came there, from its files alone."""
+
+import json
+import math
+import shlex
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from jaxrnn import _checks
+from jaxrnn._plots import plot_run, text_plot
+from jaxrnn._training import directory, saved
+from jaxrnn._training.checkpoints import FOLDER
+from jaxrnn._training.config import Config
+from jaxrnn._training.encode import Text
+from jaxrnn._training.lock import locked
+
+# Of an alphabet so many characters are shown.
+SHOWN = 120
+
+
+def show(args: Any) -> int:
+    """Run the command: args.directory. Of the run it changes nothing but its picture.
+
+    Returns:
+      0, a picture that cannot be drawn included.
+
+    Raises:
+      InputError: no run directory, or a damaged file in it.
+    """
+    out = Path(args.directory)
+    config, rows = saved.read_begun(out).config, directory.read_metrics(out)
+    # A start that was cut short while the text was read has left none.
+    encoded = (out / directory.TEXT).exists()
+    text, references = saved.read_text(out) if encoded else (None, {})
+    console = Console(highlight=False, markup=False)
+    console.print(f"{out}: {_standing(out, config, rows)}", soft_wrap=True)
+    console.print()
+    console.print(_options(config))
+    console.print()
+    console.print(_facts(out, text, references))
+    console.print()
+    if not rows:
+        console.print("no metrics yet, and so no curves")
+        return 0
+    for line in text_plot(rows, console.width):
+        console.print(line, soft_wrap=True)
+    console.print(_latest(rows), soft_wrap=True)
+    console.print(_picture(out, rows, references), soft_wrap=True)
+    return 0
+
+
+def _standing(out: Path, config: Config, rows: list[dict[str, Any]]) -> str:
+    newest = max(_steps(out), default=None)
+    if newest == config.steps:
+        return f"finished, {newest} updates"
+    if _is_being_trained(out):
+        step = rows[-1]["step"] if rows else 0
+        return f"being trained, at step {step} of {config.steps}"
+    where = f"at step {newest} of {config.steps}" if newest else "before its first checkpoint"
+    go_on = shlex.join(["jaxrnn", "train", "--resume", str(out)])
+    return f"stopped {where}\nto go on: {go_on}"
+
+
+def _is_being_trained(out: Path) -> bool:
+    try:
+        # Held for no longer than this line takes.
+        with locked(out / directory.CONFIG):
+            return False
+    except _checks.InputError:
+        return True
+
+
+def _options(config: Config) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for field in fields(Config):
+        value = getattr(config, field.name)
+        other = value != field.default
+        table.add_row(
+            "*" if other else "", field.name.replace("_", "-"), f"{value}",
+            f"default: {field.default}" if other else "",
+            style="bold" if other else "",
+        )  # fmt: skip
+    return table
+
+
+def _facts(out: Path, text: Text | None, references: dict[str, float]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    if text is None:
+        table.add_row("text", "not read to its end yet")
+    else:
+        table.add_row("text", text.name)
+        table.add_row(
+            "size", f"{text.length:,} {'bytes' if text.level == 'byte' else 'characters'}"
+        )
+        table.add_row("alphabet", _alphabet(text))
+        counted = ", ".join(f"{name} {bits:.2f}" for name, bits in references.items())
+        table.add_row("reference", f"{counted} bits per held-out character")
+    table.add_row("checkpoints", _kept(out))
+    return table
+
+
+def _alphabet(text: Text) -> str:
+    if text.level == "byte":
+        return "256 bytes"
+    # With escapes instead of line breaks and of what no terminal shows.
+    shown = repr("".join(text.characters[:SHOWN]))
+    more = " …" if len(text.characters) > SHOWN else ""
+    return f"{len(text.characters)} distinct: {shown}{more}"
+
+
+def _kept(out: Path) -> str:
+    bits = {step: _held_out_bits(out, step) for step in _steps(out)}
+    if not bits:
+        return "none yet"
+    best = min(bits, key=lambda step: bits[step])
+    said = "at step " + ", ".join(map(str, bits))
+    if bits[best] < math.inf:
+        said += f"; the best is {best}, with {bits[best]:.3f} held-out bits per character"
+    return said
+
+
+def _steps(out: Path) -> list[int]:
+    """Of the finished checkpoints; orbax, which knows them too, would start JAX's devices."""
+    names = [path.name for path in (out / FOLDER).glob("*")]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def _held_out_bits(out: Path, step: int) -> float:
+    """By what orbax chooses the best; infinite where nothing was measured."""
+    try:
+        path = out / FOLDER / str(step) / "metrics" / "metrics"
+        return float(json.loads(path.read_text())["held_out_bits"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return math.inf
+
+
+def _latest(rows: list[dict[str, Any]]) -> str:
+    last = rows[-1]
+    training = "–" if last["bits"] is None else f"{last['bits']:.3f}"
+    said = f"step {last['step']}: training {training}"
+    held_out = [row for row in rows if row.get("held_out_bits") is not None]
+    if held_out:
+        said += f", held-out {held_out[-1]['held_out_bits']:.3f}"
+        said += "" if held_out[-1] is last else f" at step {held_out[-1]['step']}"
+    skipped = last.get("skipped", 0)
+    return f"{said}; {skipped} updates skipped" if skipped else said
+
+
+def _picture(out: Path, rows: list[dict[str, Any]], references: dict[str, float]) -> str:
+    path = out / "loss.png"
+    try:
+        plot_run(rows, references, path)
+    except ModuleNotFoundError:
+        return "no picture: matplotlib is missing; pip install 'jaxrnn[plot]'"
+    except OSError as error:
+        return f"no picture: {path}: cannot be written: {error.strerror or error}"
+    return f"picture: {path}"

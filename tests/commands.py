@@ -1,0 +1,62 @@
+"""The command line in tests: as a process, in a terminal and without one, or in this process."""
+
+import os
+import re
+import subprocess
+import sys
+
+from jaxrnn._cli import main
+
+TEXT = "the quick brown fox jumps over the lazy dog.\n" * 60
+SMALL = ["--steps", "30", "--hidden-size", "16", "--seq-length", "8", "--batch-size", "4",
+         "--eval-every", "10", "--sample-length", "20"]  # fmt: skip
+
+
+def start(*args, cwd=None, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, **env):
+    return subprocess.Popen(
+        [sys.executable, "-m", "jaxrnn", *map(os.fspath, args)],
+        cwd=cwd, stdin=stdin, stdout=stdout, stderr=subprocess.PIPE, text=text,
+        env={**os.environ, "XLA_FLAGS": "", **env},
+    )  # fmt: skip
+
+
+def jaxrnn(*args, **how):
+    process = start(*args, **how)
+    output, errors = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(args, process.returncode, output, errors)
+
+
+def in_terminal(*args, **env):
+    """As `jaxrnn`, with standard output on a terminal; without its codes, and with its colours."""
+    import pty  # not everywhere
+
+    ours, theirs = pty.openpty()
+    process = start(*args, stdout=theirs, TERM="xterm-256color", COLUMNS="100", **env)
+    os.close(theirs)
+    shown = _read(ours)
+    os.close(ours)
+    _, errors = process.communicate(timeout=60)
+    output = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
+    return subprocess.CompletedProcess(args, process.returncode, output, errors)
+
+
+def _read(terminal):
+    shown = b""
+    while True:
+        try:
+            part = os.read(terminal, 65536)
+        except OSError:  # how Linux says that the other end is closed
+            return shown.decode()
+        if not part:
+            return shown.decode()
+        shown += part
+
+
+def here(capsys, *args):
+    """As `jaxrnn`, without a process of its own."""
+    capsys.readouterr()
+    try:
+        code = main([os.fspath(arg) for arg in args])
+    except SystemExit as ended:  # argparse
+        code = ended.code
+    return subprocess.CompletedProcess(args, code, *capsys.readouterr())
