@@ -6,14 +6,17 @@ from typing import Any
 
 import jax
 
+from jaxrnn import _schedule
 from jaxrnn._training.config import Config, initial_state
 from jaxrnn._training.corpus import Corpus
 from jaxrnn._training.devices import DATA, MODEL, Placement
 
-# Arrays `[T, B, H]` of each layer that exist at once: states, inputs U x, adjoints.
-ARRAYS_OF_STATES = 3
-# And `[T, B, K]`: logits and their errors.
-ARRAYS_OF_LOGITS = 2
+# Beside the state, of the size of all parameters: summed and mean gradients, new parameters.
+ARRAYS_OF_PARAMETERS = 3
+# Of each layer `[T, B, H]`, states and inputs U x, and of a segment of the steps adjoints.
+ARRAYS_OF_STATES, ARRAYS_OF_ADJOINTS = 2, 1
+# And `[T, B, K]` of a segment: logits, their exponentials and errors.
+ARRAYS_OF_LOGITS = 3
 
 
 def lines(config: Config, corpus: Corpus, placement: Placement) -> Iterator[str]:
@@ -37,12 +40,19 @@ def lines(config: Config, corpus: Corpus, placement: Placement) -> Iterator[str]
 
 def memory(config: Config, corpus: Corpus, placement: Placement) -> int:
     """Bytes on each device, roughly: parameters, optimiser, gradients, and a window's arrays."""
-    shapes = _shapes(config, corpus)
+    shapes, alphabet = _shapes(config, corpus), len(corpus.vocabulary)
     shardings = placement.of_state(shapes)
-    kept = _bytes(shapes, shardings) + _bytes(shapes.params, shardings.params)
-    rows = config.seq_length * config.batch_size // placement.mesh.shape[DATA]
-    units = ARRAYS_OF_STATES * config.layers * config.hidden_size // placement.mesh.shape[MODEL]
-    return kept + 4 * rows * (units + ARRAYS_OF_LOGITS * len(corpus.vocabulary))
+    kept = _bytes(shapes, shardings)
+    kept += ARRAYS_OF_PARAMETERS * _bytes(shapes.params, shardings.params)
+    sequences = config.batch_size // placement.mesh.shape[DATA]
+    window = segment = config.seq_length
+    if config.layers == 1:
+        longest = max(config.hidden_size, alphabet)
+        segment = _schedule.segment_length(window, (config.batch_size,), longest)
+    units = config.layers * config.hidden_size // placement.mesh.shape[MODEL]
+    numbers = window * ARRAYS_OF_STATES * units
+    numbers += segment * (ARRAYS_OF_ADJOINTS * units + ARRAYS_OF_LOGITS * alphabet)
+    return kept + 4 * sequences * numbers
 
 
 def _shapes(config, corpus) -> Any:
