@@ -1,11 +1,10 @@
 """`jaxrnn train`: prepare a run directory, say what will be done, do it, show what came of it."""
 
-import os
 import shlex
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -52,13 +51,12 @@ def train(args: Any, given: Mapping[str, Any]) -> int:
     out = Path(args.resume or args.out or time.strftime("runs/%Y%m%d-%H%M%S"))
     console = Console(soft_wrap=True, highlight=False, markup=False, quiet=not processes.is_first())
     try:
-        code = _train(args, given, out, console)
+        return _train(args, given, out, console)
     except (FailedError, processes.LostError) as error:
         print(f"jaxrnn train: error: {error}; {_go_on(out)}", file=sys.stderr, flush=True)
         if isinstance(error, processes.LostError):
-            os._exit(EXIT_FAILED)  # a tidy end would wait for the process that is gone
+            processes.leave(EXIT_FAILED)
         return EXIT_FAILED
-    return code
 
 
 def _check_processes(args, several):
@@ -77,21 +75,35 @@ def _check_processes(args, several):
 
 
 def _train(args, given, out, console):
-    try:
-        if processes.is_first():
-            _prepare(args, given, out, console)
-    finally:
-        # Whatever became of it: the others look at what is there.
+    with ExitStack() as held:
+        problem, begun, options = None, (), None
+        try:
+            if processes.is_first():
+                _prepare(args, given, out, console)
+        except _checks.InputError as error:
+            problem = error
         processes.wait_for_all("text")
-    with locked(out / directory.CONFIG) if processes.is_first() else nullcontext():
-        return _run(args, given, out, console)
+        try:
+            if problem is None:
+                if processes.is_first():
+                    held.enter_context(locked(out / directory.CONFIG))
+                begun = _load(args, given, out)
+                options = begun[0], args.model_devices
+        except _checks.InputError as error:
+            problem = error
+        processes.agree(problem, options)
+        return _run(args, out, console, *begun)
 
 
-def _run(args, given, out, console):
+def _load(args, given, out):
     config = go_on_with(saved.read_begun(out).config, given, out)
     text, references = saved.read_text(out)
     corpus = _open(out, config, text)
     placement = devices.Placement(config.batch_size, config.hidden_size, args.model_devices)
+    return config, text, references, corpus, placement
+
+
+def _run(args, out, console, config, text, references, corpus, placement):
     run = Run(out, config, text, corpus, placement)
     if run.step == config.steps:
         result = run.result()

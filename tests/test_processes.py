@@ -1,0 +1,344 @@
+"""A run of several processes on this machine: the same numbers, and what becomes of the others."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import assert_close
+
+import jaxrnn
+from jaxrnn import train
+from jaxrnn._checks import InputError
+from jaxrnn._training import processes
+from jaxrnn._training.checkpoints import Checkpoints
+from jaxrnn._training.config import initial_state
+from jaxrnn._training.devices import Placement
+from jaxrnn._training.saved import read_begun, read_text
+
+TEXT = "the quick brown fox jumps over the lazy dog.\n" * 60
+SMALL = ["--hidden-size", "16", "--seq-length", "8", "--batch-size", "4", "--eval-every", "1000",
+         "--sample-length", "0"]  # fmt: skip
+K, H, B, T, STEPS = 5, 8, 8, 6, 20
+
+
+def twenty_steps(layers, model):
+    """The state after 20 updates in float64, on all devices that there are."""
+    placement, optimizer = Placement(B, H, model), optax.sgd(0.1)
+    params = jaxrnn.init_params(jax.random.key(0), K, H, K, layers=layers, dtype=jnp.float64)
+    state = placement.put_state(train.init_state(params, optimizer, B))
+    ids = np.random.default_rng(0).integers(0, K, (STEPS, 2, T, B)).astype(np.uint8)
+    update = train.make_checked_update(optimizer)
+    for inputs, targets in ids:
+        state, _ = update(state, placement.split(inputs, 1), placement.split(targets, 1))
+    return state
+
+
+def drive(what, coordinator, count, index, out="", cases="[]"):
+    """One of the processes that the tests start from this file."""
+    if what == "wait":
+        processes.PATIENCE = 3
+    try:
+        processes.join(coordinator, int(count), int(index))
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    if what == "order":
+        mesh = Placement(B, H, 2).mesh
+        print([[device.process_index for device in row] for row in mesh.devices], flush=True)
+    for layers, model in json.loads(cases):
+        state = twenty_steps(layers, model)
+        Checkpoints(Path(out) / f"{layers}-{model}", write=True).save(STEPS, state, {}, None)
+
+
+if __name__ == "__main__":
+    drive(*sys.argv[1:])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compile_once(tmp_path_factory):
+    cache = tmp_path_factory.getbasetemp().parent / "jax-cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        yield
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "fox.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def free_address():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{sock.getsockname()[1]}"
+
+
+class Started:
+    """A process, and what it has written."""
+
+    def __init__(self, command, folder, **env):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        environment = {**os.environ, "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1", **env}
+        with (folder / "out").open("w") as out, (folder / "err").open("w") as err:
+            self.popen = subprocess.Popen(command, stdout=out, stderr=err, env=environment)
+
+    def wait(self, seconds=120):
+        return self.popen.wait(seconds)
+
+    @property
+    def output(self):
+        return (self.folder / "out").read_text()
+
+    @property
+    def errors(self):
+        return (self.folder / "err").read_text()
+
+
+@contextmanager
+def started(commands, folder, **env):
+    """Processes, none of which outlives the block."""
+    all_of_them = []
+    try:
+        for index, command in enumerate(commands):
+            all_of_them.append(
+                Started([sys.executable, *map(str, command)], folder / str(index), **env)
+            )
+        yield all_of_them
+    finally:
+        for each in all_of_them:
+            if each.popen.poll() is None:
+                each.popen.kill()
+                each.popen.wait()
+
+
+def training(count, *args, others=None):
+    """The commands of one run of so many processes; `others`: what process 1 is told instead."""
+    address = free_address()
+    for index in range(count):
+        told = others if index == 1 and others is not None else args
+        several = ["--coordinator", address, "--processes", count, "--process", index]
+        yield ["-m", "jaxrnn", "train", *told, *(several if count > 1 else [])]
+
+
+def run(commands, folder, **env):
+    with started(commands, folder, **env) as all_of_them:
+        codes = [each.wait() for each in all_of_them]
+    return codes, all_of_them
+
+
+def wait_for(path, all_of_them, seconds=120):
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert all(each.popen.poll() is None for each in all_of_them), all_of_them[0].errors
+        assert time.monotonic() < end, f"no {path}"
+        time.sleep(0.05)
+
+
+def saved(out, like):
+    """The state of the newest checkpoint in a run directory."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like)
+    checkpoints = Checkpoints(out)
+    return checkpoints.state(checkpoints.steps()[-1], shapes)
+
+
+@pytest.mark.parametrize(
+    ("count", "cases"),
+    [(2, [(1, 1), (2, 2)]), pytest.param(4, [(2, 1), (2, 2), (1, 4)], marks=pytest.mark.full)],
+)
+def test_several_processes_compute_what_one_does(count, cases, tmp_path):
+    """Cases: layers, and over how many processes the units are split."""
+    address = free_address()
+    commands = [
+        [__file__, "train", address, count, index, tmp_path, json.dumps(cases)]
+        for index in range(count)
+    ]
+    codes, all_of_them = run(commands, tmp_path / "log", JAX_ENABLE_X64="1")
+    assert codes == [0] * count, [each.errors for each in all_of_them]
+    for layers, model in cases:
+        expected = twenty_steps(layers, 1)
+        found = saved(tmp_path / f"{layers}-{model}", expected)
+        # As in test_devices: other orders of sums of 48 terms, through 20 steps.
+        assert_close(found.params, jax.device_get(expected.params), 1e-12)
+        assert_close(found.h, jax.device_get(expected.h), 1e-12)
+
+
+@pytest.mark.parametrize("model", [2, pytest.param(1, marks=pytest.mark.full)])
+def test_the_command_trains_alike_with_one_process_and_two(model, text_file, tmp_path):
+    # Of SGD, for Adam makes a full step of the least difference.
+    sgd = ["--optimizer", "sgd", "--learning-rate", "0.1", "--steps", STEPS, *SMALL]
+    states = []
+    for count in (1, 2):
+        out = tmp_path / f"run-{count}"
+        args = [text_file, "--out", out, *sgd]
+        args += ["--model-devices", model] if count > 1 else []
+        codes, all_of_them = run(training(count, *args), tmp_path / f"log-{count}")
+        assert codes == [0] * count, [each.errors for each in all_of_them]
+        assert [each.errors for each in all_of_them] == [""] * count
+        with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+            config, (text, _) = read_begun(out).config, read_text(out)
+            states.append(saved(out, initial_state(config, len(text.characters))))
+    said = "the batch over 2" if model == 1 else "hidden units over 2"
+    assert f"2 cpu devices in 2 processes, {said}, about" in all_of_them[0].output
+    assert f"step {STEPS}/{STEPS}  loss" in all_of_them[0].output
+    assert "loss" not in all_of_them[1].output  # the first speaks for all
+    # Sums of 32 terms with eps 1.2e-7, through 20 steps.
+    assert_close(states[1].params, states[0].params, 1e-4)
+
+
+# What becomes of the others.
+
+LOST = re.compile(
+    r"jaxrnn train: error: another process is gone, or the way to it \(.*\); "
+    r"the last checkpoint is \S+/checkpoints/\d+; to go on: jaxrnn train --resume \S+\n"
+    # JAX's own, where it is the first to notice: it aborts, and cannot be told not to.
+    r"|Terminating process because the JAX distributed service detected fatal errors. "
+    r"This most likely indicates that another task died"
+)
+LONG = [*SMALL, "--steps", "200", "--checkpoint-every", "50"]
+
+
+def lose(number, count, victim, text_file, out, folder):
+    """The other processes of a run, after one was sent a signal, and after how many seconds."""
+    args = [text_file, "--out", out, *LONG]
+    with started(training(count, *args), folder) as all_of_them:
+        wait_for(out / "checkpoints" / "50", all_of_them)
+        all_of_them[victim].popen.send_signal(number)
+        began = time.monotonic()
+        others = [each for each in all_of_them if each is not all_of_them[victim]]
+        codes = [each.wait() for each in others]
+        seconds = time.monotonic() - began
+    assert 0 not in codes
+    for each in others:
+        assert LOST.search(each.errors), each.errors
+    plan = all_of_them[0].output
+    assert f"if a process is lost the others end within {processes.HEARTBEAT} s; to go on" in plan
+    return others, seconds
+
+
+def finish(count, out, folder):
+    codes, all_of_them = run(training(count, "--resume", out, "--sample-length", 0), folder)
+    assert codes == [0] * count, [each.errors for each in all_of_them]
+    assert re.search(r"going on from step \d*[05]0 of 200\n", all_of_them[0].output)
+    assert re.search(r"step +200/200 .* held-out \d\.\d+", all_of_them[0].output)
+    assert max(Checkpoints(out).steps()) == 200
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.full)])
+def test_after_a_loss_fewer_processes_go_on(count, text_file, tmp_path):
+    """One is killed; two go on from the last checkpoint, and so does one."""
+    out = tmp_path / "run"
+    _, seconds = lose(signal.SIGKILL, count, count - 1, text_file, out, tmp_path / "all")
+    assert seconds < 60
+    shutil.copytree(out, tmp_path / "copy")
+    finish(2, out, tmp_path / "two")
+    finish(1, tmp_path / "copy", tmp_path / "one")
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.full)])
+def test_the_loss_of_the_first_process_ends_the_others(count, text_file, tmp_path):
+    _, seconds = lose(signal.SIGKILL, count, 0, text_file, tmp_path / "run", tmp_path)
+    assert seconds < 60
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_hangs_is_lost(victim, text_file, tmp_path):
+    _, seconds = lose(signal.SIGSTOP, 2, victim, text_file, tmp_path / "run", tmp_path)
+    assert seconds < processes.HEARTBEAT + 15
+
+
+@pytest.mark.parametrize("told", [1, pytest.param(0, marks=pytest.mark.full)])
+def test_all_stop_at_one_step_when_one_is_told(told, text_file, tmp_path):
+    out = tmp_path / "run"
+    args = [text_file, "--out", out, *SMALL, "--steps", 100_000, "--checkpoint-every", "50"]
+    with started(training(2, *args), tmp_path) as both:
+        wait_for(out / "checkpoints" / "50", both)
+        both[told].popen.send_signal(signal.SIGINT)
+        assert [each.wait() for each in both] == [130, 130]
+    assert [each.errors for each in both] == ["", ""]
+    step = re.search(r"stopped by SIGINT at step (\d+) of 100000; to go on: ", both[0].output)
+    assert step and int(step[1]) == Checkpoints(out).steps()[-1]
+
+
+# What keeps a run from beginning.
+
+
+def refused(tmp_path, *args, others=None):
+    """What two processes say on standard error."""
+    began = time.monotonic()
+    codes, both = run(training(2, *args, *SMALL, others=others and [*others, *SMALL]), tmp_path)
+    assert codes == [2, 2]
+    assert time.monotonic() - began < 60
+    assert all(len(each.errors.splitlines()) == 1 for each in both), [e.errors for e in both]
+    return [each.errors for each in both]
+
+
+OTHER = "jaxrnn train: error: --process: another process cannot begin this run, and says why\n"
+
+
+def test_other_options_end_the_run(text_file, tmp_path):
+    args = [text_file, "--out", tmp_path / "run", "--steps", STEPS]
+    first, odd = refused(tmp_path, *args, others=[*args, "--seed", "1"])
+    assert re.search(r"error: --seed: expected 0, as \S+ was begun with, got 1\n", odd)
+    assert first == OTHER
+
+
+@pytest.mark.full
+def test_other_devices_end_the_run(text_file, tmp_path):
+    args = [text_file, "--out", tmp_path / "run", "--steps", STEPS]
+    said = refused(tmp_path, *args, others=[*args, "--model-devices", "2"])
+    assert all("--process: expected the same options in all processes, got" in s for s in said)
+
+
+def test_a_text_that_cannot_be_read_ends_the_run(tmp_path):
+    (tmp_path / "latin").write_bytes(b"caf\xe9 au lait" * 100)
+    first, second = refused(tmp_path, tmp_path / "latin", "--out", tmp_path / "run")
+    assert re.search(r"latin: expected UTF-8, got byte 0xe9 at offset 3", first)
+    assert second == OTHER or "expected a run directory" in second
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_too_few_processes_are_one_line(index, tmp_path):
+    """The first of two waits for the other, or the second for one that does not listen."""
+    address = free_address()
+    codes, (alone,) = run([[__file__, "wait", address, 2, index]], tmp_path)
+    expected = f"expected all processes at {address} within 3 s, not all came"
+    assert alone.errors == f"jaxrnn train: error: --coordinator: {expected}\n"
+    assert codes == [2]
+
+
+def test_a_port_that_is_taken_is_one_line(tmp_path):
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        address = f"127.0.0.1:{sock.getsockname()[1]}"
+        codes, (alone,) = run([[__file__, "wait", address, 2, 0]], tmp_path)
+    assert codes == [1]
+    said = f"error: --coordinator: expected HOST:PORT with a port to listen on, got {address} ("
+    assert alone.errors.startswith(said) and len(alone.errors.splitlines()) == 1
+
+
+def test_units_are_split_inside_a_process_where_they_fit(tmp_path):
+    address = free_address()
+    commands = [[__file__, "order", address, 2, index] for index in range(2)]
+    codes, both = run(commands, tmp_path, JAX_NUM_CPU_DEVICES="2")
+    assert codes == [0, 0]
+    assert "[[0, 0], [1, 1]]\n" in both[0].output
