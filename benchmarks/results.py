@@ -18,6 +18,9 @@ memory      workload, subject, measure, and bytes of temporaries and at the peak
 sweeps      axis, value, and a row with its bytes of temporaries
 kernels     of each kernel by dtype, H and direction (a measure): see `numerics.examine`; files
             that are older than kernels have none
+
+Of one program each: texts, bytes of memory by the size of a text (`text_memory`), and training,
+beside torch (`torch_training`).
 """
 
 import json
@@ -94,7 +97,7 @@ def _compact(document: dict[str, Any]) -> str:
     """Indented, but one line for each row, and six digits of each second."""
     text = []
     for key, value in document.items():
-        if key in LISTS and value:
+        if isinstance(value, list) and value:
             rows = ",\n".join(f"  {json.dumps(_rounded(row), ensure_ascii=False)}" for row in value)
             text.append(f'"{key}": [\n{rows}\n]')
         else:

@@ -8,7 +8,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -163,11 +162,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"benchmarks: error: cannot write the results: {error}", file=sys.stderr)
             return EXIT_BAD_INPUT
     rows: list[dict[str, Any]] = []
-    document = {
-        "measures": "memory of jaxrnn train", "date": date.today().isoformat(),
-        "device": machine.device(), "versions": machine.versions(),
-        "options": options, "seconds_between_samples": PAUSE, "rows": rows,
-    }  # fmt: skip
+    asked = {"train": options, "seconds between samples": PAUSE}
+    document = results.new(machine.device(), machine.versions(), asked) | {"texts": rows}
     stopped = False
     for name, size in args.sizes.items():
         try:
