@@ -41,17 +41,18 @@ def float32():
         yield
 
 
-def train(*args, limit=None):
-    def small_files():
-        if limit is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    process = subprocess.run(
-        [sys.executable, "-m", "jaxrnn", "train", *map(str, args)],
-        capture_output=True, text=True, timeout=120, preexec_fn=small_files,
-        env={**os.environ, "XLA_FLAGS": ""},
+def train(*args, limit=-1):
+    """`jaxrnn train` as a process whose files may hold so many bytes."""
+    program = f"""
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+sys.argv[0] = "jaxrnn"
+runpy.run_module("jaxrnn", run_name="__main__")
+"""
+    return subprocess.run(
+        [sys.executable, "-c", program, "train", *map(str, args)],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "XLA_FLAGS": ""},
     )  # fmt: skip
-    return process
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +163,8 @@ def test_a_fingerprint_sees_each_bit_and_no_split(float32):
     assert len({number(W), number(words.view(np.float32)), number(W.T.copy())}) == 3
 
 
-def test_a_disk_that_is_full_loses_nothing(run):
+def test_a_disk_that_is_full_loses_nothing(run, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")  # JAX would warn of that one too.
     before = contents(run / "checkpoints")
     found = train("--resume", run, limit=2000)
     assert found.returncode == 1, found.stderr
