@@ -1,6 +1,7 @@
 """What an id stands for: a character, or a byte of UTF-8 or of anything else."""
 
 import codecs
+import re
 from collections.abc import Iterable
 
 import numpy as np
@@ -28,6 +29,11 @@ def to_ids(vocabulary: Vocabulary, level: str, prompt: str) -> np.ndarray:
         at = f"{prompt[error.start]!r} at position {error.start}"
         _checks.bad_value("text", "characters that UTF-8 has", at)
     return np.frombuffer(content, np.uint8).astype(np.int32)
+
+
+def visible(text: str) -> str:
+    r"""A text as a terminal may show it: the control characters that it would obey are \xNN."""
+    return re.sub(r"[\0-\x08\v\f\x0e-\x1f\x7f-\x9f]", lambda c: f"\\x{ord(c[0]):02x}", text)
 
 
 class Decoder:

@@ -14,7 +14,7 @@ from jaxrnn import _checks
 from jaxrnn._sample import stream_ids
 from jaxrnn._text import Vocabulary
 from jaxrnn._training import saved
-from jaxrnn._training.levels import Decoder, to_ids
+from jaxrnn._training.levels import Decoder, to_ids, visible
 
 TEMPERATURE = 0.8
 
@@ -62,10 +62,10 @@ def stream(
             sys.stdout.buffer.write(bytes(map(int, block)))
             sys.stdout.buffer.flush()
         return
-    decoder = Decoder(vocabulary, level)
+    decoder, shown = Decoder(vocabulary, level), visible if sys.stdout.isatty() else str
     try:
         for block in chain([before], drawn):
-            print(decoder.feed(block), end="", flush=True)
+            print(shown(decoder.feed(block)), end="", flush=True)
     finally:
         # After Ctrl-C too, so that the prompt of the shell stands on a line of its own.
         print(decoder.finish(), flush=True)
