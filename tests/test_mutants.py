@@ -20,6 +20,7 @@ WITNESSES = [
         "layers",
         "implementation",
         "kernels",
+        "train",
     )
 ]
 
@@ -187,6 +188,12 @@ MUTANTS = {
         "_kernels/run.py", "x = jnp.moveaxis(x, axis, place)",
         "x = jnp.moveaxis(x, axis, place) if place else jnp.moveaxis(x, axis, place)[::-1]",
         "members_run_side_by_side and TPU",
+    ),
+    "an update by a sum instead of a mean": (
+        "_update.py", "g / jnp.asarray(size, g.dtype)", "g", "is_the_sources_update",
+    ),
+    "a window that forgets the one before": (
+        "_update.py", "targets, h0=state.h)", "targets)", "the_carried_state and rmsprop",
     ),
 }  # fmt: skip
 
