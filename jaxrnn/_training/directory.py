@@ -48,6 +48,17 @@ def claimed(out: Path, config: dict[str, Any]) -> Iterator[None]:
         raise
 
 
+def check_writable(*folders: Path) -> None:
+    """Refuse a run that could not be saved, before anything of it is changed.
+
+    Raises:
+      InputError: a folder in which no file can be made.
+    """
+    for folder in folders:
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise _checks.InputError(f"{folder}: expected a directory that can be written")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file whole or not at all."""
     _write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
@@ -111,11 +122,10 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def trim_metrics(out: Path, step: int) -> list[dict[str, Any]]:
-    """Drop the rows past a step; the others."""
+def trim_metrics(out: Path, step: int) -> None:
+    """Drop the rows past a step."""
     kept = [row for row in read_metrics(out) if row["step"] <= step]
     _write(out / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
-    return kept
 
 
 def _partial(path: Path) -> Path:

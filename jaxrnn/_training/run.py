@@ -80,7 +80,8 @@ class Run:
           report: called with each row of metrics.
 
         Raises:
-          InputError: the checkpoint to go on from is damaged, or of another run.
+          InputError: the checkpoint to go on from is damaged, or of another run; a directory that
+            cannot be written.
           FailedError: a number that is not finite, or a file that cannot be written.
           LostError: another process is gone.
         """
@@ -111,6 +112,7 @@ class Run:
 
     def _go(self, report):
         config, put = self.config, self.placement.split
+        directory.check_writable(self.out, self._checkpoints.folder)
         if self.step:
             state = load_state(self._checkpoints, self.step, config, self.text, self.placement)
         else:
