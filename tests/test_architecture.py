@@ -79,9 +79,9 @@ ROOMS = {
         ["run"],
     ],
     "_training": [
-        ["sources", "id_file", "ngram", "levels", "directory", "lock"],
+        ["sources", "id_file", "levels", "directory", "lock"],
         ["config", "devices", "processes", "signals", "checkpoints", "progress"],
-        ["encode"],
+        ["encode", "ngram"],
         ["corpus", "saved"],
         ["plan", "run", "sample_command", "show_command"],
         ["train_command"],

@@ -31,7 +31,6 @@ def tiny(monkeypatch):
     """Chunks of a size that no character's bytes divide: they end anywhere."""
     monkeypatch.setattr(encoding, "CHUNK", 7)
     monkeypatch.setattr(id_file, "CHUNK", 7)
-    monkeypatch.setattr(ngram, "CHUNK", 7)
 
 
 def written(tmp_path, content, name="text"):
@@ -417,7 +416,7 @@ def test_pairs_are_merged_whichever_chunk_they_stand_in(monkeypatch):
     size = 2**20
     expected = Counter(itertools.pairwise(ids.tolist()))
     for chunk in (1, 500, 2**20):
-        monkeypatch.setattr(ngram, "CHUNK", chunk)
+        monkeypatch.setattr(id_file, "CHUNK", chunk)
         part = ids[: 400 if chunk == 1 else None]
         seen, counts = ngram._pairs(part, size)
         found = dict(
@@ -434,7 +433,7 @@ MEBIBYTE = 2**20
 ENCODING = 40 * encoding.CHUNK + 5 * MEBIBYTE
 # The ids of a chunk as int64, their pairs, a copy of them to be sorted, and what each step of
 # that holds; and tables of 256² int64 in three steps.
-COUNTING = 40 * ngram.CHUNK + 2 * MEBIBYTE
+COUNTING = 40 * id_file.CHUNK + 2 * MEBIBYTE
 
 
 def peak(function, *args, **how):
@@ -467,8 +466,33 @@ def test_memory_does_not_grow_with_the_text(level, tmp_path):
     assert 0 < references["bigram"] < references["unigram"] < 0.01
 
 
+def mapped():
+    """Bytes of files that this process has in its memory."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"^RssFile:\s+(\d+) kB$", status, re.M)[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux alone says it")
+def test_what_was_looked_at_is_given_back(tmp_path):
+    """Of 64 MiB that are mapped; as many are in memory where nothing gives them back."""
+    path, length = tmp_path / "ids.npy", 64 * MEBIBYTE
+    np.lib.format.open_memmap(path, "w+", np.uint8, (length,))[-1] = 1
+    ids, before, most = id_file.open_ids(path, length, 256), mapped(), 0
+    seen = []
+    for chunk in id_file.chunks(ids, overlap=1):
+        seen.append((len(chunk), int(chunk.sum())))
+        most = max(most, mapped() - before)
+    assert seen == [(id_file.CHUNK + 1, 0)] * 63 + [(id_file.CHUNK, 1)]
+    assert most < 16 * MEBIBYTE  # the kernel maps somewhat more than it is asked for
+    corpus = Corpus("", "byte", Vocabulary(BYTES), ids[:-9], ids[-9:])
+    assert corpus.train.sum() == 0 and mapped() - before > 60 * MEBIBYTE
+    corpus.release()
+    assert mapped() - before < 4 * MEBIBYTE and corpus.held_out[-1] == 1
+    id_file.release(np.zeros(3))  # which is not mapped
+
+
 def test_memory_grows_with_the_distinct_pairs_only(monkeypatch):
-    monkeypatch.setattr(ngram, "CHUNK", 2**14)
+    monkeypatch.setattr(id_file, "CHUNK", 2**14)
     generator = np.random.default_rng(0)
     few = generator.integers(0, 100, 2**17, np.uint16)  # 10,000 pairs
     ids = np.tile(few, 16)
@@ -476,7 +500,7 @@ def test_memory_grows_with_the_distinct_pairs_only(monkeypatch):
     assert len(seen) == 10_000 and counts.sum() == len(ids) - 1
     # Kept, waiting and merged are 16 bytes a pair each, thrice in the sort; twice that for what
     # one more chunk brings.
-    assert used < 48 * 2 * (10_000 + ngram.CHUNK) + 40 * ngram.CHUNK < ids.nbytes
+    assert used < 48 * 2 * (10_000 + id_file.CHUNK) + 40 * id_file.CHUNK < ids.nbytes
 
 
 OPENED = Text("fox", "char", tuple("abc"), 1000)
@@ -536,7 +560,7 @@ def test_texts_that_cannot_be_trained_on(tmp_path):
 
 
 def test_two_bytes_are_found_wherever_they_are(tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxrnn._training.corpus.CHUNK", 7)
+    monkeypatch.setattr("jaxrnn._training.id_file.CHUNK", 7)
     for n in (1, 6, 7, 8, 99):
         content = bytearray(b"a" * 100)
         content[n] = 0

@@ -7,8 +7,8 @@ import numpy as np
 
 from jaxrnn import _checks
 from jaxrnn._text import Vocabulary, streams
-from jaxrnn._training.encode import CHUNK, Text
-from jaxrnn._training.id_file import open_ids
+from jaxrnn._training.encode import Text
+from jaxrnn._training.id_file import chunks, open_ids, release
 from jaxrnn._training.ngram import bigram_bits, unigram_bits
 
 # Streams of the held-out text are at least this long: each starts without context.
@@ -52,6 +52,10 @@ class Corpus:
         held_out = self.held_out[: self.evaluated]
         most = min(batch_size, max(1, len(held_out) // HELD_OUT_STREAM))
         return streams(held_out, 1 << (most.bit_length() - 1))
+
+    def release(self) -> None:
+        """Give back the memory of what has been looked at."""
+        release(self.train)
 
 
 def open_corpus(
@@ -98,7 +102,7 @@ def _only_one(ids: np.ndarray, text: Text) -> str | None:
     """The only character of a text, or None where there are more."""
     if text.level == "char":
         return repr(text.characters[0]) if len(text.characters) == 1 else None
-    for start in range(0, len(ids), CHUNK):
-        if np.any(ids[start : start + CHUNK] != ids[0]):
-            return None
-    return f"0x{ids[0]:02x}"
+    first = ids[0]
+    if any(np.any(chunk != first) for chunk in chunks(ids)):
+        return None
+    return f"0x{first:02x}"

@@ -1,17 +1,18 @@
 """A file of ids that is written piece by piece, and read as if it were an array in memory."""
 
+import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from jaxrnn import _checks
 
-# Ids that are widened at a time.
+# Ids that are looked at at a time.
 CHUNK = 2**20
 
 
@@ -133,3 +134,27 @@ def open_ids(path: Path, length: int, size: int) -> np.ndarray:
         wanted = f"{id_dtype(size)} array of shape [{length}]"
         raise _checks.InputError(f"{path}: expected {wanted}, got {_checks.came(ids)}")
     return np.asarray(ids)  # the same memory, without the methods of a file
+
+
+def chunks(ids: np.ndarray, overlap: int = 0) -> Iterator[np.ndarray]:
+    """All ids, piece by piece, in memory that does not grow with them.
+
+    Args:
+      ids: in memory, or mapped; then the pages of each piece are given back after it.
+      overlap: how many ids at its end each piece shares with the next.
+    """
+    for start in range(0, len(ids) - overlap, CHUNK):
+        yield ids[start : start + CHUNK + overlap]
+        release(ids)
+
+
+def release(ids: np.ndarray) -> None:
+    """Give the pages of mapped ids back; what is looked at again is mapped again.
+
+    The kernel would take them only when it wants them, and until then they count as the process's.
+    """
+    memory: Any = ids
+    while isinstance(memory, np.ndarray):
+        memory = memory.base
+    if isinstance(memory, mmap.mmap) and hasattr(memory, "madvise"):  # not everywhere
+        memory.madvise(mmap.MADV_DONTNEED)

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from jaxrnn._training.id_file import chunks
+
 # Added to each count (Lidstone), so that what was never seen has a probability.
 PSEUDO_COUNT = 0.1
-# Ids are counted so many at a time: memory does not grow with the text.
-CHUNK = 2**20
 # Up to so many possible pairs each has a place in a table; else only those that occur are kept.
 LARGEST_TABLE = 2**22
 
@@ -44,8 +44,8 @@ def bigram_bits(train: np.ndarray, held_out: np.ndarray, size: int) -> float:
 def _counts(ids: np.ndarray, size: int) -> np.ndarray:
     """How often each id occurs, int64 `[size]`."""
     counts = np.zeros(size, np.int64)
-    for start in range(0, len(ids), CHUNK):
-        counts += np.bincount(ids[start : start + CHUNK], minlength=size)
+    for chunk in chunks(ids):
+        counts += np.bincount(chunk, minlength=size)
     return counts
 
 
@@ -73,9 +73,9 @@ def _sparse_pairs(ids: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _neighbours(ids: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    for start in range(0, len(ids) - 1, CHUNK):
-        chunk = ids[start : start + CHUNK + 1].astype(np.int64)
-        yield chunk[:-1] * size + chunk[1:]
+    for chunk in chunks(ids, overlap=1):
+        wide = chunk.astype(np.int64)
+        yield wide[:-1] * size + wide[1:]
 
 
 def _merged(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:

@@ -142,6 +142,7 @@ class Run:
                 skip_nonfinite=config.skip_nonfinite, stop=stop,
             ):  # fmt: skip
                 self.step = now.step
+                self.corpus.release()
                 ended = now.step == config.steps
                 row = self._row(now, begun)
                 measured = None
