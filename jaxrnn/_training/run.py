@@ -68,6 +68,7 @@ class Run:
         self._seconds = rows[-1]["seconds"] if rows else 0.0
         bits = [row["held_out_bits"] for row in rows if "held_out_bits" in row]
         self._bits = bits[-1] if bits and bits[-1] is not None else math.nan
+        self._least = min((each for each in bits if each is not None), default=math.inf)
 
     def result(self, signal: int = 0) -> Result:
         """Where it stands."""
@@ -145,16 +146,18 @@ class Run:
                 self.corpus.release()
                 ended = now.step == config.steps
                 row = self._row(now, begun)
-                measured = None
+                measured, best = None, False
                 if ended or now.step % config.eval_every == 0:
                     nats = train.evaluate(now.state.params, *held_out, put=put)
                     measured = self._measured(nats, now)
                     row["held_out_bits"] = measured
                     self._bits = math.nan if measured is None else measured
+                    best = self._bits < self._least
+                    self._least = self._bits if best else self._least
                 if processes.is_first():
                     directory.append_metrics(self.out, row)
                 report(row)
-                if ended or signal or now.step % config.checkpoint_every == 0:
+                if ended or signal or best or now.step % config.checkpoint_every == 0:
                     about = identity(config, self.text)
                     self._checkpoints.save(now.step, now.state, about, measured)
         return self.result(0 if self.step == config.steps else signal)
