@@ -49,7 +49,7 @@ def train_jaxrnn(params: Any, windows: Iterator, run: Run) -> tuple[Found, Nats]
 
     rate = optax.cosine_decay_schedule(run.learning_rate, run.steps)
     optimizer = optax.chain(optax.clip_by_global_norm(run.grad_clip), optax.adam(rate))
-    update = train.make_update(optimizer)
+    update = train.make_update(optimizer, mesh=mesh)
     state = place(train.init_state(params, optimizer, run.batch_size))
     state = replace(state, h=place(state.h, "data"))
 

@@ -8,11 +8,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from jaxrnn import _checks
 from jaxrnn._cell import Ids, Params, check_forward, check_params
 from jaxrnn._layers import first_states
 from jaxrnn._loss_and_grads import loss_and_grads
+from jaxrnn._sharding import varying_like
+
+# The axis of a mesh over which the batch is split.
+DATA = "data"
 
 
 @jax.tree_util.register_dataclass
@@ -68,7 +75,7 @@ def init_state(
 
 
 def make_update(
-    optimizer: optax.GradientTransformation, loss: Loss | None = None
+    optimizer: optax.GradientTransformation, loss: Loss | None = None, *, mesh: Mesh | None = None
 ) -> Callable[
     [TrainState, jax.typing.ArrayLike, jax.typing.ArrayLike], tuple[TrainState, jax.Array]
 ]:
@@ -80,20 +87,26 @@ def make_update(
       optimizer: from optax; `optax.sgd(η)` is the source's θ ← θ − η ∂L/∂θ, of the mean.
       loss: of a model of one's own, (params, h, inputs, targets, key) -> (the loss summed over all
         targets, the last h); by default that of `jaxrnn.loss_and_grads`, by hand.
+      mesh: has an axis "data" over which the batch is split, axis 0 of each array of h. Each device
+        there forms the gradients of its own sequences, and after all loops one all-reduce adds
+        them up; left to itself, XLA may do that in every segment of a long sequence. A loss
+        of one's own gets another key on each.
 
     Returns:
       A function (state, inputs, targets) -> (state, loss): ids `[T, B]` each, loss in mean
       nats per character before the update. It consumes the state that it is given.
 
     Raises:
+      ValueError: a mesh without that axis.
       TypeError, ValueError: the function returned, as `jaxrnn.loss_and_grads`.
 
     Source: "Parameter updates".
     """
+    summed = _split(loss, mesh)
 
     @partial(jax.jit, donate_argnums=0)
     def update(state: TrainState, inputs: jax.Array, targets: jax.Array):
-        new, mean, _ = _update(optimizer, loss, state, inputs, targets)
+        new, mean, _ = _update(optimizer, summed, state, inputs, targets)
         return new, mean
 
     return update
@@ -118,7 +131,7 @@ class Figures:
 
 
 def make_checked_update(
-    optimizer: optax.GradientTransformation, loss: Loss | None = None
+    optimizer: optax.GradientTransformation, loss: Loss | None = None, *, mesh: Mesh | None = None
 ) -> Callable[[TrainState, jax.typing.ArrayLike, jax.typing.ArrayLike], tuple[TrainState, Figures]]:
     """An update that changes nothing where a number of it is not finite.
 
@@ -129,18 +142,20 @@ def make_checked_update(
     Args:
       optimizer: as in `make_update`.
       loss: as in `make_update`.
+      mesh: as in `make_update`.
 
     Returns:
       A function (state, inputs, targets) -> (state, `Figures`), which `fit` takes. It consumes the
       state that it is given.
 
     Raises:
-      TypeError, ValueError: the function returned, as that of `make_update`.
+      TypeError, ValueError: as `make_update`, and what that returns.
     """
+    summed = _split(loss, mesh)
 
     @partial(jax.jit, donate_argnums=0)
     def update(state: TrainState, inputs: jax.Array, targets: jax.Array):
-        new, mean, gradient = _update(optimizer, loss, state, inputs, targets)
+        new, mean, gradient = _update(optimizer, summed, state, inputs, targets)
         # Not h: it is split as the batch is, and a loss is finite only where its states are.
         leaves = jax.tree.leaves((mean, gradient, new.params, new.optimizer_state))
         finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
@@ -157,20 +172,46 @@ def _norm(tree):
     return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
 
 
-def _update(optimizer, loss, state, inputs, targets):
+def _update(optimizer, summed, state, inputs, targets):
     """The new state, the mean loss, and its gradient."""
     params, size = state.params, targets.size
-    if loss is None:
-        total, gradients = loss_and_grads(params, Ids(inputs), targets, h0=state.h)
-        summed, h = gradients.params, gradients.h_last
-    else:
-        key = None if state.key is None else jax.random.fold_in(state.key, state.step)
-        differentiated = jax.value_and_grad(loss, has_aux=True)
-        (total, h), summed = differentiated(params, state.h, inputs, targets, key)
-    mean: Any = jax.tree.map(lambda g: g / jnp.asarray(size, g.dtype), summed)
+    key = None if state.key is None else jax.random.fold_in(state.key, state.step)
+    (total, gradient), h = summed(params, state.h, inputs, targets, key)
+    mean: Any = jax.tree.map(lambda g: g / jnp.asarray(size, g.dtype), gradient)
     updates, optimizer_state = optimizer.update(mean, state.optimizer_state, params)
     params = optax.apply_updates(params, updates)
     return TrainState(params, optimizer_state, h, state.step + 1, state.key), total / size, mean
+
+
+def _split(loss, mesh):
+    """(params, h, inputs, targets, key) -> ((the summed loss, its gradient), the last h)."""
+    if mesh is not None and DATA not in mesh.shape:
+        _checks.bad_value("mesh", f"an axis {DATA!r}", list(mesh.shape))
+    if mesh is None or mesh.shape[DATA] == 1:
+        return partial(_summed, loss)
+
+    def share(params, h, inputs, targets, key):
+        if loss is not None:
+            # Else JAX itself would add gradients up over the devices, wherever they are formed.
+            params = varying_like(params, inputs)
+            key = None if key is None else jax.random.fold_in(key, lax.axis_index(DATA))
+        sums, h = _summed(loss, params, h, inputs, targets, key)
+        return lax.psum(sums, DATA), h
+
+    batch = P(None, DATA)
+    return jax.shard_map(
+        share, mesh=mesh, axis_names={DATA},
+        in_specs=(P(), P(DATA), batch, batch, P()), out_specs=(P(), P(DATA)),
+    )  # fmt: skip
+
+
+def _summed(loss, params, h, inputs, targets, key):
+    if loss is None:
+        total, gradients = loss_and_grads(params, Ids(inputs), targets, h0=h)
+        return (total, gradients.params), gradients.h_last
+    differentiated = jax.value_and_grad(loss, has_aux=True)
+    (total, h), gradient = differentiated(params, h, inputs, targets, key)
+    return (total, gradient), h
 
 
 def start_over(state: TrainState) -> TrainState:

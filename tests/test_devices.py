@@ -18,7 +18,7 @@ from helpers import assert_close
 import jaxrnn
 from jaxrnn import train
 from jaxrnn._checks import InputError
-from jaxrnn._schedule import hoists_inputs
+from jaxrnn._schedule import hoists_inputs, segment_length
 from jaxrnn._training import plan
 from jaxrnn._training.config import Config, initial_state, make_optimizer
 from jaxrnn._training.devices import DATA, MODEL, Placement
@@ -92,10 +92,11 @@ def test_units_that_cannot_be_split_are_one_line(monkeypatch):
         Placement(6, H)
 
 
-def trained(state, optimizer, placement=None, steps=20):
+def trained(state, optimizer, placement=None, steps=20, loss=None):
     """Parameters and losses after some checked updates."""
     ids = np.random.default_rng(0).integers(0, K, (steps, 2, T, B)).astype(np.uint8)
-    update, losses = train.make_checked_update(optimizer), []
+    mesh, losses = placement and placement.mesh, []
+    update = train.make_checked_update(optimizer, loss, mesh=mesh)
     if placement is not None:
         state, split = placement.put_state(state), placement.split
     else:
@@ -138,6 +139,42 @@ def test_split_training_with_adam_is_the_same_training(place, whole):
         found = trained(make_state(optimizer, 2), optimizer, place(2, 2))
     # An update is lr·m / (√v + 1e-8): what is wrong in a gradient, 48 eps, at most 1e8 fold.
     assert_close(found, expected, 20 * 1e-3 * 48 * 2.2e-16 * 1e8)
+
+
+def own_loss(params, h, inputs, targets, key):
+    h, hs = jaxrnn.unroll_layers(params.cell, jaxrnn.Ids(inputs), h)
+    logits = jaxrnn.apply_readout(params.readout, hs)
+    return jnp.sum(jaxrnn.cross_entropy(logits, targets)), h
+
+
+@pytest.mark.parametrize(("data", "model"), [(4, 1), (2, 2)])
+def test_a_loss_of_ones_own_is_split_likewise(data, model, place, whole):
+    optimizer, expected = whole("sgd", 2)
+    found = trained(make_state(optimizer, 2), optimizer, place(data, model), loss=own_loss)
+    assert_close(found, expected, 1e-12)
+
+
+def test_each_device_draws_by_itself(place):
+    """Of noise that would be the same on two devices nothing would be left."""
+    placement = place(2, 1)
+    state = make_state(optax.sgd(0.0))
+
+    def loss(params, h, inputs, targets, key):
+        noise = jax.random.normal(key, (inputs.shape[1],))
+        sign = jnp.where(jax.lax.axis_index(DATA) == 0, 1.0, -1.0)
+        return jnp.sum(params.cell.b) * 0 + jnp.sum(noise * sign), h
+
+    update = train.make_checked_update(optax.sgd(0.0), loss, mesh=placement.mesh)
+    key = jax.random.key_data(jax.random.key(1))
+    state = placement.put_state(train.init_state(state.params, optax.sgd(0.0), B, key))
+    ids = placement.split(np.zeros((T, B), np.uint8), 1)
+    assert abs(update(state, ids, ids)[1].loss) > 1e-3
+
+
+def test_a_mesh_without_the_axis_is_one_line():
+    mesh = jax.make_mesh((2,), ("batch",))
+    with pytest.raises(ValueError, match=r"^mesh: expected an axis 'data', got \['batch'\]"):
+        train.make_update(optax.sgd(0.1), mesh=mesh)
 
 
 @pytest.mark.parametrize("streams", [8, 2, 1])
@@ -185,9 +222,10 @@ def collectives(text):
 def collectives_of_an_update(placement, layers=1, hidden_size=H, batch_size=B, seq_length=T):
     """And the bytes of all parameters."""
     config = Config(layers=layers, hidden_size=hidden_size, batch_size=batch_size)
+    mesh = placement.mesh
     state = placement.put_state(initial_state(config, K))
     ids = placement.split(np.zeros((seq_length, batch_size), np.uint8), 1)
-    update = train.make_checked_update(make_optimizer(config))
+    update = train.make_checked_update(make_optimizer(config), mesh=mesh)
     text = update.lower(state, ids, ids).compile().as_text()
     return collectives(text), sum(x.nbytes for x in jax.tree.leaves(state.params))
 
@@ -206,11 +244,20 @@ def test_collectives_are_seen(place):
     assert collectives(jax.jit(f).lower(x).compile().as_text()) == [(1, "all-reduce", 1, 8)]
 
 
+# Hidden size, batch, steps: one piece, and what each device takes in several segments.
+LENGTHS = {"short": (H, B, T), "segments": (64, 64, 1024)}
+
+
 @pytest.mark.usefixtures("as_users_have_it")
+@pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("layers", [1, 2])
-def test_one_all_reduce_carries_all_gradients(layers, place):
+def test_one_all_reduce_carries_all_gradients(layers, length, place):
     """Of a batch that is split: after all loops, with the loss; the tests and norms need none."""
-    found, parameters = collectives_of_an_update(place(4, 1), layers)
+    hidden_size, batch_size, steps = LENGTHS[length]
+    placement = place(4, 1, batch_size, hidden_size)
+    segment = segment_length(steps, (batch_size // 4,), hidden_size)
+    assert (segment < steps) == (length == "segments")
+    found, parameters = collectives_of_an_update(placement, layers, hidden_size, batch_size, steps)
     arrays = 3 * layers + 2 + 1  # and the loss
     assert found == [(0, "all-reduce", arrays, parameters + 4)]
 
@@ -224,7 +271,7 @@ def test_a_step_of_split_units_gathers_once_and_sums_once(data, model, layers, h
     found, parameters = collectives_of_an_update(placement, layers, hidden_size)
     state = 4 * B // data * hidden_size
     # Where U x is formed in the loop, what comes from the layer below is gathered there as well.
-    hoisted = hoists_inputs(T, (B,), hidden_size, hidden_size)
+    hoisted = hoists_inputs(T, (B // data,), hidden_size, hidden_size)
     gathers = layers if hoisted else 2 * layers - 1
     expected = [(1, "all-gather", 1, state)] * gathers + [(1, "all-reduce", 1, state)] * layers
     assert sorted(entry for entry in found if entry[0]) == expected
@@ -266,7 +313,7 @@ def test_memory_is_roughly_that_of_the_program(name, layers, mesh, place):
         state, placement.of_state(state),
     )  # fmt: skip
     ids = placement.split(np.zeros((seq_length, batch_size), np.uint8), 1)
-    update = train.make_checked_update(make_optimizer(config))
+    update = train.make_checked_update(make_optimizer(config), mesh=placement.mesh)
     found = update.lower(state, ids, ids).compile().memory_analysis()
     needed = found.temp_size_in_bytes + found.argument_size_in_bytes
     assert 0.5 < said / needed < 2

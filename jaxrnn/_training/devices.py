@@ -9,9 +9,10 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxrnn import _checks
+from jaxrnn._update import DATA as DATA
 
-# Axes of the mesh: the batch is split over the one, hidden units over the other.
-DATA, MODEL = "data", "model"
+# The other axis of the mesh, over which hidden units are split.
+MODEL = "model"
 # How each array of the parameters, and of what an optimiser keeps for it, is split.
 SPLIT = {
     "U": PartitionSpec(MODEL, None),

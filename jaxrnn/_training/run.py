@@ -120,7 +120,8 @@ class Run:
             state = self.placement.put_state(initial_state(config, len(self.text.characters)))
         if processes.is_first():
             directory.trim_metrics(self.out, self.step)
-        update = train.make_checked_update(make_optimizer(config))
+        optimizer, mesh = make_optimizer(config), self.placement.mesh
+        update = train.make_checked_update(optimizer, mesh=mesh)
         inputs, targets = streams(self.corpus.train, config.batch_size)
         windows = train.windows(inputs, targets, config.seq_length, self.step)
         placed = ((put(x, 1), put(y, 1), first) for x, y, first in windows)
