@@ -13,6 +13,11 @@ from jaxrnn import _checks
 from jaxrnn._update import Figures, TrainState, start_over
 
 
+# So many updates are under way at most. With some dozens that several devices share, XLA's CPU runs
+# into a deadlock.
+AHEAD = 8
+
+
 class DivergedError(Exception):
     """The loss, the gradient or what an update makes of it is no number any more."""
 
@@ -63,7 +68,7 @@ def fit(
       stop: asked with the step after each update; after a yes comes the last report.
 
     Yields:
-      A `Report`. Between reports the devices are not waited for.
+      A `Report`. Between reports the devices are a few updates behind.
 
     Raises:
       DivergedError: an update was not finite; the step and the norms are in its message.
@@ -77,6 +82,8 @@ def fit(
         inputs, targets, first = next(windows)
         state, figures = update(start_over(state) if first else state, inputs, targets)
         unseen.append(figures)
+        if len(unseen) > AHEAD:
+            unseen[-1 - AHEAD].loss.block_until_ready()
         step += 1
         if since is None:
             figures.loss.block_until_ready()
