@@ -11,12 +11,14 @@ def main() -> int:
     """Run the command line; say which extra it needs, and end quietly when told to.
 
     Returns:
-      The exit code: that of the command, 2 for a missing extra, 130 after Ctrl-C.
+      The exit code: that of the command, 1 where output cannot be written, 2 for a missing extra,
+      130 after Ctrl-C.
     """
     # A terminal that cannot show a character shows its number, not a traceback.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    code = 0
     try:
         from jaxrnn._cli import main as run
 
@@ -32,10 +34,14 @@ def main() -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # Whoever read the output has had enough; Python would complain once more at its end.
+    except OSError as error:
+        # Python would complain once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        if isinstance(error, BrokenPipeError):  # whoever read the output has had enough
+            return code
+        where = error.filename or "standard output"
+        print(f"jaxrnn: error: {where}: cannot be written: {error.strerror}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

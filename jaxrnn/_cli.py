@@ -103,8 +103,11 @@ def _add_train(train):
         help="files, directories, - for standard input; CPython's own documentation if none",
     )  # fmt: skip
     where = groups["run"].add_mutually_exclusive_group()
-    where.add_argument("--out", metavar="RUN", help="run directory (default: a new one in runs/)")
-    where.add_argument("--resume", metavar="RUN", help="go on with a run that was interrupted")
+    where.add_argument(
+        "--out", metavar="RUN", type=_named, help="run directory (default: a new one in runs/)"
+    )
+    where.add_argument("--resume", metavar="RUN", type=_named,
+                       help="go on with a run that was interrupted")  # fmt: skip
     for title, options in _TRAIN.items():
         for name, (kind, text) in options.items():
             # Absent unless named: a run that goes on has its own.
@@ -163,6 +166,12 @@ def _commands(parser):
     ]
 
 
+def _named(text: str) -> str:
+    if not text:  # of a variable of the shell that is not set
+        raise argparse.ArgumentTypeError("expected a directory, got nothing")
+    return text
+
+
 def _processes(text: str) -> int | str:
     return text if text == "auto" else _COUNT(text)
 
@@ -210,8 +219,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-      0; 1 where numbers disagree or the loss is no number; 2 for bad input, with one line on
-      standard error; 130 where Ctrl-C ended training early.
+      0; 1 where numbers disagree, the loss is no number, a file cannot be written or a process is
+      gone; 2 for bad input, with one line on standard error; 130 where Ctrl-C ended training
+      early, 143 where SIGTERM did.
     """
     args = make_parser().parse_args(argv)
     try:

@@ -89,7 +89,7 @@ def plot_ensemble(losses: np.ndarray, path: str | os.PathLike) -> None:
       path: the file; an old one is replaced at once, when the new one is complete.
 
     Raises:
-      ValueError: losses of another shape, or a path that cannot be a file.
+      ValueError: losses of another shape, or a path that cannot be written.
     """
     path = _writable("path", path)
     save_png(_figure(_all_epochs(losses)), path)

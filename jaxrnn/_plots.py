@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from jaxrnn._files import whole_file, writing
+
 LN_2 = 0.6931471805599453
 # The curves, in the order in which they are drawn: what they are called in the metrics, and here.
 CURVES = {"bits": ("training", "."), "held_out_bits": ("held-out", "o")}
@@ -26,13 +28,13 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def save_png(figure: Any, path: Path) -> None:
-    """Write a figure whole or not at all; an old file is replaced when the new one is complete."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        figure.savefig(partial, format="png", dpi=150)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Write a figure whole or not at all; an old file is replaced when the new one is complete.
+
+    Raises:
+      InputError: it cannot be written.
+    """
+    with whole_file(path, f".{os.getpid()}") as file, writing(path):
+        figure.savefig(file, format="png", dpi=150)
 
 
 def _nats(bits: Any) -> Any:

@@ -19,10 +19,10 @@ PACKAGE = ROOT / "jaxrnn"
 FLOORS = [
     ["_primitive", "_segments", "_schedule", "_sharding"],
     ["_fold", "_linear_map"],
-    ["_dtypes", "_printed", "_plots"],
+    ["_dtypes", "_printed"],
     ["_checks"],
-    ["_activation", "_padding", "_dropout", "_precision"],
-    ["_cell", "_target"],
+    ["_activation", "_padding", "_dropout", "_precision", "_files"],
+    ["_cell", "_target", "_plots"],
     ["_implementation"],
     ["_step", "_loss", "_init"],
     ["_jacobians"],
@@ -79,11 +79,11 @@ ROOMS = {
         ["run"],
     ],
     "_training": [
-        ["sources", "id_file", "levels", "directory", "lock"],
-        ["config", "devices", "processes", "signals", "checkpoints", "progress"],
+        ["sources", "id_file", "levels", "lock", "signals", "kept"],
+        ["config", "devices", "processes", "directory", "checkpoints", "progress"],
         ["encode", "ngram"],
         ["corpus", "saved"],
-        ["plan", "run", "sample_command", "show_command"],
+        ["plan", "prepare", "run", "sample_command", "show_command"],
         ["train_command"],
     ],
 }

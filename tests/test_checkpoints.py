@@ -122,10 +122,26 @@ def test_the_last_three_and_the_best_are_kept(float32, tmp_path):
         checkpoints.save(step, make_state(step), {"at": step}, bits)
     again = Checkpoints(tmp_path)
     assert again.steps() == [2, 4, 5, 6] and again.best() == 2
+    # And no others anywhere.
+    folder = tmp_path / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["2", "4", "5", "6"]
+    # Nor what a process leaves that is killed as it saves, or deletes.
+    for left in ("7.orbax-checkpoint-tmp", "deleted"):
+        shutil.copytree(folder / "4", folder / left / "4")
+    before = contents(tmp_path)
+    assert Checkpoints(tmp_path).steps() == [2, 4, 5, 6] and contents(tmp_path) == before
+    Checkpoints(tmp_path, write=True)
+    assert sorted(path.name for path in folder.iterdir()) == ["2", "4", "5", "6"]
     assert again.about(4)["at"] == 4
     for model in (1, 2):  # on other devices too
         for step in again.steps():
             assert_same(again.state(step, shapes(model)), make_state(step))
+
+
+def test_without_a_measured_loss_there_is_no_best(float32, tmp_path):
+    checkpoints = Checkpoints(tmp_path, write=True)
+    checkpoints.save(1, make_state(1), {}, None)
+    assert checkpoints.steps() == [1] and checkpoints.best() is None
 
 
 def test_a_state_is_read_as_it_was_or_not_at_all(float32, tmp_path, capfd):
@@ -175,9 +191,30 @@ def test_a_disk_that_is_full_loses_nothing(run, monkeypatch):
     assert re.fullmatch(said, found.stderr), found.stderr
     assert contents(run / "checkpoints").items() >= before.items()
     newest = Checkpoints(run).steps()[-1]
-    assert train("--resume", run, "--checkpoint-every", "5", limit=10).returncode != 0
+    found = train("--resume", run, "--checkpoint-every", "5", limit=10)
+    said = rf"jaxrnn train: error: {run}/metrics.jsonl: cannot be written: File too large\n"
+    assert found.returncode == 2 and re.fullmatch(said, found.stderr), found.stderr
     load(run)
     assert Checkpoints(run).steps()[-1] == newest
+
+
+@pytest.mark.parametrize(("limit", "name"), [(100, "config.json"), (1000, "ids.npy"),
+                                             (3500, "text.json")])  # fmt: skip
+def test_a_disk_that_is_full_at_the_start_leaves_nothing(limit, name, tmp_path):
+    """Of a text whose alphabet is larger than itself, written down."""
+    (tmp_path / "text").write_text("".join(map(chr, range(0x4E00, 0x4E00 + 800))) * 2)
+    found = train(tmp_path / "text", *SMALL, "--out", tmp_path / "deep" / "run", limit=limit)
+    said = f"jaxrnn train: error: {tmp_path}/deep/run/{name}: cannot be written: File too large\n"
+    assert (found.returncode, found.stderr) == (2, said)
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
+
+
+def test_a_picture_on_a_full_disk_ends_nothing(text_file, tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    found = train(text_file, *SMALL, "--out", tmp_path / "run", limit=30_000)
+    assert (found.returncode, found.stderr) == (0, "")
+    assert f"no picture: {tmp_path}/run/loss.png: cannot be written: File too" in found.stdout
+    assert "run directory: " in found.stdout and Checkpoints(tmp_path / "run").steps()[-1] == 30
 
 
 def test_a_damaged_checkpoint_is_one_line(run):
@@ -202,6 +239,62 @@ def test_a_checkpoint_of_another_run_is_one_line(run):
     said = r".*/\d+: expected a checkpoint of this run, got one of another learning_rate, .*\n"
     assert re.fullmatch(said, found.stderr), found.stderr
     assert contents(run) == before
+
+
+def test_one_of_another_step_or_text_is_one_line(run):
+    steps = Checkpoints(run).steps()
+    for name in (run / "checkpoints").iterdir():
+        if name.name != str(steps[0]):
+            shutil.rmtree(name)
+    (run / "checkpoints" / str(steps[0])).rename(run / "checkpoints" / "777")
+    found = train("--resume", run)
+    said = rf".*/777: expected the state of step 777, got that of step {steps[0]}\n"
+    assert found.returncode == 2 and re.fullmatch(said, found.stderr), found.stderr
+    (run / "checkpoints" / "777").rename(run / "checkpoints" / str(steps[0]))
+    values = json.loads((run / "text.json").read_text())
+    values["text"]["name"] = "the same by another name"
+    (run / "text.json").write_text(json.dumps(values))
+    load(run)
+    values["text"]["length"] -= 1
+    (run / "text.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match=r"expected a checkpoint of this run, .* another length"):
+        load(run)
+
+
+def test_what_is_damaged_beside_the_arrays_is_one_line(run):
+    newest = Checkpoints(run).steps()[-1]
+    for name, content in (("about/metadata", "[]"), ("metrics/metrics", "")):
+        file = run / "checkpoints" / str(newest) / name
+        before = file.read_text()
+        file.write_text(content)
+        found = train("--resume", run)
+        said = rf"jaxrnn train: error: {run}/checkpoints/{newest}: the checkpoint cannot be .*\n"
+        assert found.returncode == 2 and re.fullmatch(said, found.stderr), found.stderr
+        file.write_text(before)
+    rows = [row for row in directory.read_metrics(run) if row.pop("seconds")]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = train("--resume", run)
+    assert found.returncode == 2 and "expected a row of metrics, got" in found.stderr
+    values = json.loads((run / "config.json").read_text())
+    values["options"]["eval_every"] = 0
+    (run / "config.json").write_text(json.dumps(values))
+    found = train("--resume", run)
+    assert found.returncode == 2 and "eval_every: expected at least 1, got 0\n" in found.stderr
+
+
+def test_ids_of_a_run_are_not_replaced(run):
+    """Nor trained on where they are others."""
+    (run / "text.json").rename(run / "elsewhere")
+    before = contents(run)
+    found = train("--resume", run)
+    said = f"jaxrnn train: error: {run}: expected a run directory, got no text.json in it\n"
+    assert (found.returncode, found.stderr) == (2, said) and contents(run) == before
+    (run / "elsewhere").rename(run / "text.json")
+    ids = np.load(run / "ids.npy")
+    np.save(run / "ids.npy", ids[::-1])
+    found = train("--resume", run)
+    said = f"jaxrnn train: error: {run}/ids.npy: expected the ids of .*, got others\n"
+    assert found.returncode == 2 and re.fullmatch(said, found.stderr), found.stderr
 
 
 def test_other_options_are_one_line(run):
@@ -248,7 +341,7 @@ def test_a_run_that_diverges_says_where_and_goes_on_without(text_file, tmp_path)
     assert found.returncode == 1
     said = (
         r"jaxrnn train: error: the .* at step \d+ \(gradient norm \S+, parameter norm \S+\); "
-        r"there is no checkpoint yet; try .*--skip-nonfinite; to go on: .*\n"
+        r"begin again .*--skip-nonfinite; there is no checkpoint yet; to go on: .*\n"
     )
     assert re.fullmatch(said, found.stderr), found.stderr
     found = train("--resume", out, "--skip-nonfinite")

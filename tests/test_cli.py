@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 import signal
 import subprocess
@@ -55,7 +56,7 @@ def test_training_without_a_terminal(trained, text_file):
     line = r"  loss \d\.\d+ bits \d\.\d+ held-out \d\.\d+ \d+k char/s  0:\d\d:\d\d left"
     assert re.match(line, first)
     sample = re.search(
-        r"from where the held-out text begins:\n(.*)\nloss curves", run.stdout, re.DOTALL
+        r"from where the held-out text begins:\n(.*)\npicture: ", run.stdout, re.DOTALL
     )
     assert len(sample[1]) == 20
     found = float(re.search(r"held-out bits per character: (\d\.\d+)", run.stdout)[1])
@@ -205,7 +206,8 @@ def test_a_loss_that_is_no_number_keeps_the_run(text_file, tmp_path):
     assert run.returncode == 1
     assert re.fullmatch(
         r"jaxrnn train: error: .* at step \d+ .*gradient norm .*parameter norm .*; "
-        r"the last checkpoint is deep/run/checkpoints/\d+; .*--learning-rate.*; "
+        r"begin again with a smaller --learning-rate .* --skip-nonfinite; "
+        r"the last checkpoint is deep/run/checkpoints/\d+; "
         r"to go on: jaxrnn train --resume deep/run\n",
         run.stderr,
     ), run.stderr
@@ -235,6 +237,12 @@ BAD_TRAINING = {
     "full directory": (["{text}", "--out", "{bad}/full"], "--out: expected an empty or new"),
     "out is a file": (["{text}", "--out", "{bad}/same"], "--out: cannot write to .*same"),
     "out is a run": (["{text}", "--out", "{run}"], "is a run; to go on .*train --resume .*fox"),
+    "no name": (["--resume", ""], "--resume: expected a directory, got nothing"),
+    "devices": (["{text}", "--model-devices", "3"], "--model-devices: expected a divisor of the"),
+    "units": (
+        ["{text}", "--hidden-size", "15", "--model-devices", "2"],
+        "divisor of --hidden-size",
+    ),
     "two places": (["{text}", "--out", "a", "--resume", "b"], "--resume: not allowed with .*--out"),
     "another option": (["--resume", "{run}", "--layers", "2"], "--layers: expected 1, as .*fox"),
     "another text": (["{text}", "--resume", "{run}"], "--resume: expected no text beside it"),
@@ -320,6 +328,74 @@ def test_output_that_nobody_reads_any_more(trained):
         assert len(run.stdout) == 14 and run.stderr == ""
 
 
+@pytest.mark.parametrize("read", [0, 9])
+def test_training_whose_output_nobody_reads_saves_and_says_so(read, text_file, tmp_path):
+    """Its last report is that of step 10 · n, where no checkpoint was due."""
+    out = tmp_path / "run"
+    process = start("train", text_file, "--out", out, *SMALL, "--steps", "100000")
+    for _ in range(read):
+        process.stdout.readline()
+    process.stdout.close()
+    with process.stderr:
+        errors = process.stderr.read()
+    assert process.wait(timeout=60) == (1 if read else 0)
+    if read:
+        said = r"jaxrnn train: error: standard output: cannot be written: Broken pipe; "
+        said += rf"the last checkpoint is {out}/checkpoints/(\d+); to go on: .*\n"
+        assert re.fullmatch(said, errors), errors
+        step = int(re.fullmatch(said, errors)[1])
+        assert step == read_metrics(out)[-1]["step"] > 0 and step % 250
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a disk that is always full")
+@pytest.mark.parametrize("command", ["train", "show", "example"])
+def test_output_on_a_full_disk_is_one_line(command, trained, text_file, tmp_path):
+    what = {"train": [text_file, "--out", tmp_path / "run", *SMALL], "show": [trained[0]]}
+    with open("/dev/full", "w") as full:
+        run = jaxrnn(command, *what.get(command, []), stdout=full)
+    said = "jaxrnn: error: standard output: cannot be written: No space left on device\n"
+    assert (run.returncode, run.stderr) == (1, said)
+
+
+def test_a_name_that_is_no_utf_8(tmp_path):
+    name = os.fsdecode(b"caf\xe9.txt")
+    (tmp_path / name).write_text(TEXT)
+    run = jaxrnn("train", tmp_path / name, "--out", tmp_path / "run", *SMALL)
+    assert (run.returncode, run.stderr) == (0, "")
+    again = jaxrnn("train", "--resume", tmp_path / "run")
+    assert (again.returncode, again.stderr) == (0, "") and "is finished: 30 updates" in again.stdout
+    run = jaxrnn("train", tmp_path / name, "--out", tmp_path / name / "run", *SMALL)
+    assert run.returncode == 2 and "--out: expected a name that is UTF-8, got " in run.stderr
+    assert len(run.stderr.splitlines()) == 1
+
+
+def test_two_runs_that_begin_beside_each_other(text_file, tmp_path):
+    """One of them fails, and leaves the directory of both to the other."""
+    process = start("train", "-", "--out", tmp_path / "runs" / "a", *SMALL, stdin=subprocess.PIPE)
+    while not (tmp_path / "runs" / "a" / "config.json").exists():
+        assert process.poll() is None
+    (tmp_path / "runs" / "b").mkdir()
+    _, errors = process.communicate("too short", timeout=60)
+    assert process.returncode == 2
+    assert re.fullmatch(r"jaxrnn train: error: standard input: expected at least .*\n", errors)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["b"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_start_that_is_interrupted_leaves_nothing(number, tmp_path):
+    process = start("train", "-", "--out", tmp_path / "run", *SMALL, stdin=subprocess.PIPE)
+    while not (tmp_path / "run" / ".ids.npy.partial").exists():
+        assert process.poll() is None
+    # It is being trained already, for another one that would go on with it.
+    other = jaxrnn("train", "--resume", tmp_path / "run")
+    assert other.returncode == 2 and "expected a run that nobody is training" in other.stderr
+    assert "being trained, at step 0" in jaxrnn("show", tmp_path / "run").stdout
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (128 + number, "")
+    assert not list(tmp_path.iterdir())
+
+
 def run_without(module, arguments, folder):
     code = (
         f"import sys; sys.modules[{module!r}] = None;"
@@ -352,7 +428,7 @@ def test_a_missing_extra_is_named(module, arguments, extra, text_file, tmp_path)
 def test_training_without_matplotlib_says_so(text_file, tmp_path):
     run = run_without("matplotlib", ["train", text_file, "--out", "run", *SMALL], tmp_path)
     assert (run.returncode, run.stderr) == (0, "")
-    assert "no loss curves: matplotlib is missing; pip install 'jaxrnn[plot]'" in run.stdout
+    assert "no picture: matplotlib is missing; pip install 'jaxrnn[plot]'" in run.stdout
     assert (tmp_path / "run" / "checkpoints" / "30").is_dir()
 
 

@@ -8,6 +8,7 @@ import resource
 import sys
 import threading
 import tracemalloc
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -102,7 +103,7 @@ def test_bytes_are_their_own_ids(tmp_path, tiny):
     with pytest.raises(UnicodeDecodeError):
         content.decode()
     text, ids = encoded([written(tmp_path, content)], tmp_path, "byte")
-    assert text == Text(str(tmp_path / "text"), "byte", BYTES, 1004)
+    assert text == Text(str(tmp_path / "text"), "byte", BYTES, 1004, zlib.crc32(content))
     assert ids.dtype == np.uint8 and ids.tobytes() == content
     assert Vocabulary(text.characters).decode(ids).encode("latin-1") == content
 
@@ -503,7 +504,7 @@ def test_memory_grows_with_the_distinct_pairs_only(monkeypatch):
     assert used < 48 * 2 * (10_000 + id_file.CHUNK) + 40 * id_file.CHUNK < ids.nbytes
 
 
-OPENED = Text("fox", "char", tuple("abc"), 1000)
+OPENED = Text("fox", "char", tuple("abc"), 1000, 0)
 
 
 @pytest.mark.parametrize(("ids", "message"), [
@@ -540,6 +541,37 @@ def test_a_damaged_file_of_ids_is_one_line(ids, message, tmp_path):
     with pytest.raises(InputError, match=message) as caught:
         open_corpus(path, OPENED, held_out=0.1, batch_size=4, seq_length=8)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_header_with_any_bit_turned_over_is_one_line_or_none(tmp_path):
+    path = tmp_path / "ids.npy"
+    np.save(path, np.zeros(1000, np.uint8))
+    content, refused = path.read_bytes(), 0
+    for bit in range(8 * 128):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:  # a space may have become another one
+            id_file.open_ids(path, 1000, 3)
+        except InputError as error:
+            refused += 1
+            assert str(path) in str(error) and "\n" not in str(error)
+    assert refused > 400
+
+
+def test_other_ids_than_were_written_are_one_line(tmp_path):
+    corpus_of(b"abcabcab" * 100, tmp_path)
+    path, text = (
+        tmp_path / "ids.npy",
+        encode([str(tmp_path / "text")], "char", tmp_path / "ids.npy"),
+    )
+    how = {"held_out": 0.1, "batch_size": 4, "seq_length": 8, "verify": True}
+    assert len(open_corpus(path, text, **how).train) == 720
+    content = bytearray(path.read_bytes())
+    content[500] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=rf"{re.escape(str(path))}: expected the ids of .* others"):
+        open_corpus(path, text, **how)
 
 
 def test_texts_that_cannot_be_trained_on(tmp_path):

@@ -18,7 +18,13 @@ OPTIONS = {
     "activation": "tanh", "recurrent": "orthogonal", "held_out": 0.1, "eval_every": 250,
     "eval_length": 500_000, "checkpoint_every": 250, "skip_nonfinite": False, "seed": 0,
 }  # fmt: skip
-TEXT = {"name": "fox.txt", "level": "char", "characters": "the quick\n", "length": 12_345}
+TEXT = {
+    "name": "fox.txt",
+    "level": "char",
+    "characters": "the quick\n",
+    "length": 12_345,
+    "checksum": 7,
+}
 REFERENCES = {"unigram": 3.25, "bigram": 2.125}
 
 

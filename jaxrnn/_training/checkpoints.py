@@ -4,9 +4,12 @@
 chosen by (`metrics`). orbax writes under another name and renames. Nothing is pickled.
 """
 
+import errno
 import logging
 import math
+import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,15 +20,27 @@ import jax
 import jax.numpy as jnp
 
 from jaxrnn import _checks
+from jaxrnn._training import kept
+from jaxrnn._training.kept import FOLDER
 
-FOLDER = "checkpoints"
 KEPT = 3
 # Old checkpoints are moved here before they are deleted: a half-deleted one is none.
 DELETED = "deleted"
+# How a system refuses to write.
+REFUSED = (
+    errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC, errno.EPERM, errno.EROFS,
+)  # fmt: skip
 
 
 class SaveError(Exception):
     """A checkpoint that cannot be written; those before it are untouched."""
+
+    @property
+    def is_of_the_disk(self) -> bool:
+        """Whether the system refused; else the other processes did not do their part."""
+        # Some of those who write have kinds of errors of their own, with its words in them.
+        words = str(self.__cause__)
+        return isinstance(self.__cause__, OSError) or any(os.strerror(n) in words for n in REFUSED)
 
 
 class Checkpoints:
@@ -43,30 +58,42 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         policies = ocp.checkpoint_managers
-        self.folder, self._ocp = out / FOLDER, ocp
-        kept = policies.AnyPreservationPolicy([
+        self.folder, self._out, self._ocp = out / FOLDER, out, ocp
+        few = policies.AnyPreservationPolicy([
             policies.LatestN(KEPT),
             policies.BestN(get_metric_fn=_held_out_bits, reverse=True, n=1),
         ])  # fmt: skip
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=kept, best_fn=_held_out_bits, best_mode="min",
-            cleanup_tmp_directories=write, enable_async_checkpointing=False, read_only=not write,
+            preservation_policy=few, best_fn=_held_out_bits, best_mode="min",
+            enable_async_checkpointing=False, read_only=not write,
             todelete_subdir=DELETED if write else None, create=write,
             save_interval_steps=int(write),
         )  # fmt: skip
+        if write:
+            self._clean("*orbax-checkpoint-tmp*")
         try:
             with _quiet():
                 self._manager = ocp.CheckpointManager(self.folder.absolute(), options=options)
         except Exception as error:  # orbax raises many kinds
+            damaged = [n for n in self.steps() if math.isnan(kept.held_out_bits(out, n))]
+            if damaged:
+                raise self._damaged(damaged[0], _line(error)) from error
             raise _checks.InputError(f"{self.folder}: cannot be used: {_line(error)}") from error
+
+    def _clean(self, *unfinished):
+        # Not by orbax: it does so in a thread, which the end of a short process takes by surprise.
+        if jax.process_index() == 0:
+            for pattern in (DELETED, *unfinished):
+                for path in self.folder.glob(pattern):
+                    shutil.rmtree(path, ignore_errors=True)
 
     def steps(self) -> list[int]:
         """Of all finished checkpoints, in order."""
-        return sorted(self._manager.all_steps())
+        return kept.steps(self._out)
 
     def best(self) -> int | None:
-        """The step of the least held-out loss."""
-        return self._manager.best_step()
+        """The step of the least held-out loss; None where none was measured."""
+        return kept.best(self._out)
 
     def save(self, step: int, state: Any, about: dict[str, Any], held_out_bits: float | None):
         """Save a checkpoint, and drop those that are no longer among the last or the best.
@@ -89,6 +116,7 @@ class Checkpoints:
         try:
             with _quiet():
                 self._manager.save(step, args=items, metrics=metrics, force=True)
+            self._clean()
         except Exception as error:  # of many kinds, by what went wrong
             raise SaveError(
                 f"{self.folder / str(step)}: cannot be written: {_line(error)}"
@@ -100,7 +128,10 @@ class Checkpoints:
         Raises:
           InputError: it is damaged.
         """
-        return self._read(step, about=self._ocp.args.JsonRestore())["about"]
+        about = self._read(step, about=self._ocp.args.JsonRestore())["about"]
+        if not isinstance(about, dict):
+            raise self._damaged(step, f"expected what it is of, got {about!r:.40}")
+        return about
 
     def state(self, step: int, shapes: Any) -> Any:
         """The arrays.

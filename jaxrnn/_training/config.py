@@ -41,7 +41,7 @@ def read_config(values: Any) -> Config:
     """The options from JSON.
 
     Raises:
-      TypeError, ValueError: what is no option, or of another type.
+      TypeError, ValueError: what is no option, of another type, or a count below 1.
     """
     config = Config(**values)
     for field in fields(Config):
@@ -49,6 +49,8 @@ def read_config(values: Any) -> Config:
         whole_number = kind is float and type(value) is int
         if type(value) is not kind and not whole_number:
             _checks.bad_type(field.name, kind.__name__, type(value).__name__)
+        if kind is int:
+            _checks.whole(field.name, value, least=0 if field.name == "seed" else 1)
     return config
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from jaxrnn import _checks
 from jaxrnn._text import Vocabulary, streams
 from jaxrnn._training.encode import Text
-from jaxrnn._training.id_file import chunks, open_ids, release
+from jaxrnn._training.id_file import checksum, chunks, open_ids, release
 from jaxrnn._training.ngram import bigram_bits, unigram_bits
 
 # Streams of the held-out text are at least this long: each starts without context.
@@ -66,6 +66,7 @@ def open_corpus(
     batch_size: int,
     seq_length: int,
     evaluated: int = EVALUATED,
+    verify: bool = False,
 ) -> Corpus:
     """Split the ids in a file into training and held-out ones; none is read into memory.
 
@@ -76,12 +77,15 @@ def open_corpus(
       batch_size: B, how many streams training reads.
       seq_length: T, the length of their windows.
       evaluated: see `Corpus`.
+      verify: read all of the file, and see whether it holds what was written.
 
     Raises:
       InputError: a missing or damaged file, a text of one distinct character, or too short for
         the streams.
     """
     ids = open_ids(path, text.length, len(text.characters))
+    if verify and checksum(ids) != text.checksum:
+        raise _checks.InputError(f"{path}: expected the ids of {text.name}, got others")
     unit = "bytes" if text.level == "byte" else "characters"
     only = _only_one(ids, text)
     if only is not None:

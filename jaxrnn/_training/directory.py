@@ -6,46 +6,75 @@ at all, and `metrics.jsonl` grows by a line each time the run reports.
 
 import json
 import os
+import secrets
+import shlex
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from jaxrnn import _checks
+from jaxrnn._files import partial, whole_file, writing
+from jaxrnn._training.lock import locked
 
 CONFIG, TEXT, IDS, METRICS = "config.json", "text.json", "ids.npy", "metrics.jsonl"
+MARK = ".together"
 
 
 @contextmanager
-def claimed(out: Path, config: dict[str, Any]) -> Iterator[None]:
+def claimed(out: Path, config: dict[str, Any], held: ExitStack) -> Iterator[None]:
     """Make an empty or new directory that of a run; undo it where the block fails.
+
+    Args:
+      out: the directory.
+      config: what config.json shall hold.
+      held: gets the lock on it, which outlives the block.
 
     Raises:
       InputError: it holds something, is a file, or cannot be written.
     """
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
+        _utf8(out)
         out.mkdir(parents=True, exist_ok=True)
         found = {path.name for path in out.iterdir()}
         if CONFIG in found:
             raise _checks.InputError(
                 f"--out: expected an empty or new directory, got {out}, which is a run; "
-                f"to go on with it: jaxrnn train --resume {out}"
+                f"to go on with it: {shlex.join(['jaxrnn', 'train', '--resume', str(out)])}"
             )
         # What a start that was killed leaves behind is nobody's work.
-        if found - {_partial(out / CONFIG).name}:
+        if found - {partial(out / CONFIG).name}:
             raise _checks.InputError(f"--out: expected an empty or new directory, got {out}")
-        write_json(out / CONFIG, config)
     except OSError as error:
         raise _checks.InputError(f"--out: cannot write to {out}: {error.strerror}") from error
     try:
+        write_json(out / CONFIG, config)
+        held.enter_context(locked(out / CONFIG))
+    except _checks.InputError:
+        _remove(made)
+        raise
+    try:
         yield
     except BaseException:
-        for path in out.iterdir():
-            path.unlink()
-        for folder in made:
-            folder.rmdir()
+        for name in (IDS, TEXT, CONFIG):
+            (out / name).unlink(missing_ok=True)
+        _remove(made)
         raise
+
+
+def _utf8(out):
+    # orbax takes no other name.
+    try:
+        str(out.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise _checks.InputError(f"--out: expected a name that is UTF-8, got {out}") from error
+
+
+def _remove(folders):
+    for folder in folders:
+        with suppress(OSError):  # not empty, for another run stands beside it
+            folder.rmdir()
 
 
 def check_writable(*folders: Path) -> None:
@@ -61,7 +90,7 @@ def check_writable(*folders: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file whole or not at all."""
-    _write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    _write(path, json.dumps(value, indent=2) + "\n")  # in ASCII: a name may be no UTF-8
 
 
 def read_json(path: Path, parse: Callable[[Any], Any], what: str) -> Any:
@@ -111,8 +140,8 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            if not isinstance(row["step"], int) or "bits" not in row:
-                raise KeyError("bits")
+            if not isinstance(row["step"], int) or not {"bits", "seconds"} <= row.keys():
+                raise KeyError
         except (ValueError, TypeError, KeyError):
             if number == len(lines) and not line.endswith("\n"):
                 break
@@ -128,14 +157,23 @@ def trim_metrics(out: Path, step: int) -> None:
     _write(out / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
 
 
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial")
+def put_mark(out: Path) -> None:
+    """Leave something in a run directory by which all processes know that they see the same."""
+    _write(out / MARK, secrets.token_hex())
+
+
+def read_mark(out: Path) -> str | None:
+    """What `put_mark` left in the directory that this process sees."""
+    with suppress(OSError):
+        return (out / MARK).read_text(encoding="utf-8")
+    return None
+
+
+def remove_mark(out: Path) -> None:
+    """Take away what `put_mark` left."""
+    (out / MARK).unlink(missing_ok=True)
 
 
 def _write(path: Path, text: str) -> None:
-    partial = _partial(path)
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with whole_file(path) as file, writing(path):
+        file.write(text.encode())

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxrnn import _checks
 from jaxrnn._training import sources as texts
-from jaxrnn._training.id_file import id_dtype, new_file
+from jaxrnn._training.id_file import checksum, id_dtype, new_file, open_ids
 
 LEVELS = ("char", "byte")
 # Bytes that are read at a time.
@@ -28,12 +28,14 @@ class Text:
       characters: the alphabet, in order of first appearance; of bytes always chr(0) … chr(255),
         so that a byte is its own id.
       length: how many ids.
+      checksum: of the file of ids.
     """
 
     name: str
     level: str
     characters: tuple[str, ...]
     length: int
+    checksum: int
 
 
 def encode(
@@ -81,7 +83,8 @@ def encode(
         if report is not None:
             report(done, total)
     characters = BYTES if level == "byte" else tuple(map(chr, alphabet.codes))
-    return Text(name, level, characters, file.length)
+    ids = open_ids(path, file.length, len(characters))
+    return Text(name, level, characters, file.length, checksum(ids))
 
 
 class Alphabet:

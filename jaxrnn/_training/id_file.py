@@ -1,9 +1,9 @@
 """A file of ids that is written piece by piece, and read as if it were an array in memory."""
 
 import mmap
-import os
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from jaxrnn import _checks
+from jaxrnn._files import whole_file, writing
 
 # Ids that are looked at at a time.
 CHUNK = 2**20
@@ -32,12 +33,12 @@ class IdFile:
     def __init__(self, file: BinaryIO, path: Path):
         self.length = 0
         self._file, self._path, self._dtype = file, path, id_dtype(0)
-        with _writing(path):
+        with writing(path):
             self._start = file.write(self._header())
 
     def append(self, ids: np.ndarray) -> None:
         """Add ids `[n]`; those of a wider dtype than before widen all that are in the file."""
-        with _writing(self._path):
+        with writing(self._path):
             if ids.dtype != self._dtype:
                 self._widen(ids.dtype)
             self._file.write(ids.data)
@@ -62,20 +63,18 @@ class IdFile:
         return header.getvalue()
 
     def finish(self) -> None:
-        """Write the length, and all of it to the disk."""
+        """Write the length."""
         header = self._header()
         if len(header) != self._start:
             raise RuntimeError(f"{self._path}: NumPy's header grew to {len(header)} bytes")
-        with _writing(self._path):
+        with writing(self._path):
             self._file.seek(0)
             self._file.write(header)
-            self._file.flush()
-            os.fsync(self._file.fileno())
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[IdFile]:
-    """A file under another name, which gets its own when all went well, and is gone otherwise.
+    """A file of ids that is written whole or not at all.
 
     Args:
       path: where it is then; a file that is there is replaced.
@@ -83,32 +82,10 @@ def new_file(path: Path) -> Iterator[IdFile]:
     Raises:
       InputError: it cannot be written, at any time until it is complete.
     """
-    partial, file = path.with_name(f".{path.name}.partial"), None
-    try:
-        with _writing(path):
-            file = partial.open("w+b")
+    with whole_file(path) as file:
         ids = IdFile(file, path)
         yield ids
         ids.finish()
-        with _writing(path):
-            file.close()
-            os.replace(partial, path)
-    except BaseException:  # Ctrl-C too
-        with suppress(OSError):  # a full disk refuses once more what is still in the buffer
-            if file is not None:
-                file.close()
-        with suppress(OSError):
-            partial.unlink()
-        raise
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or error
-        raise _checks.InputError(f"{path}: cannot be written: {reason}") from error
 
 
 def open_ids(path: Path, length: int, size: int) -> np.ndarray:
@@ -127,13 +104,21 @@ def open_ids(path: Path, length: int, size: int) -> np.ndarray:
         ids = np.lib.format.open_memmap(path, mode="r")
     except OSError as error:
         raise _checks.InputError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
+    except Exception as error:  # the header is read as Python, and errs as that may
         line = str(error).splitlines()[0]
         raise _checks.InputError(f"{path}: expected the ids of a text, got {line}") from error
     if ids.shape != (length,) or ids.dtype != id_dtype(size):
         wanted = f"{id_dtype(size)} array of shape [{length}]"
         raise _checks.InputError(f"{path}: expected {wanted}, got {_checks.came(ids)}")
     return np.asarray(ids)  # the same memory, without the methods of a file
+
+
+def checksum(ids: np.ndarray) -> int:
+    """A number of all bytes of the ids, CRC-32."""
+    found = 0
+    for chunk in chunks(ids):
+        found = zlib.crc32(chunk.data, found)
+    return found
 
 
 def chunks(ids: np.ndarray, overlap: int = 0) -> Iterator[np.ndarray]:

@@ -1,5 +1,6 @@
 """One at a time: who trains a run holds a lock on it, which ends with the process."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,8 @@ def locked(file: Path) -> Iterator[None]:
     except ImportError:  # not everywhere
         yield
         return
-    with file.open("rb") as held:
+    # A lock is of what can be written, on NFS.
+    with file.open("r+b" if os.access(file, os.W_OK) else "rb") as held:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

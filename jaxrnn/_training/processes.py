@@ -6,6 +6,9 @@ import sys
 import threading
 import time
 import zlib
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import NoReturn
 
 import jax
@@ -13,6 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxrnn import _checks
+from jaxrnn._training import signals
 
 # A process that has not been heard of for so many seconds is lost, and the others end.
 HEARTBEAT = 30
@@ -27,6 +31,14 @@ LAST = 5
 class LostError(Exception):
     """Another process is gone, or the way to it."""
 
+    def __init__(self, error: object):
+        line = str(error).strip().splitlines()[0]
+        super().__init__(f"another process is gone, or the way to it ({line:.200})")
+
+
+class RefusedError(_checks.InputError):
+    """A run that cannot begin, in all processes alike."""
+
 
 def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
     """Become one process of several; all None where JAX finds out by itself (TPU pods, Slurm).
@@ -34,8 +46,8 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
     Raises:
       InputError: they did not find each other.
     """
-    if coordinator is not None and process == 0:
-        _check_free(coordinator)
+    if coordinator is not None:
+        _check_address(coordinator, listens=process == 0)
     # It would take SIGTERM for itself, and complain of every loss.
     jax.config.update("jax_enable_preemption_service", False)
     where = coordinator or "what JAX knows of this cluster"
@@ -44,11 +56,15 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
     alarm = threading.Timer(PATIENCE, _give_up, [f"expected {expected}, not all came"])
     alarm.daemon = True
     alarm.start()
+    # All that a cluster knows of its processes it would say of their devices too.
+    by_hand = "deactivate" if None not in (coordinator, processes, process) else None
     try:
-        jax.distributed.initialize(
-            coordinator, processes, process,
-            initialization_timeout=PATIENCE + 60, heartbeat_timeout_seconds=HEARTBEAT,
-        )  # fmt: skip
+        with signals.at_once():
+            jax.distributed.initialize(
+                coordinator, processes, process, cluster_detection_method=by_hand,
+                initialization_timeout=PATIENCE + 60, heartbeat_timeout_seconds=HEARTBEAT,
+                shutdown_timeout_seconds=HEARTBEAT,
+            )  # fmt: skip
     except (RuntimeError, ValueError) as error:
         line = str(error).strip().splitlines()[0]
         raise _checks.InputError(
@@ -56,23 +72,36 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
         ) from error
     finally:
         alarm.cancel()
+    devices = Counter(device.process_index for device in jax.devices())
+    if len(set(devices.values())) > 1:
+        raise RefusedError(
+            "--processes: expected as many devices in each process, got "
+            + ", ".join(str(devices[process]) for process in sorted(devices))
+        )
 
 
-def _check_free(coordinator):
-    # JAX would end in a fault of memory where it cannot listen.
-    port = coordinator.rpartition(":")[2]
+def _check_address(coordinator, listens):
+    host, _, port = coordinator.rpartition(":")
+    expected = f"HOST:PORT{' with a port to listen on' * listens}"
     try:
-        socket.create_server(("", int(port))).close()
-    except (OSError, OverflowError, ValueError) as error:
-        expected = "HOST:PORT with a port to listen on"
+        if not host or not 0 < int(port) < 2**16:
+            raise ValueError("a port is a number below 65536")
+        if listens:  # JAX would end in a fault of memory where it cannot
+            socket.create_server(("", int(port))).close()
+    except (OSError, ValueError) as error:
         raise _checks.InputError(
             f"--coordinator: expected {expected}, got {coordinator} ({error})"
         ) from error
 
 
 def _give_up(line):
-    print(f"jaxrnn train: error: --coordinator: {line}", file=sys.stderr, flush=True)
+    complain(f"--coordinator: {line}")
     os._exit(2)
+
+
+def complain(line: object) -> None:
+    """Say on standard error what keeps the command from its end."""
+    print(f"jaxrnn train: error: {line}", file=sys.stderr, flush=True)
 
 
 def is_first() -> bool:
@@ -99,9 +128,10 @@ def wait_for_all(name: str) -> None:
     if barrier is None:
         return
     try:
-        barrier(key=f"jaxrnn {name}", timeout_ms=PREPARATION * 1000)
+        with signals.at_once():
+            barrier(key=f"jaxrnn {name}", timeout_ms=PREPARATION * 1000)
     except jax.errors.JaxRuntimeError as error:
-        raise _lost(error) from error
+        raise LostError(error) from error
 
 
 def largest(number: int) -> int:
@@ -111,39 +141,38 @@ def largest(number: int) -> int:
     return int(np.max(multihost_utils.process_allgather(np.int32(number))))
 
 
-def agree(error: Exception | None, options: object) -> None:
+def agree(error: Exception | None, alike: Mapping[str, object]) -> None:
     """Go on together or not at all; each must ask at the same place, soon after a `wait_for_all`.
 
     Args:
       error: what keeps this process from going on.
-      options: what all must have alike.
+      alike: what all must have alike, by what is said where they have not.
 
     Raises:
-      InputError: that error; or another process has one, or other options.
+      RefusedError: this process or another one has an error, or they differ.
       LostError: one did not come.
     """
-    mark = zlib.crc32(repr(options).encode()) >> 1
     try:
-        failed, most, least = largest(error is not None), largest(mark), -largest(-mark)
+        failed = largest(error is not None)
+        if error is not None:
+            raise RefusedError(error) from error
+        if failed:
+            raise RefusedError("--process: another process cannot begin this run, and says why")
+        for said, value in alike.items():
+            mark = zlib.crc32(repr(value).encode()) >> 1
+            if largest(mark) != -largest(-mark):
+                raise RefusedError(f"{said}, got {value} here")
     except jax.errors.JaxRuntimeError as gone:
-        raise _lost(gone) from gone
-    if error is not None:
-        raise error
-    if failed:
-        raise _checks.InputError("--process: another process cannot begin this run, and says why")
-    if most != least:
-        raise _checks.InputError(
-            f"--process: expected the same options in all processes, got {options} here"
-        )
+        raise LostError(gone) from gone
 
 
 def leave(code: int) -> NoReturn:
-    """End without a word to the others, for a tidy end would wait for the one that is gone."""
+    """End without a word to the others, for a tidy end would wait for them.
+
+    What is sent to a process that is gone fails, and so they end as well.
+    """
+    with suppress(OSError):
+        sys.stdout.flush()
     if is_first():
         time.sleep(LAST)
     os._exit(code)
-
-
-def _lost(error):
-    line = str(error).strip().splitlines()[0]
-    return LostError(f"another process is gone, or the way to it ({line[-200:]})")

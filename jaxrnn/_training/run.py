@@ -17,14 +17,14 @@ from jaxrnn._training.config import Config, initial_state, make_optimizer
 from jaxrnn._training.corpus import Corpus
 from jaxrnn._training.devices import Placement
 from jaxrnn._training.encode import Text
-from jaxrnn._training.saved import identity, load_state
+from jaxrnn._training.saved import check_identity, identity, load_state
 from jaxrnn._training.signals import stop_requests
 
 REPORT_EVERY = 25
 
 
 class FailedError(Exception):
-    """A run that could not go on; one line says why and which checkpoint is the last."""
+    """A run that could not go on; one line says why."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ class Run:
         self.placement = placement
         self._checkpoints = Checkpoints(out, write=True)
         self.step = max(self._checkpoints.steps(), default=0)
+        if self.step:
+            check_identity(self._checkpoints, self.step, config, text)
         rows = [row for row in directory.read_metrics(out) if row["step"] <= self.step]
         self._skipped = rows[-1].get("skipped", 0) if rows else 0
         self._seconds = rows[-1]["seconds"] if rows else 0.0
@@ -89,27 +91,19 @@ class Run:
         try:
             return self._go(report)
         except train.DivergedError as error:
-            advice = "try a smaller --learning-rate or --grad-clip, or --skip-nonfinite"
-            raise FailedError(f"{error}; {self._last()}; {advice}") from error
+            raise FailedError(
+                f"{error}; begin again with a smaller --learning-rate or --grad-clip, or go on "
+                "with --skip-nonfinite"
+            ) from error
         except (SaveError, jax.errors.JaxRuntimeError) as error:
-            line = str(error).strip().splitlines()[0]
-            if processes.are_several():
+            of_the_disk = isinstance(error, SaveError) and error.is_of_the_disk
+            if processes.are_several() and not of_the_disk:
                 # What is gone breaks whatever the others do with it next.
-                said = f"another process is gone, or the way to it ({line[-200:]})"
-                raise processes.LostError(f"{said}; {self._last()}") from error
-            raise FailedError(f"{line}; {self._last()}") from error
+                raise processes.LostError(error) from error
+            raise FailedError(str(error).strip().splitlines()[0]) from error
         except OSError as error:
             name = error.filename or self.out
-            said = f"{name}: cannot be written: {error.strerror}"
-            raise FailedError(f"{said}; {self._last()}") from error
-
-    def _last(self):
-        # By name: orbax may be what has failed.
-        names = [path.name for path in self._checkpoints.folder.glob("*")]
-        finished = sorted(int(name) for name in names if name.isdecimal())
-        if not finished:
-            return "there is no checkpoint yet"
-        return f"the last checkpoint is {self._checkpoints.folder / str(finished[-1])}"
+            raise FailedError(f"{name}: cannot be written: {error.strerror}") from error
 
     def _go(self, report):
         config, put = self.config, self.placement.split
@@ -137,6 +131,10 @@ class Run:
                     signal = processes.largest(asked())
                 return signal > 0
 
+            def save(now, measured=None):
+                about = identity(config, self.text)
+                self._checkpoints.save(now.step, now.state, about, measured)
+
             processes.wait_for_all("training")
             for now in train.fit(
                 state, update, placed, config.steps,
@@ -157,10 +155,17 @@ class Run:
                     self._least = self._bits if best else self._least
                 if processes.is_first():
                     directory.append_metrics(self.out, row)
-                report(row)
-                if ended or signal or best or now.step % config.checkpoint_every == 0:
-                    about = identity(config, self.text)
-                    self._checkpoints.save(now.step, now.state, about, measured)
+                due = ended or signal or best or now.step % config.checkpoint_every == 0
+                if due:
+                    save(now, measured)
+                try:
+                    report(row)
+                except OSError as error:  # nobody reads it any more
+                    if not (due or processes.are_several()):
+                        save(now)
+                    raise FailedError(
+                        f"standard output: cannot be written: {error.strerror}"
+                    ) from error
         return self.result(0 if self.step == config.steps else signal)
 
     def _row(self, now, begun):

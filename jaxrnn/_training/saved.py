@@ -68,33 +68,49 @@ def text_as_json(text: Text) -> dict[str, Any]:
 def identity(config: Config, text: Text) -> dict[str, Any]:
     """What every checkpoint of a run agrees in, as JSON gives it back."""
     options = {name: value for name, value in asdict(config).items() if name not in FREE}
-    return {"options": options, "text": text_as_json(text)}
+    known = text_as_json(text)
+    del known["name"]  # the same file may be called otherwise
+    return {"options": options, "text": known}
 
 
-def load_state(
-    checkpoints: Checkpoints, step: int, config: Config, text: Text, placement: Placement
-) -> train.TrainState:
-    """The state of a checkpoint, split as the placement says.
+def check_identity(checkpoints: Checkpoints, step: int, config: Config, text: Text) -> None:
+    """Refuse a checkpoint of another run.
 
     Raises:
-      InputError: it is damaged, or of another run.
+      InputError: it is one, or is damaged.
     """
     ours, theirs = identity(config, text), checkpoints.about(step)
     path = checkpoints.folder / str(step)
     for part, values in ours.items():
         for name, value in values.items():
-            saved = theirs.get(part, {}).get(name)
+            found = theirs.get(part)
+            saved = found.get(name) if isinstance(found, dict) else None
             if saved != value:
                 detail = "" if name == "characters" else f", {saved} instead of {value}"
                 raise _checks.InputError(
                     f"{path}: expected a checkpoint of this run, got one of another {name}{detail}"
                 )
+
+
+def load_state(
+    checkpoints: Checkpoints, step: int, config: Config, text: Text, placement: Placement
+) -> train.TrainState:
+    """The state of a checkpoint of this run, split as the placement says.
+
+    Raises:
+      InputError: it is damaged.
+    """
     shapes: Any = jax.eval_shape(lambda: initial_state(config, len(text.characters)))
     shapes = jax.tree.map(
         lambda x, how: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=how),
         shapes, placement.of_state(shapes),
     )  # fmt: skip
-    return checkpoints.state(step, shapes)
+    state = checkpoints.state(step, shapes)
+    if int(state.step) != step:
+        path = checkpoints.folder / str(step)
+        expected = f"expected the state of step {step}, got that of step {state.step}"
+        raise _checks.InputError(f"{path}: {expected}")
+    return state
 
 
 def load(out: Path, best: bool = False) -> tuple[train.TrainState, Text, Config]:
@@ -107,6 +123,8 @@ def load(out: Path, best: bool = False) -> tuple[train.TrainState, Text, Config]
     checkpoints = Checkpoints(out)
     step = checkpoints.best() if best else max(checkpoints.steps(), default=None)
     if step is None:
-        raise _checks.InputError(f"{out}: expected a run with a checkpoint, got none yet")
+        which = "whose held-out loss was measured" if best and checkpoints.steps() else "yet"
+        raise _checks.InputError(f"{out}: expected a run with a checkpoint, got none {which}")
+    check_identity(checkpoints, step, config, text)
     placement = Placement(1, config.hidden_size)
     return load_state(checkpoints, step, config, text, placement), text, config

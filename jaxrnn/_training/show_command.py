@@ -1,7 +1,5 @@
 """`jaxrnn show`: what a run is, where it stands and how it came there, from its files alone."""
 
-import json
-import math
 import shlex
 from dataclasses import fields
 from pathlib import Path
@@ -12,8 +10,7 @@ from rich.table import Table
 
 from jaxrnn import _checks
 from jaxrnn._plots import plot_run, text_plot
-from jaxrnn._training import directory, saved
-from jaxrnn._training.checkpoints import FOLDER
+from jaxrnn._training import directory, kept, saved
 from jaxrnn._training.config import Config
 from jaxrnn._training.encode import Text
 from jaxrnn._training.lock import locked
@@ -49,12 +46,12 @@ def show(args: Any) -> int:
     for line in text_plot(rows, console.width):
         console.print(line, soft_wrap=True)
     console.print(_latest(rows), soft_wrap=True)
-    console.print(_picture(out, rows, references), soft_wrap=True)
+    console.print(picture(out, rows, references), soft_wrap=True)
     return 0
 
 
 def _standing(out: Path, config: Config, rows: list[dict[str, Any]]) -> str:
-    newest = max(_steps(out), default=None)
+    newest = max(kept.steps(out), default=None)
     if newest == config.steps:
         return f"finished, {newest} updates"
     if _is_being_trained(out):
@@ -115,29 +112,14 @@ def _alphabet(text: Text) -> str:
 
 
 def _kept(out: Path) -> str:
-    bits = {step: _held_out_bits(out, step) for step in _steps(out)}
-    if not bits:
+    steps, best = kept.steps(out), kept.best(out)
+    if not steps:
         return "none yet"
-    best = min(bits, key=lambda step: bits[step])
-    said = "at step " + ", ".join(map(str, bits))
-    if bits[best] < math.inf:
-        said += f"; the best is {best}, with {bits[best]:.3f} held-out bits per character"
+    said = "at step " + ", ".join(map(str, steps))
+    if best is not None:
+        bits = kept.held_out_bits(out, best)
+        said += f"; the best is {best}, with {bits:.3f} held-out bits per character"
     return said
-
-
-def _steps(out: Path) -> list[int]:
-    """Of the finished checkpoints; orbax, which knows them too, would start JAX's devices."""
-    names = [path.name for path in (out / FOLDER).glob("*")]
-    return sorted(int(name) for name in names if name.isdecimal())
-
-
-def _held_out_bits(out: Path, step: int) -> float:
-    """By what orbax chooses the best; infinite where nothing was measured."""
-    try:
-        path = out / FOLDER / str(step) / "metrics" / "metrics"
-        return float(json.loads(path.read_text())["held_out_bits"])
-    except (OSError, ValueError, TypeError, KeyError):
-        return math.inf
 
 
 def _latest(rows: list[dict[str, Any]]) -> str:
@@ -152,12 +134,13 @@ def _latest(rows: list[dict[str, Any]]) -> str:
     return f"{said}; {skipped} updates skipped" if skipped else said
 
 
-def _picture(out: Path, rows: list[dict[str, Any]], references: dict[str, float]) -> str:
+def picture(out: Path, rows: list[dict[str, Any]], references: dict[str, float]) -> str:
+    """Draw the curves of a run, and say where; or why not, for that ends nothing."""
     path = out / "loss.png"
     try:
         plot_run(rows, references, path)
     except ModuleNotFoundError:
         return "no picture: matplotlib is missing; pip install 'jaxrnn[plot]'"
-    except OSError as error:
-        return f"no picture: {path}: cannot be written: {error.strerror or error}"
+    except _checks.InputError as error:
+        return f"no picture: {error}"
     return f"picture: {path}"

@@ -1,8 +1,9 @@
-"""Ctrl-C and SIGTERM: the first one asks to stop at a good moment, the second ends at once."""
+"""Ctrl-C and SIGTERM: in training the first one asks to stop, the second ends at once."""
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -26,9 +27,33 @@ def stop_requests() -> Iterator[Callable[[], int]]:
             raise KeyboardInterrupt
         raise SystemExit(exit_code(number))
 
-    before = {each: signal.signal(each, first) for each in SIGNALS}
-    try:
+    with _handled(dict.fromkeys(SIGNALS, first)):
         yield lambda: asked
+
+
+@contextmanager
+def undone() -> Iterator[None]:
+    """SIGTERM raises where the program is, as Ctrl-C does, so that what has begun is undone."""
+
+    def end(number, frame):
+        raise SystemExit(exit_code(number))
+
+    with _handled({signal.SIGTERM: end}):
+        yield
+
+
+@contextmanager
+def at_once() -> Iterator[None]:
+    """Both end the process where it waits in code that is not Python's, which sees no exception."""
+    with _handled(dict.fromkeys(SIGNALS, signal.SIG_DFL)):
+        yield
+
+
+@contextmanager
+def _handled(handlers: Mapping[int, Any]) -> Iterator[None]:
+    before = {each: signal.signal(each, handler) for each, handler in handlers.items()}
+    try:
+        yield
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)

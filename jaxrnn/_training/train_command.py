@@ -1,8 +1,9 @@
 """`jaxrnn train`: prepare a run directory, say what will be done, do it, show what came of it."""
 
 import shlex
-import sys
+import signal
 import time
+import traceback
 from collections.abc import Mapping
 from contextlib import ExitStack
 from importlib import import_module
@@ -12,17 +13,15 @@ from typing import Any
 from rich.console import Console
 
 from jaxrnn import _checks
-from jaxrnn._training import devices, directory, plan, processes, progress, saved
-from jaxrnn._training.config import Config, go_on_with
-from jaxrnn._training.corpus import Corpus, open_corpus
-from jaxrnn._training.encode import Text, encode
-from jaxrnn._training.lock import locked
+from jaxrnn._training import devices, directory, kept, plan, processes, progress, saved
+from jaxrnn._training.config import flag
+from jaxrnn._training.prepare import Asked, make_ready
 from jaxrnn._training.run import FailedError, Run
 from jaxrnn._training.sample_command import TEMPERATURE, stream
+from jaxrnn._training.show_command import picture
 from jaxrnn._training.signals import SIGNALS, exit_code
-from jaxrnn._training.sources import STANDARD_INPUT
 
-EXIT_FAILED = 1
+EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 # Characters of held-out text that the closing sample reads first, and does not repeat.
 SAMPLE_CONTEXT = 100
 
@@ -48,15 +47,46 @@ def train(args: Any, given: Mapping[str, Any]) -> int:
     if several:
         count = None if args.processes == "auto" else args.processes
         processes.join(args.coordinator, count, args.process)
-    out = Path(args.resume or args.out or time.strftime("runs/%Y%m%d-%H%M%S"))
-    console = Console(soft_wrap=True, highlight=False, markup=False, quiet=not processes.is_first())
+    resume = args.resume is not None
+    out = args.resume if resume else args.out or time.strftime("runs/%Y%m%d-%H%M%S")
+    asked = Asked(Path(out), resume, args.files, given, args.model_devices)
+    console = _Console(
+        soft_wrap=True, highlight=False, markup=False, quiet=not processes.is_first()
+    )
     try:
-        return _train(args, given, out, console)
+        with ExitStack() as held:
+            return _run(asked, make_ready(asked, console, held), console, args.sample_length)
+    except processes.RefusedError:
+        raise
     except (FailedError, processes.LostError) as error:
-        print(f"jaxrnn train: error: {error}; {_go_on(out)}", file=sys.stderr, flush=True)
-        if isinstance(error, processes.LostError):
-            processes.leave(EXIT_FAILED)
-        return EXIT_FAILED
+        processes.complain(f"{error}; {_last(asked.out)}; {_go_on(asked)}")
+        code = EXIT_FAILED
+    except BaseException as error:
+        if not processes.are_several():
+            raise
+        code = _end_of_one(error)
+    if processes.are_several():
+        processes.leave(code)
+    return code
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Raise what it is: rich would end the process without a word."""
+        raise  # the BrokenPipeError that is being handled
+
+
+def _end_of_one(error):
+    """What one of several processes says, and its exit code, where the others know nothing."""
+    if isinstance(error, _checks.InputError):
+        processes.complain(error)
+        return EXIT_BAD_INPUT
+    if isinstance(error, KeyboardInterrupt):
+        return exit_code(signal.SIGINT)
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code
+    traceback.print_exception(error)
+    return EXIT_FAILED
 
 
 def _check_processes(args, several):
@@ -74,37 +104,9 @@ def _check_processes(args, several):
         raise _checks.InputError(f"--process: expected {expected}, got {args.process}")
 
 
-def _train(args, given, out, console):
-    with ExitStack() as held:
-        problem, begun, options = None, (), None
-        try:
-            if processes.is_first():
-                _prepare(args, given, out, console)
-        except _checks.InputError as error:
-            problem = error
-        processes.wait_for_all("text")
-        try:
-            if problem is None:
-                if processes.is_first():
-                    held.enter_context(locked(out / directory.CONFIG))
-                begun = _load(args, given, out)
-                options = begun[0], args.model_devices
-        except _checks.InputError as error:
-            problem = error
-        processes.agree(problem, options)
-        return _run(args, out, console, *begun)
-
-
-def _load(args, given, out):
-    config = go_on_with(saved.read_begun(out).config, given, out)
-    text, references = saved.read_text(out)
-    corpus = _open(out, config, text)
-    placement = devices.Placement(config.batch_size, config.hidden_size, args.model_devices)
-    return config, text, references, corpus, placement
-
-
-def _run(args, out, console, config, text, references, corpus, placement):
-    run = Run(out, config, text, corpus, placement)
+def _run(asked, ready, console, sample_length):
+    out, config, corpus = asked.out, ready.config, ready.corpus
+    run = Run(out, config, ready.text, corpus, ready.placement)
     if run.step == config.steps:
         result = run.result()
         console.print(
@@ -112,85 +114,58 @@ def _run(args, out, console, config, text, references, corpus, placement):
             f"{result.bits:.3f}"
         )
         return 0
-    for line in plan.lines(config, corpus, placement):
+    for line in plan.lines(config, corpus, ready.placement):
         console.print(line)
-    counted = ", ".join(f"{name} {bits:.2f}" for name, bits in references.items())
+    counted = ", ".join(f"{name} {bits:.2f}" for name, bits in ready.references.items())
     console.print(f"held-out bits per character for reference: {counted}")
     if processes.are_several():
         console.print(
-            f"if a process is lost the others end within {processes.HEARTBEAT} s; {_go_on(out)}"
+            f"if a process is lost the others end within {processes.HEARTBEAT} s; {_go_on(asked)}"
         )
-    if args.resume:
+    if asked.resume:
         console.print(f"going on from step {run.step} of {config.steps}")
     with progress.reporter(console, config.steps, run.step) as report:
         result = run.go(report)
     if result.signal:
         name = next(each.name for each in SIGNALS if each == result.signal)
-        console.print(f"stopped by {name} at step {result.step} of {config.steps}; {_go_on(out)}")
+        stopped = f"stopped by {name} at step {result.step} of {config.steps}"
+        console.print(f"{stopped}; {_go_on(asked)}")
         return exit_code(result.signal)
     console.print(f"held-out bits per character: {result.bits:.3f} ({result.seconds:.0f} s)")
     if processes.is_first():
-        _show(args, out, corpus, config, references, console)
+        _show(out, ready, console, 0 if processes.are_several() else sample_length)
     return 0
 
 
-def _prepare(args, given, out, console):
-    """Make what a run needs before it begins: its directory, its options, its text as ids."""
-    if args.resume:
-        if args.files:
-            raise _checks.InputError("--resume: expected no text beside it, the run has its own")
-        begun = saved.read_begun(out)
-        go_on_with(begun.config, given, out)
-        if not (out / directory.TEXT).exists():
-            _encode(begun, out, console)
-        return
-    sources = [f if f == STANDARD_INPUT else str(Path(f).absolute()) for f in args.files]
-    begun = saved.Begun(Config(**given), sources)
-    with directory.claimed(out, begun.as_json()):
-        _encode(begun, out, console, args.files)
-
-
-def _encode(begun, out, console, names=None):
-    config = begun.config
-    if names is None and STANDARD_INPUT in begun.sources:
-        raise _checks.InputError(f"{out}: its text came from standard input, which is gone")
-    with progress.of_bytes(console, "encoding") as report:
-        text = encode(
-            begun.sources if names is None else names, config.level, out / directory.IDS, report
-        )
-    corpus = _open(out, config, text)
-    about = {"text": saved.text_as_json(text), "references": corpus.references()}
-    directory.write_json(out / directory.TEXT, about)
-
-
-def _open(out: Path, config: Config, text: Text) -> Corpus:
-    return open_corpus(
-        out / directory.IDS, text,
-        held_out=config.held_out, batch_size=config.batch_size, seq_length=config.seq_length,
-        evaluated=config.eval_length,
-    )  # fmt: skip
-
-
-def _show(args, out, corpus, config, references, console):
-    if args.sample_length and not processes.are_several():
+def _show(out, ready, console, sample_length):
+    corpus = ready.corpus
+    if sample_length:
         console.print(
             f"a sample, at temperature {TEMPERATURE}, from where the held-out text begins:"
         )
         state, *_ = saved.load(out)
         stream(
             state.params, corpus.vocabulary, corpus.level, corpus.held_out[:SAMPLE_CONTEXT],
-            args.sample_length, TEMPERATURE, config.seed,
+            sample_length, TEMPERATURE, ready.config.seed,
         )  # fmt: skip
-    try:
-        from jaxrnn._plots import plot_run
-
-        plot_run(directory.read_metrics(out), references, out / "loss.png")
-        console.print(f"loss curves: {out / 'loss.png'}")
-    except ModuleNotFoundError:
-        console.print("no loss curves: matplotlib is missing; pip install 'jaxrnn[plot]'")
+    console.print(picture(out, directory.read_metrics(out), ready.references))
     sample = shlex.join(["jaxrnn", "sample", str(out), "--prompt", "TEXT"])
     console.print(f"run directory: {out}; go on with: {sample}")
 
 
-def _go_on(out):
-    return f"to go on: {shlex.join(['jaxrnn', 'train', '--resume', str(out)])}"
+def _last(out):
+    steps = kept.steps(out)
+    if not steps:
+        return "there is no checkpoint yet"
+    return f"the last checkpoint is {out / kept.FOLDER / str(steps[-1])}"
+
+
+def _go_on(asked):
+    """How to go on with the same numbers."""
+    words = ["jaxrnn", "train", "--resume", str(asked.out)]
+    if asked.model_devices > 1:
+        words += ["--model-devices", str(asked.model_devices)]
+    if asked.resume:  # else the run has them
+        for name, value in asked.given.items():
+            words += [flag(name)] if value is True else [flag(name), str(value)]
+    return f"to go on: {shlex.join(words)}"
