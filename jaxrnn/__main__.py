@@ -14,6 +14,9 @@ def main() -> int:
       The exit code: that of the command, 1 where output cannot be written, 2 for a missing extra,
       130 after Ctrl-C.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever has begun this
+            setattr(sys, name, open(os.devnull, "w"))
     # A terminal that cannot show a character shows its number, not a traceback.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -35,6 +35,7 @@ def _number(kind: type, low: float, expected: str, below: float = math.inf) -> C
 
 _COUNT = _number(int, 1, "a whole number, at least 1")
 _NATURAL = _number(int, 0, "a whole number, at least 0")
+_SEED = _number(int, 0, "a whole number from 0 to 2³² − 1", below=2**32)
 _POSITIVE = _number(float, math.ulp(0), "a number above 0")
 _NOT_NEGATIVE = _number(float, 0, "a number, at least 0")
 
@@ -54,7 +55,7 @@ _TRAIN = {
         "learning_rate": (_POSITIVE, "at the start; decays to 0 as a cosine"),
         "grad_clip": (_NOT_NEGATIVE, "largest global norm of the gradient; 0: any"),
         "skip_nonfinite": (bool, "leave out updates that are not finite, instead of ending"),
-        "seed": (_NATURAL, "of the initial weights"),
+        "seed": (_SEED, "of the initial weights"),
     },
     "text": {
         "level": (("char", "byte"), "characters of UTF-8, or bytes of anything"),
@@ -63,7 +64,10 @@ _TRAIN = {
             "fraction, at the end, that is not trained on",
         ),
         "eval_every": (_COUNT, "updates between evaluations on the held-out text"),
-        "eval_length": (_COUNT, "characters of it evaluated at most"),
+        "eval_length": (
+            _number(int, 2, "a whole number, at least 2"),  # all but the first are predicted
+            "characters of it evaluated at most",
+        ),
     },
     "run": {"checkpoint_every": (_COUNT, "updates between checkpoints")},
 }  # fmt: skip
@@ -131,7 +135,7 @@ def _add_sample(sample):
     _option(sample, "--length", _NATURAL, 500, "characters to generate")
     about = "below 1 is safer, above 1 wilder, 0 always the likeliest"
     _option(sample, "--temperature", _NOT_NEGATIVE, TEMPERATURE, about)
-    _option(sample, "--seed", _NATURAL, 0, "of the random choices")
+    _option(sample, "--seed", _SEED, 0, "of the random choices")
     sample.add_argument("--best", action="store_true",
                         help="of the checkpoint of least held-out loss, not the last")  # fmt: skip
     sample.set_defaults(run=_sample)
@@ -186,8 +190,7 @@ def _option(parser, flag, kind, shown, text, **how) -> None:
 
 
 def _example(args) -> int:
-    from rich.console import Console
-
+    from jaxrnn._console import Console
     from jaxrnn._example_report import run
 
     if args.plot is not None:

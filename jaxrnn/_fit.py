@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,6 @@ import numpy as np
 
 from jaxrnn import _checks
 from jaxrnn._update import Figures, TrainState, start_over
-
 
 # So many updates are under way at most. With some dozens that several devices share, XLA's CPU runs
 # into a deadlock.
@@ -34,7 +33,8 @@ class Report:
       gradient_norm: of the last update.
       parameter_norm: of the last update, before it.
       skipped: how many updates since the last report were not finite.
-      updates_per_second: since the last report; without the first update, which compiles.
+      updates_per_second: since the last report; without the first update, which compiles. NaN
+        where that was the only one.
     """
 
     state: TrainState
@@ -49,10 +49,10 @@ class Report:
 def fit(
     state: TrainState,
     update: Callable[[TrainState, Any, Any], tuple[TrainState, Figures]],
-    windows: Iterator[tuple[Any, Any, bool]],
+    windows: Iterable[tuple[Any, Any, bool]],
     steps: int,
     *,
-    every: int | tuple[int, ...] = 25,
+    every: int | Iterable[int] = 25,
     skip_nonfinite: bool = False,
     stop: Callable[[int], bool] = lambda step: False,
 ) -> Iterator[Report]:
@@ -61,44 +61,58 @@ def fit(
     Args:
       state: to begin with, or to go on from; it is consumed.
       update: from `make_checked_update`.
-      windows: (inputs, targets, first) each time, as `windows` yields.
+      windows: (inputs, targets, first) each time, as `windows` yields; the loop ends with them.
       steps: up to which step, counted from the very first update.
       every: report at each step that this divides, or one of these; and after the last one.
       skip_nonfinite: leave an update that is not finite out, instead of ending.
       stop: asked with the step after each update; after a yes comes the last report.
 
     Yields:
-      A `Report`. Between reports the devices are a few updates behind.
+      A `Report`, whose state is good until the next one: copy what you keep. Between reports the
+      devices are a few updates behind.
 
     Raises:
+      TypeError, ValueError: steps or every that are no whole numbers, no `TrainState`, an update
+        that makes no `Figures`.
       DivergedError: an update was not finite; the step and the norms are in its message.
     """
-    intervals = every if isinstance(every, tuple) else (every,)
+    intervals = tuple(every) if isinstance(every, Iterable) else (every,)
     for n in intervals:
         _checks.positive("every", n)
-    step, since, timed, unseen = int(state.step), None, 0, []
+    _checks.whole("steps", steps)
+    _checks.instance("state", state, TrainState)
+    windows, step = iter(windows), int(state.step)
+    since, timed, unseen = 0.0, 0, []
+
+    def report():
+        figures = jax.device_get(unseen)
+        pace = timed / (time.perf_counter() - since) if timed else math.nan
+        finite = _finite_losses(figures, step, skip_nonfinite)
+        loss = float(np.mean(finite)) if finite else math.nan
+        norms = float(figures[-1].gradient_norm), float(figures[-1].parameter_norm)
+        return Report(state, step, loss, *norms, len(figures) - len(finite), pace)
+
     done = step >= steps
-    while not done:
-        inputs, targets, first = next(windows)
+    while not done and (window := next(windows, None)) is not None:
+        inputs, targets, first = window
         state, figures = update(start_over(state) if first else state, inputs, targets)
+        if not isinstance(figures, Figures):
+            _checks.bad_type("update", "that of make_checked_update", "another function")
         unseen.append(figures)
         if len(unseen) > AHEAD:
             unseen[-1 - AHEAD].loss.block_until_ready()
         step += 1
-        if since is None:
+        if not since:
             figures.loss.block_until_ready()
             since = time.perf_counter()
         else:
             timed += 1
         done = stop(step) or step == steps
         if done or any(step % n == 0 for n in intervals):
-            figures = jax.device_get(unseen)
-            pace = timed / (time.perf_counter() - since)
-            finite = _finite_losses(figures, step, skip_nonfinite)
-            loss = float(np.mean(finite)) if finite else math.nan
-            norms = float(figures[-1].gradient_norm), float(figures[-1].parameter_norm)
-            yield Report(state, step, loss, *norms, len(figures) - len(finite), pace)
+            yield report()
             since, timed, unseen = time.perf_counter(), 0, []
+    if unseen:  # the windows came to an end
+        yield report()
 
 
 def _finite_losses(figures, last, skip):

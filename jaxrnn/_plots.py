@@ -12,6 +12,8 @@ LN_2 = 0.6931471805599453
 CURVES = {"bits": ("training", "."), "held_out_bits": ("held-out", "o")}
 # Characters left of a plot of text.
 MARGIN = 10
+# Rows of metrics.
+FEW = 20
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -51,38 +53,45 @@ def _curve(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float
     return [step for step, _ in found], [math.nan if y is None else y for _, y in found]
 
 
-def plot_run(rows: list[dict[str, Any]], references: dict[str, float], path: Path) -> None:
+def plot_run(
+    rows: list[dict[str, Any]], references: dict[str, float], path: Path, unit: str = "character"
+) -> None:
     """Draw bits per character by step, of training and held-out text, as a PNG file.
 
     Args:
       rows: the metrics of a run.
       references: bits per character of other predictors, drawn as lines.
       path: the file.
+      unit: what an id stands for.
     """
     figure = new_figure(8, 5)
     axes = figure.subplots()
-    axes.plot(*_curve(rows, "bits"), label="training")
+    # Of a few rows a line is hardly there.
+    axes.plot(*_curve(rows, "bits"), "-" if len(rows) > FEW else ".-", label="training")
     steps, held_out = _curve(rows, "held_out_bits")
     if steps:
-        axes.plot(steps, held_out, "o-", label=f"held-out, {held_out[-1]:.3f} at the end")
+        axes.plot(steps, held_out, "o-", label=f"held-out, at last {held_out[-1]:.3f}")
     for style, (name, bits) in zip(("--", ":"), references.items(), strict=False):
         axes.axhline(bits, color="gray", linestyle=style, label=f"{name}, {bits:.2f}")
     axes.set_xlabel("step")
-    axes.set_ylabel("bits per character")
+    axes.set_ylabel(f"bits per {unit}")
     axes.set_ylim(bottom=0)
     nats = axes.secondary_yaxis("right", functions=(_nats, _bits))
-    nats.set_ylabel("loss (nats per character)")
+    nats.set_ylabel(f"loss (nats per {unit})")
     axes.grid(alpha=0.3)
     axes.legend()
     save_png(figure, path)
 
 
-def text_plot(rows: list[dict[str, Any]], width: int, height: int = 16) -> list[str]:
+def text_plot(
+    rows: list[dict[str, Any]], width: int, unit: str = "character", height: int = 16
+) -> list[str]:
     """Draw the same curves with characters that every terminal has.
 
     Args:
       rows: the metrics of a run.
       width: of the lines, in characters.
+      unit: what an id stands for.
       height: how many lines the curves have.
 
     Returns:
@@ -106,7 +115,7 @@ def text_plot(rows: list[dict[str, Any]], width: int, height: int = 16) -> list[
         canvas[round(y * (height - 1))][round(x * (columns - 1))] = mark
     labels = [""] * height
     for n in (0, height // 2, height - 1):
-        labels[n] = f"{high - (high - low) * n / (height - 1):.3g}"
+        labels[n] = f"{high - (high - low) * n / (height - 1):.4g}"
     lines = [
         f"{label:>{MARGIN - 2}} |{''.join(line)}".rstrip()
         for label, line in zip(labels, canvas, strict=True)
@@ -114,7 +123,7 @@ def text_plot(rows: list[dict[str, Any]], width: int, height: int = 16) -> list[
     ends = f"step {first}", f"{last}"
     legend = "   ".join(f"{mark} {name}" for name, mark in CURVES.values())
     return [
-        f"bits per character   {legend}",
+        f"bits per {unit}   {legend}",
         *lines,
         " " * (MARGIN - 1) + "+" + "-" * columns,
         " " * MARGIN + ends[0] + ends[1].rjust(columns - len(ends[0])),

@@ -61,8 +61,9 @@ def _check(params, key, prompt, length, temperature):
     _checks.random_key("key", key)
     _checks.whole("length", length)
     temperature = _checks.number("temperature", temperature)
-    if not (math.isfinite(temperature) and temperature >= 0):
-        _checks.bad_value("temperature", "a finite number, at least 0", temperature)
+    least = float(np.finfo(np.float32).tiny)  # of which there is an inverse
+    if not (temperature == 0 or least <= temperature < math.inf):
+        _checks.bad_value("temperature", "0, or a finite number above 1e-37", temperature)
     check_forward("params.cell", params.cell)
     sizes = first_cell(params.cell).U.shape[1], params.readout.V.shape[0]
     if sizes[0] != sizes[1]:
@@ -73,14 +74,10 @@ def _check(params, key, prompt, length, temperature):
 
 def _blocks(params, key, prompt, sharpness, length, greedy, block):
     state, drawn = _read(params, prompt), None
-    # One key for each id, so that an id does not depend on the blocks.
-    keys, places = jax.random.split(key, length), np.arange(block)
     for start in range(0, length, block):
-        # The last block is drawn whole too, with any keys, and cut: another length would be
-        # another program.
-        some = keys[np.minimum(start + places, length - 1)]
-        former = drawn
-        state, drawn = _draw(params, state, some, sharpness, greedy=greedy)
+        # The last block is drawn whole too, and cut: another length would be another program.
+        places, former = np.arange(start, start + block, dtype=np.uint32), drawn
+        state, drawn = _draw(params, state, key, places, sharpness, greedy=greedy)
         if former is not None:
             yield np.asarray(former)
     if drawn is not None:
@@ -89,8 +86,8 @@ def _blocks(params, key, prompt, sharpness, length, greedy, block):
 
 @partial(jax.jit, static_argnames=("length", "greedy"))
 def _generate(params, key, prompt, sharpness, *, length, greedy):
-    keys = jax.random.split(key, length)
-    return _draw(params, _read(params, prompt), keys, sharpness, greedy=greedy)[1]
+    places = jnp.arange(length, dtype=jnp.uint32)
+    return _draw(params, _read(params, prompt), key, places, sharpness, greedy=greedy)[1]
 
 
 @jax.jit
@@ -101,17 +98,17 @@ def _read(params, prompt):
 
 
 @partial(jax.jit, static_argnames="greedy")
-def _draw(params, state, keys, sharpness, *, greedy):
-    """Draw an id with each key; (h, y) after them, and the ids."""
+def _draw(params, state, key, places, sharpness, *, greedy):
+    """Draw the ids of some places, each with a key of its own; (h, y) after them, and the ids."""
 
-    def body(state, key):
+    def body(state, place):
         h, y = state
         logits = apply_readout(params.readout, y).astype(jnp.float32)
         if greedy:
             drawn = jnp.argmax(logits)
         else:
-            drawn = jax.random.categorical(key, logits * sharpness)
+            drawn = jax.random.categorical(jax.random.fold_in(key, place), logits * sharpness)
         drawn = drawn.astype(jnp.int32)
         return step_layers(params.cell, Ids(drawn), h), drawn
 
-    return lax.scan(body, state, keys)
+    return lax.scan(body, state, places)

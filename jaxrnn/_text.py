@@ -134,7 +134,14 @@ def streams(ids: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
       (inputs, targets), `[L, B]` each, L = (N − 1) // B: stream n is the n-th stretch of the
       text, and targets[t] is the character after inputs[t]. Fewer than B characters at the end
       are left out.
+
+    Raises:
+      TypeError, ValueError: ids of another shape, or fewer than B + 1; a count below 1.
     """
+    _checks.positive("count", count)
+    ids = np.asarray(ids)
+    if ids.ndim != 1 or len(ids) <= count:
+        _checks.bad_value("ids", f"shape [N], N above {count}", list(ids.shape))
     length = (len(ids) - 1) // count
     inputs = ids[: length * count].reshape(count, length).T
     targets = ids[1 : length * count + 1].reshape(count, length).T

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxrnn import _checks
-from jaxrnn._cell import Ids, Params, check_forward, check_params
+from jaxrnn._cell import Ids, check_forward, check_params
 from jaxrnn._layers import first_states
 from jaxrnn._loss_and_grads import loss_and_grads
 from jaxrnn._sharding import varying_like
@@ -35,7 +35,7 @@ class TrainState:
       key: a random key for a loss of one's own; None if nothing is random. It does not change:
         each update folds its step into it.
 
-    For a model of one's own `params` is any pytree of arrays, and `h` any that starts as zeros.
+    For a model of one's own `params` is any pytree of arrays, and `h` too.
     """
 
     params: Any
@@ -50,28 +50,38 @@ Loss = Callable[[Any, Any, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
 
 def init_state(
-    params: Params, optimizer: optax.GradientTransformation, batch_size: int, key: Any = None
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    batch_size: int | None = None,
+    key: Any = None,
+    *,
+    h: Any = None,
 ) -> TrainState:
     """The state before the first update.
 
     Args:
-      params: initial `Params`.
+      params: initial `Params`; of a model of one's own any pytree of arrays.
       optimizer: from optax.
       batch_size: B, how many streams are read side by side.
       key: a random key, for a loss of one's own that draws.
+      h: of a model of one's own, instead of B: what it carries, any pytree of zeros.
 
     Returns:
-      A `TrainState` with h = 0 and step = 0.
+      A `TrainState` with h = 0 and step = 0, of copies: an update consumes it.
 
     Raises:
-      TypeError, ValueError: params that do not fit, a batch size below 1.
+      TypeError, ValueError: params that do not fit, a batch size below 1, both or neither of
+        batch size and h.
     """
-    # Copied: an update consumes its state, and the caller's params must outlive it.
-    checked: Any = jax.tree.map(jnp.copy, check_params(params))
-    check_forward("params.cell", checked.cell)  # a state from the end is not carried on
-    _checks.positive("batch_size", batch_size)
-    h = first_states(checked.cell, (batch_size,))
-    return TrainState(checked, optimizer.init(checked), h, jnp.zeros((), jnp.int32), key)
+    if (batch_size is None) == (h is None):
+        _checks.bad_value("batch_size", "either that or h", "both" if h is not None else "neither")
+    if batch_size is not None:
+        params = check_params(params)
+        check_forward("params.cell", params.cell)  # a state from the end is not carried on
+        _checks.positive("batch_size", batch_size)
+        h = first_states(params.cell, (batch_size,))
+    params, h = jax.tree.map(jnp.array, (params, h))
+    return TrainState(params, optimizer.init(params), h, jnp.zeros((), jnp.int32), key)
 
 
 def make_update(

@@ -9,6 +9,7 @@ stay there, and XLA splits the work as they lie.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrnn import _checks
-from jaxrnn._cell import Ids, Params, check_params
+from jaxrnn._cell import Ids, check_params
 from jaxrnn._fit import DivergedError as DivergedError
 from jaxrnn._fit import Report as Report
 from jaxrnn._fit import fit as fit
@@ -26,6 +27,7 @@ from jaxrnn._loss import cross_entropy
 from jaxrnn._step import apply_readout
 from jaxrnn._text import streams as streams
 from jaxrnn._update import Figures as Figures
+from jaxrnn._update import Loss as Loss
 from jaxrnn._update import TrainState as TrainState
 from jaxrnn._update import init_state as init_state
 from jaxrnn._update import make_checked_update as make_checked_update
@@ -66,18 +68,22 @@ def windows(
 
 
 def evaluate(
-    params: Params,
+    params: Any,
     inputs: np.ndarray,
     targets: np.ndarray,
     *,
+    loss: Loss | None = None,
+    h: Any = None,
     put: Callable[[Any, int], Any] = lambda x, axis: x,
 ) -> float:
     """The mean cross-entropy of whole streams, read from h = 0.
 
     Args:
-      params: the `Params`.
+      params: the `Params`; of a model of one's own what its loss takes.
       inputs: ids, `[L, B]`.
       targets: ids, `[L, B]`.
+      loss: of a model of one's own, as in `make_update`; its key is None.
+      h: with that loss, what it starts from.
       put: (an array of the host, which of its axes is B) -> the same where it shall be computed
         with; as it is by default.
 
@@ -87,15 +93,18 @@ def evaluate(
     Raises:
       TypeError, ValueError: as `jaxrnn.unroll` and `jaxrnn.cross_entropy`; empty streams.
     """
-    params, (inputs, targets) = check_params(params), _streams(inputs, targets)
+    inputs, targets = _streams(inputs, targets)
     if np.size(targets) == 0:
         _checks.bad_value("targets", "at least one character", list(np.shape(targets)))
-    shapes = jax.eval_shape(lambda: first_states(params.cell, (inputs.shape[1],)))
-    h = jax.tree.map(lambda x: put(np.zeros(x.shape, x.dtype), 0), shapes)
+    if loss is None:
+        params = check_params(params)
+        shapes = jax.eval_shape(lambda: first_states(params.cell, (inputs.shape[1],)))
+        h = jax.tree.map(lambda x: put(np.zeros(x.shape, x.dtype), 0), shapes)
     nats = 0.0
     for start in range(0, len(inputs), EVALUATION_WINDOW):
         window = slice(start, start + EVALUATION_WINDOW)
-        total, h = _total(params, put(inputs[window], 1), put(targets[window], 1), h)
+        x, y = put(inputs[window], 1), put(targets[window], 1)
+        total, h = _total(params, x, y, h, loss=loss or _loss)
         # Waited for: of some dozens under way that several devices share, XLA's CPU runs into a
         # deadlock.
         nats += float(total)
@@ -112,7 +121,11 @@ def _streams(inputs, targets):
     return inputs, targets
 
 
-@jax.jit
-def _total(params, inputs, targets, h):
+@partial(jax.jit, static_argnames="loss")
+def _total(params, inputs, targets, h, *, loss):
+    return loss(params, h, inputs, targets, None)
+
+
+def _loss(params, h, inputs, targets, key):
     h, hs = unroll_layers(params.cell, Ids(inputs), h)
     return jnp.sum(cross_entropy(apply_readout(params.readout, hs), targets)), h

@@ -111,6 +111,8 @@ def test_bytes_from_end_to_end(tmp_path):
     run = jaxrnn("train", tmp_path / "data", "--level", "byte", "--out", out, *SMALL)
     assert (run.returncode, run.stderr) == (0, "")
     assert run.stdout.startswith(f"{tmp_path / 'data'}: 2,700 bytes, 300 more held out\n")
+    assert "k byte/s" in run.stdout and "held-out bits per byte: " in run.stdout
+    assert "character" not in run.stdout
     np.testing.assert_array_equal(np.load(out / "ids.npy"), list(BYTES))
     how = ["sample", out, "--prompt", b"\xff(\xc3".decode(errors="surrogateescape"),
            "--length", "30"]  # fmt: skip
@@ -182,7 +184,10 @@ def test_a_sample_that_is_interrupted(trained):
     assert rest.endswith("\n") and len(rest) < 1_000_000
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_run_that_is_interrupted_is_kept(number, text_file, tmp_path, capsys):
     out = tmp_path / "a run"
     process = start("train", text_file, "--out", out, *SMALL, "--steps", "1000000")
@@ -248,6 +253,11 @@ BAD_TRAINING = {
     "another text": (["{text}", "--resume", "{run}"], "--resume: expected no text beside it"),
     "no run": (["--resume", "{bad}"], "bad.*: expected a run directory, got no config.json in it"),
     "no steps": (["{text}", "--steps", "0"], "--steps: expected a whole number, at least 1, got 0"),
+    "one character of text": (
+        ["{text}", "--eval-length", "1"],
+        "a whole number, at least 2, got 1",
+    ),
+    "seed": (["{text}", "--seed", "4294967296"], "--seed: expected a whole number from 0 to 2"),
     "no number": (["{text}", "--hidden-size", "many"], "expected a whole number, .* got many"),
     "negative rate": (["{text}", "--learning-rate", "-1"], "expected a number above 0, got -1"),
     "nan": (["{text}", "--grad-clip", "nan"], "expected a number, at least 0, got nan"),
@@ -357,6 +367,25 @@ def test_output_on_a_full_disk_is_one_line(command, trained, text_file, tmp_path
     assert (run.returncode, run.stderr) == (1, said)
 
 
+def test_output_that_is_closed(trained):
+    ours = f"{sys.executable} -m jaxrnn"
+    for command in (f"sample {trained[0]}", f"show {trained[0]}", "example"):
+        run = subprocess.run(["bash", "-c", f"{ours} {command} >&-"], capture_output=True)
+        assert (run.returncode, run.stderr) == (0, b"")
+
+
+def test_runs_of_one_second_have_names_of_their_own(text_file, tmp_path, monkeypatch, capsys):
+    from jaxrnn._training import train_command
+
+    monkeypatch.chdir(tmp_path)
+    names = []
+    for _ in range(3):
+        names.append(train_command._new_place())
+        (tmp_path / names[-1]).mkdir(parents=True)
+        monkeypatch.setattr(train_command.time, "strftime", lambda _: names[0])
+    assert names == [names[0], f"{names[0]}-2", f"{names[0]}-3"]
+
+
 def test_a_name_that_is_no_utf_8(tmp_path):
     name = os.fsdecode(b"caf\xe9.txt")
     (tmp_path / name).write_text(TEXT)
@@ -381,7 +410,7 @@ def test_two_runs_that_begin_beside_each_other(text_file, tmp_path):
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["b"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_start_that_is_interrupted_leaves_nothing(number, tmp_path):
     process = start("train", "-", "--out", tmp_path / "run", *SMALL, stdin=subprocess.PIPE)
     while not (tmp_path / "run" / ".ids.npy.partial").exists():

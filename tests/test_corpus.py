@@ -18,8 +18,8 @@ import pytest
 from jaxrnn import Vocabulary
 from jaxrnn._checks import InputError
 from jaxrnn._text import streams
+from jaxrnn._training import directory, id_file, ngram
 from jaxrnn._training import encode as encoding
-from jaxrnn._training import id_file, ngram
 from jaxrnn._training.corpus import Corpus, open_corpus
 from jaxrnn._training.encode import Text, encode
 from jaxrnn._training.levels import Decoder, to_ids
@@ -153,6 +153,21 @@ def test_directories_are_read_in_order_of_their_paths(tmp_path):
     assert text.name == str(root) and told == [(7, 7)]
     both, ids = encoded([str(root / "c"), str(root / "b")], tmp_path)
     assert Vocabulary(both.characters).decode(ids) == "6234"
+
+
+def test_runs_are_no_text(tmp_path):
+    """Of a directory in which one was trained, and in which another has just begun."""
+    for name in ("runs/a", "runs/b", "notes"):
+        (tmp_path / "all" / name).mkdir(parents=True)
+    (tmp_path / "all" / "notes" / "text").write_text("text")
+    (tmp_path / "all" / "notes" / "config.json").write_text("[]")
+    for name in ("a", "b"):
+        directory.write_json(
+            tmp_path / "all" / "runs" / name / "config.json", {"sources": [], "options": {}}
+        )
+    (tmp_path / "all" / "runs" / "a" / "ids.npy").write_bytes(b"\xff")
+    text, ids = encoded([str(tmp_path / "all")], tmp_path)
+    assert Vocabulary(text.characters).decode(ids) == "[]text"
 
 
 def test_standard_input(tmp_path, monkeypatch, tiny):
@@ -580,7 +595,7 @@ def test_texts_that_cannot_be_trained_on(tmp_path):
         (b"a" * 5000, "char", "expected two distinct characters, got only 'a'"),
         (b"a" * 5000, "byte", "expected two distinct bytes, got only 0x61"),
         (b"abc" * 5, "char", "expected at least 33 characters for training, 4 streams of one "
-         "window of 8, got 13; lower --batch-size or --seq-length"),
+         "window of 8, got 13; lower --batch-size, --seq-length or --held-out"),
         (b"abc" * 5, "byte", "expected at least 33 bytes for training, .* got 13; lower"),
         (b"ab", "char", "expected at least 33 characters for training, .* got 0; lower"),
         ("é".encode() * 17 + b"a", "char", "expected at least 33 characters .* got 16; lower"),

@@ -1,5 +1,6 @@
 """A run whose batch and hidden units are split over devices: the same numbers, few words."""
 
+import itertools
 import math
 import os
 import re
@@ -185,6 +186,23 @@ def test_split_evaluation_is_the_same_evaluation(streams, place):
     state = placement.put_state(make_state(optax.sgd(0.1)))
     found = train.evaluate(state.params, *ids, put=placement.split)
     assert found == pytest.approx(train.evaluate(params, *ids), rel=1e-13)
+
+
+def test_many_computations_of_several_devices_come_to_an_end(place):
+    """Some dozens under way at once would not, on a CPU: XLA would abort the process."""
+    placement, (length, streams) = place(2, 1), (train.EVALUATION_WINDOW * 100, 4)
+    state = placement.put_state(make_state(optax.sgd(0.1)))
+    ids = np.zeros((length, streams), np.uint8)
+    found = train.evaluate(state.params, ids, ids, put=placement.split)
+    one = train.evaluate(state.params, ids[:1], ids[:1], put=placement.split)
+    assert 0 < found < one + 5
+    windows = (
+        (*(placement.split(np.zeros((200, B), np.uint8), 1) for _ in range(2)), n == 0)
+        for n in itertools.count()
+    )
+    update = train.make_checked_update(optax.sgd(0.1), mesh=placement.mesh)
+    (report,) = train.fit(state, update, windows, 300, every=300)
+    assert report.step == 300
 
 
 # What goes between devices, read from the optimised program.

@@ -176,6 +176,77 @@ def test_evaluation_goes_where_it_is_put():
     assert put == [((B, H), 0), ((8, B), 1), ((8, B), 1)]
 
 
+def test_the_loop_ends_with_its_windows():
+    few = [next(windows) for windows in [reader()] for _ in range(7)]
+    update = train.make_checked_update(OPTIMIZER)
+    reports = list(train.fit(make_state(), update, few, 100, every=[3]))
+    assert [report.step for report in reports] == [3, 6, 7]
+    again = list(train.fit(make_state(), update, iter(few), 7, every=100))
+    assert [report.step for report in again] == [7]
+    assert_same(again[0].state.params, reports[-1].state.params)
+
+
+def test_a_pace_of_no_update_is_no_number():
+    update = train.make_checked_update(OPTIMIZER)
+    paces = [r.updates_per_second for r in train.fit(make_state(), update, reader(), 3, every=1)]
+    assert math.isnan(paces[0]) and min(paces[1:]) > 0
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "message"),
+    [
+        ({"state": {}}, TypeError, "state: expected a jaxrnn.TrainState, got dict"),
+        ({"steps": 2.5}, TypeError, "steps: expected a whole number, got float"),
+        ({"steps": -1}, ValueError, "steps: expected at least 0, got -1"),
+        ({"every": 0}, ValueError, "every: expected at least 1, got 0"),
+        ({"update": train.make_update(OPTIMIZER)}, TypeError, "update: expected that of make_che"),
+    ],
+)
+def test_the_loop_refuses(how, kind, message):
+    update = train.make_checked_update(OPTIMIZER)
+    how = {"state": make_state(), "update": update, "windows": reader(), "steps": 5, **how}
+    with pytest.raises(kind, match=f"^{message}"):
+        list(train.fit(**how))
+
+
+def gru(params, h, inputs, targets, key):
+    """A model that is none of this library's."""
+
+    def step(h, n):
+        z, r = jax.nn.sigmoid(params["in"][:2, n] + jnp.einsum("bh,khg->kbg", h, params["W"][:2]))
+        new = jnp.tanh(params["in"][2, n] + (r * h) @ params["W"][2])
+        h = z * h + (1 - z) * new
+        return h, h
+
+    h, hs = jax.lax.scan(step, h, inputs)
+    logits = jaxrnn.apply_readout(params["out"], hs)
+    return jnp.sum(jaxrnn.cross_entropy(logits, targets)), h
+
+
+def test_a_model_of_ones_own():
+    key = jax.random.split(jax.random.key(0), 2)
+    params = {
+        "in": jax.random.normal(key[0], (3, K, H), jnp.float64),
+        "W": 0.3 * jax.random.normal(key[1], (3, H, H), jnp.float64),
+        "out": jaxrnn.Readout(jnp.zeros((K, H)), jnp.zeros(K)),
+    }
+    h, ids = jnp.zeros((B, H)), np.arange(31)[:, None] % K + np.zeros((1, B), int)
+    state = train.init_state(params, OPTIMIZER, h=h)
+    update = train.make_checked_update(OPTIMIZER, gru)
+    windows = train.windows(ids[:-1], ids[1:], T)
+    before = train.evaluate(params, ids[:-1], ids[1:], loss=gru, h=h)
+    *_, last = train.fit(state, update, windows, 200)
+    after = train.evaluate(last.state.params, ids[:-1], ids[1:], loss=gru, h=h)
+    assert before == pytest.approx(math.log(K)) and after < last.loss + 0.2 < 0.5
+    # All of it in one piece.
+    total, _ = gru(last.state.params, h, ids[:-1], ids[1:], None)
+    assert after == pytest.approx(float(total) / ids[1:].size)
+    assert params["W"].shape == (3, H, H) and not h.is_deleted()
+    for both in ({}, {"batch_size": B, "h": h}):
+        with pytest.raises(ValueError, match=r"^batch_size: expected either that or h, got "):
+            train.init_state(params, OPTIMIZER, **both)
+
+
 def test_windows_go_on_where_they_were():
     windows, later = reader(), reader(13)
     for _ in range(13):

@@ -1,7 +1,9 @@
 """A run in this process: what it saves and keeps, and when it gives memory back."""
 
+import math
 import os
 import signal
+from dataclasses import replace
 from math import log
 
 import jax
@@ -14,7 +16,8 @@ from jaxrnn._training.config import Config
 from jaxrnn._training.corpus import Corpus, open_corpus
 from jaxrnn._training.devices import Placement
 from jaxrnn._training.encode import encode
-from jaxrnn._training.run import Run
+from jaxrnn._training.run import FailedError, Run
+from jaxrnn._training.signals import SIGNALS, stop_requests
 
 # Held-out bits by the step at which they are measured.
 BITS = {2: 3.0, 4: 1.0, 6: 2.0, 8: 1.5, 10: 2.5, 12: 2.0, 14: 1.25, 15: 2.0}
@@ -37,11 +40,92 @@ def begin(tmp_path):
     how = {"batch_size": 2, "seq_length": 4}
     config = Config(**how, hidden_size=8, steps=15, eval_every=2, checkpoint_every=3)
 
-    def begin():
+    def begin(**free):
         corpus = open_corpus(out / directory.IDS, text, held_out=0.1, **how)
-        return Run(out, config, text, corpus, Placement(2, 8))
+        return Run(out, replace(config, **free), text, corpus, Placement(2, 8))
 
     return begin
+
+
+def row(run, step):
+    (found,) = [row for row in directory.read_metrics(run.out) if row["step"] == step]
+    return found
+
+
+def test_time_and_skipped_updates_are_counted_over_all_parts(begin, monkeypatch):
+    """The key of each update is what may make it fail: two of three do, in both parts."""
+    make = train.make_checked_update
+
+    def unreliable(*args, **how):
+        update = make(*args, **how)
+
+        def made(state, inputs, targets):
+            fails = int(state.step) % 3 > 0
+            state, figures = update(state, inputs, targets)
+            return state, replace(figures, finite=figures.finite & (not fails))
+
+        return made
+
+    monkeypatch.setattr(train, "make_checked_update", unreliable)
+    run = begin(skip_nonfinite=True)
+    run.go(lambda row: row["step"] == 6 and os.kill(os.getpid(), signal.SIGTERM))
+    first = directory.read_metrics(run.out)[-1]
+    assert (first["step"], first["skipped"]) == (7, 4)
+    again = begin(skip_nonfinite=True)
+    again.go(lambda row: None)
+    assert row(again, 15)["skipped"] == 10
+    assert row(again, 15)["seconds"] > first["seconds"] > 0
+
+
+def test_a_held_out_loss_that_is_no_number_ends_the_run(begin, monkeypatch):
+    monkeypatch.setattr(train, "evaluate", lambda *args, **how: math.inf)
+    said = (
+        r"the held-out loss became inf at step 2 \(gradient norm \S+, parameter norm \S+\); begin"
+    )
+    with pytest.raises(FailedError, match=said):
+        begin().go(lambda row: None)
+    run = begin(skip_nonfinite=True)
+    assert math.isnan(run.go(lambda row: None).bits) and Checkpoints(run.out).best() is None
+
+
+def test_metrics_that_cannot_be_written_end_the_run(begin, monkeypatch):
+    def full(path, row):
+        raise OSError(28, "No space left on device", str(path / "metrics.jsonl"))
+
+    monkeypatch.setattr(directory, "append_metrics", full)
+    run = begin()
+    with pytest.raises(FailedError, match=r"run/metrics.jsonl: cannot be written: No space left"):
+        run.go(lambda row: None)
+
+
+@pytest.mark.parametrize(("number", "ends"), [(signal.SIGINT, KeyboardInterrupt),
+                                              (signal.SIGTERM, SystemExit)])  # fmt: skip
+def test_a_second_signal_ends_at_once(begin, number, ends):
+    before, seen = [signal.getsignal(each) for each in SIGNALS], []
+
+    def twice(row):
+        seen.append(row["step"])
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+
+    run = begin()
+    with pytest.raises(ends) as ended:
+        run.go(twice)
+    assert ends is KeyboardInterrupt or ended.value.code == 128 + number
+    assert seen == [2] and Checkpoints(run.out).steps() == [2]
+    assert [signal.getsignal(each) for each in SIGNALS] == before
+
+
+def test_what_nohup_asks_for():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_requests() as asked:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert asked() == 0
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert asked() == signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_best_is_kept_whenever_it_was_measured(begin, monkeypatch):

@@ -146,7 +146,7 @@ def test_updates_that_were_skipped(make, capsys, measured):
 
 def test_bytes_and_large_alphabets(make, capsys):
     many = "".join(map(chr, range(0x4E00, 0x4E00 + 5000)))
-    out = make(text={**TEXT, "characters": many})
+    out = make(text={**TEXT, "characters": many}, level="byte")
     assert re.search(r"5000 distinct:\s+'[^']+' …", here(capsys, "show", out).stdout)
     written = {"text": {**TEXT, "level": "byte", "characters": "".join(map(chr, range(256)))}}
     (out / "text.json").write_text(json.dumps({**written, "references": REFERENCES}))

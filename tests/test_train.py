@@ -156,8 +156,9 @@ def test_greedy_generation_is_step_by_step_argmax():
     ({"prompt": jnp.zeros(0, jnp.int32)}, "prompt: expected at least one id"),
     ({"prompt": jnp.array([4])}, "prompt: expected ids from 0 to 3, got 4"),
     ({"length": -1}, "length: expected at least 0, got -1"),
-    ({"temperature": -0.5}, "temperature: expected a finite number, at least 0, got -0.5"),
-    ({"temperature": float("nan")}, "temperature: expected a finite number"),
+    ({"temperature": -0.5}, "temperature: expected 0, or a finite number .* got -0.5"),
+    ({"temperature": 1e-39}, "temperature: expected 0, or a finite number above 1e-37, got 1e-39"),
+    ({"temperature": float("nan")}, "temperature: expected 0, or a finite number"),
 ])  # fmt: skip
 def test_generation_refuses(how, message):
     params = jaxrnn.init_params(jax.random.key(3), 4, 8, 4)

@@ -9,6 +9,7 @@ from jaxrnn import _checks
 from jaxrnn._text import Vocabulary, streams
 from jaxrnn._training.encode import Text
 from jaxrnn._training.id_file import checksum, chunks, open_ids, release
+from jaxrnn._training.levels import UNITS
 from jaxrnn._training.ngram import bigram_bits, unigram_bits
 
 # Streams of the held-out text are at least this long: each starts without context.
@@ -86,7 +87,7 @@ def open_corpus(
     ids = open_ids(path, text.length, len(text.characters))
     if verify and checksum(ids) != text.checksum:
         raise _checks.InputError(f"{path}: expected the ids of {text.name}, got others")
-    unit = "bytes" if text.level == "byte" else "characters"
+    unit = f"{UNITS[text.level]}s"
     only = _only_one(ids, text)
     if only is not None:
         raise _checks.InputError(f"{text.name}: expected two distinct {unit}, got only {only}")
@@ -96,7 +97,7 @@ def open_corpus(
         raise _checks.InputError(
             f"{text.name}: expected at least {needed:,} {unit} for training, "
             f"{batch_size} streams of one window of {seq_length}, "
-            f"got {max(0, text.length - kept):,}; lower --batch-size or --seq-length"
+            f"got {max(0, text.length - kept):,}; lower --batch-size, --seq-length or --held-out"
         )
     vocabulary = Vocabulary(text.characters)
     return Corpus(text.name, text.level, vocabulary, ids[:-kept], ids[-kept:], evaluated)

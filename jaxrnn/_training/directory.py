@@ -77,6 +77,15 @@ def _remove(folders):
             folder.rmdir()
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a directory is that of a run, one that has just been claimed included."""
+    try:
+        values = json.loads((folder / CONFIG).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and values.keys() == {"sources", "options"}
+
+
 def check_writable(*folders: Path) -> None:
     """Refuse a run that could not be saved, before anything of it is changed.
 

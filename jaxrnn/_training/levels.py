@@ -9,6 +9,8 @@ import numpy as np
 from jaxrnn import _checks
 from jaxrnn._text import Vocabulary
 
+UNITS = {"char": "character", "byte": "byte"}
+
 
 def to_ids(vocabulary: Vocabulary, level: str, prompt: str) -> np.ndarray:
     """The ids of a prompt, int32 `[length]`.

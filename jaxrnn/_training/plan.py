@@ -10,6 +10,7 @@ from jaxrnn import _schedule
 from jaxrnn._training.config import Config, initial_state
 from jaxrnn._training.corpus import Corpus
 from jaxrnn._training.devices import DATA, MODEL, Placement
+from jaxrnn._training.levels import UNITS
 
 # Beside the state, of the size of all parameters: summed and mean gradients, new parameters.
 ARRAYS_OF_PARAMETERS = 3
@@ -21,7 +22,7 @@ ARRAYS_OF_LOGITS = 3
 
 def lines(config: Config, corpus: Corpus, placement: Placement) -> Iterator[str]:
     """The plan, line by line."""
-    unit = "bytes" if corpus.level == "byte" else "characters"
+    unit = f"{UNITS[corpus.level]}s"
     alphabet = "" if corpus.level == "byte" else f", {len(corpus.vocabulary)} distinct"
     yield (
         f"{corpus.name}: {len(corpus.train):,} {unit}, {len(corpus.held_out):,} more held out"

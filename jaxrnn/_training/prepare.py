@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from jaxrnn import _checks
+from jaxrnn._console import Console
 from jaxrnn._training import directory, kept, processes, progress, saved
 from jaxrnn._training.config import Config, go_on_with
 from jaxrnn._training.corpus import Corpus, open_corpus

@@ -20,8 +20,8 @@ from rich.progress import (
 class Reporter:
     """Keeps the latest held-out figure and shows each row of metrics."""
 
-    def __init__(self, console: Console, steps: int, begun: int, bar: Progress | None):
-        self.console, self.steps, self.bar = console, steps, bar
+    def __init__(self, console: Console, steps: int, begun: int, level: str, bar: Progress | None):
+        self.console, self.steps, self.unit, self.bar = console, steps, level, bar
         self.held_out = "–"
         # The last line that was printed, by a clock that evaluation and checkpoints count for too.
         self.printed, self.at = begun, time.perf_counter()
@@ -33,9 +33,10 @@ class Reporter:
         if "held_out_bits" in row:
             bits = row["held_out_bits"]
             self.held_out = "–" if bits is None else f"{bits:.3f}"
-        speed = f"{row['characters_per_second'] / 1000:.0f}k char/s"
+        pace = row["characters_per_second"]
+        speed = "–" if pace is None else f"{pace / 1000:.0f}k"
         loss, bits = ("–" if row[k] is None else f"{row[k]:.3f}" for k in ("loss", "bits"))
-        figures = f"loss {loss} bits {bits} held-out {self.held_out} {speed}"
+        figures = f"loss {loss} bits {bits} held-out {self.held_out} {speed} {self.unit}/s"
         if row.get("skipped"):
             figures += f" skipped {row['skipped']}"
         if self.bar is not None:
@@ -50,10 +51,10 @@ class Reporter:
 
 
 @contextmanager
-def reporter(console: Console, steps: int, begun: int) -> Iterator[Reporter]:
+def reporter(console: Console, steps: int, begun: int, level: str) -> Iterator[Reporter]:
     """A function to call with each row of metrics of a run that begins at some step."""
-    if not console.is_terminal or console.quiet:
-        yield Reporter(console, steps, begun, None)
+    if not console.is_terminal or console.is_dumb_terminal or console.quiet:
+        yield Reporter(console, steps, begun, level, None)
         return
     columns = (
         TextColumn("{task.completed}/{task.total}"),
@@ -62,7 +63,7 @@ def reporter(console: Console, steps: int, begun: int) -> Iterator[Reporter]:
         TimeRemainingColumn(compact=True),
     )
     with Progress(*columns, console=console, expand=True) as bar:
-        yield Reporter(console, steps, begun, bar)
+        yield Reporter(console, steps, begun, level, bar)
 
 
 @contextmanager

@@ -170,14 +170,14 @@ class Run:
 
     def _row(self, now, begun):
         self._seconds = round(time.perf_counter() - begun, 3)
-        finite = math.isfinite(now.loss)
+        finite, pace, config = math.isfinite(now.loss), now.updates_per_second, self.config
         row = {
             "step": now.step,
             "loss": now.loss if finite else None,
             "bits": now.loss / math.log(2) if finite else None,
-            "characters_per_second": round(
-                now.updates_per_second * self.config.batch_size * self.config.seq_length
-            ),
+            "characters_per_second": round(pace * config.batch_size * config.seq_length)
+            if math.isfinite(pace)
+            else None,
             "seconds": self._seconds,
         }
         self._skipped += now.skipped

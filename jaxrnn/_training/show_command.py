@@ -5,14 +5,15 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from jaxrnn import _checks
+from jaxrnn._console import Console
 from jaxrnn._plots import plot_run, text_plot
 from jaxrnn._training import directory, kept, saved
 from jaxrnn._training.config import Config
 from jaxrnn._training.encode import Text
+from jaxrnn._training.levels import UNITS
 from jaxrnn._training.lock import locked
 
 # Of an alphabet so many characters are shown.
@@ -33,20 +34,20 @@ def show(args: Any) -> int:
     # A start that was cut short while the text was read has left none.
     encoded = (out / directory.TEXT).exists()
     text, references = saved.read_text(out) if encoded else (None, {})
-    console = Console(highlight=False, markup=False)
+    console, unit = Console(), UNITS[config.level]
     console.print(f"{out}: {_standing(out, config, rows)}", soft_wrap=True)
     console.print()
     console.print(_options(config))
     console.print()
-    console.print(_facts(out, text, references))
+    console.print(_facts(out, text, references, unit))
     console.print()
     if not rows:
         console.print("no metrics yet, and so no curves")
         return 0
-    for line in text_plot(rows, console.width):
+    for line in text_plot(rows, console.width, unit):
         console.print(line, soft_wrap=True)
     console.print(_latest(rows), soft_wrap=True)
-    console.print(picture(out, rows, references), soft_wrap=True)
+    console.print(picture(out, rows, references, unit), soft_wrap=True)
     return 0
 
 
@@ -84,7 +85,7 @@ def _options(config: Config) -> Table:
     return table
 
 
-def _facts(out: Path, text: Text | None, references: dict[str, float]) -> Table:
+def _facts(out: Path, text: Text | None, references: dict[str, float], unit: str) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -92,13 +93,11 @@ def _facts(out: Path, text: Text | None, references: dict[str, float]) -> Table:
         table.add_row("text", "not read to its end yet")
     else:
         table.add_row("text", text.name)
-        table.add_row(
-            "size", f"{text.length:,} {'bytes' if text.level == 'byte' else 'characters'}"
-        )
+        table.add_row("size", f"{text.length:,} {unit}s")
         table.add_row("alphabet", _alphabet(text))
         counted = ", ".join(f"{name} {bits:.2f}" for name, bits in references.items())
-        table.add_row("reference", f"{counted} bits per held-out character")
-    table.add_row("checkpoints", _kept(out))
+        table.add_row("reference", f"{counted} bits per held-out {unit}")
+    table.add_row("checkpoints", _kept(out, unit))
     return table
 
 
@@ -111,14 +110,14 @@ def _alphabet(text: Text) -> str:
     return f"{len(text.characters)} distinct: {shown}{more}"
 
 
-def _kept(out: Path) -> str:
+def _kept(out: Path, unit: str) -> str:
     steps, best = kept.steps(out), kept.best(out)
     if not steps:
         return "none yet"
     said = "at step " + ", ".join(map(str, steps))
     if best is not None:
         bits = kept.held_out_bits(out, best)
-        said += f"; the best is {best}, with {bits:.3f} held-out bits per character"
+        said += f"; the best is {best}, with {bits:.3f} held-out bits per {unit}"
     return said
 
 
@@ -134,11 +133,11 @@ def _latest(rows: list[dict[str, Any]]) -> str:
     return f"{said}; {skipped} updates skipped" if skipped else said
 
 
-def picture(out: Path, rows: list[dict[str, Any]], references: dict[str, float]) -> str:
+def picture(out: Path, rows: list[dict[str, Any]], references: dict[str, float], unit: str) -> str:
     """Draw the curves of a run, and say where; or why not, for that ends nothing."""
     path = out / "loss.png"
     try:
-        plot_run(rows, references, path)
+        plot_run(rows, references, path, unit)
     except ModuleNotFoundError:
         return "no picture: matplotlib is missing; pip install 'jaxrnn[plot]'"
     except _checks.InputError as error:

@@ -1,11 +1,12 @@
-"""Ctrl-C and SIGTERM: in training the first one asks to stop, the second ends at once."""
+"""Ctrl-C, SIGTERM, a terminal that closes: in training one asks to stop, the next ends at once."""
 
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_HANG_UP = getattr(signal, "SIGHUP", None)  # not everywhere
+SIGNALS = tuple(each for each in (signal.SIGINT, signal.SIGTERM, _HANG_UP) if each is not None)
 
 
 @contextmanager
@@ -33,25 +34,29 @@ def stop_requests() -> Iterator[Callable[[], int]]:
 
 @contextmanager
 def undone() -> Iterator[None]:
-    """SIGTERM raises where the program is, as Ctrl-C does, so that what has begun is undone."""
+    """All of them raise where the program is, as Ctrl-C does, so that what has begun is undone."""
 
     def end(number, frame):
         raise SystemExit(exit_code(number))
 
-    with _handled({signal.SIGTERM: end}):
+    with _handled({each: end for each in SIGNALS if each != signal.SIGINT}):
         yield
 
 
 @contextmanager
 def at_once() -> Iterator[None]:
-    """Both end the process where it waits in code that is not Python's, which sees no exception."""
+    """All of them end the process, which waits where no exception of Python's can be raised."""
     with _handled(dict.fromkeys(SIGNALS, signal.SIG_DFL)):
         yield
 
 
 @contextmanager
 def _handled(handlers: Mapping[int, Any]) -> Iterator[None]:
-    before = {each: signal.signal(each, handler) for each, handler in handlers.items()}
+    before = {
+        each: signal.signal(each, handler)
+        for each, handler in handlers.items()
+        if each != _HANG_UP or signal.getsignal(each) != signal.SIG_IGN  # as nohup asks for
+    }
     try:
         yield
     finally:

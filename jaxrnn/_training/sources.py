@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jaxrnn import _checks
+from jaxrnn._training.directory import is_run
 
 STANDARD_INPUT = "-"
 # A text of more sources than this is called by the first of them.
@@ -109,10 +110,15 @@ def _standard_input() -> Any:
 
 
 def _below(folder: str) -> list[Source]:
-    """The files of a directory that hold something; links to directories are not followed."""
+    """The files of a directory that hold something, but those of training runs.
+
+    Links to directories are not followed.
+    """
     found: list[tuple[Path, int]] = []
     for where, folders, files in os.walk(folder, onerror=_unlisted):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [
+            name for name in folders if not (name.startswith(".") or is_run(Path(where, name)))
+        ]
         paths = [Path(where, name) for name in files if not name.startswith(".")]
         found += [(path, size) for path in paths if (size := _size(path))]
     if not found:

@@ -1,5 +1,6 @@
 """`jaxrnn train`: prepare a run directory, say what will be done, do it, show what came of it."""
 
+import os
 import shlex
 import signal
 import time
@@ -7,14 +8,15 @@ import traceback
 from collections.abc import Mapping
 from contextlib import ExitStack
 from importlib import import_module
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from jaxrnn import _checks
+from jaxrnn._console import Console
 from jaxrnn._training import devices, directory, kept, plan, processes, progress, saved
 from jaxrnn._training.config import flag
+from jaxrnn._training.levels import UNITS
 from jaxrnn._training.prepare import Asked, make_ready
 from jaxrnn._training.run import FailedError, Run
 from jaxrnn._training.sample_command import TEMPERATURE, stream
@@ -45,14 +47,12 @@ def train(args: Any, given: Mapping[str, Any]) -> int:
     devices.make_cores_devices()
     import_module("orbax.checkpoint")  # missed now, not when the first checkpoint is saved
     if several:
-        count = None if args.processes == "auto" else args.processes
-        processes.join(args.coordinator, count, args.process)
+        number = None if args.processes == "auto" else args.processes
+        processes.join(args.coordinator, number, args.process)
     resume = args.resume is not None
-    out = args.resume if resume else args.out or time.strftime("runs/%Y%m%d-%H%M%S")
-    asked = Asked(Path(out), resume, args.files, given, args.model_devices)
-    console = _Console(
-        soft_wrap=True, highlight=False, markup=False, quiet=not processes.is_first()
-    )
+    out = Path(args.resume if resume else args.out or _new_place())
+    asked = Asked(out, resume, args.files, given, args.model_devices)
+    console = Console(soft_wrap=True, quiet=not processes.is_first())
     try:
         with ExitStack() as held:
             return _run(asked, make_ready(asked, console, held), console, args.sample_length)
@@ -70,10 +70,10 @@ def train(args: Any, given: Mapping[str, Any]) -> int:
     return code
 
 
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        """Raise what it is: rich would end the process without a word."""
-        raise  # the BrokenPipeError that is being handled
+def _new_place():
+    name = time.strftime("runs/%Y%m%d-%H%M%S")
+    names = chain([name], (f"{name}-{n}" for n in count(2)))
+    return next(name for name in names if not os.path.exists(name))
 
 
 def _end_of_one(error):
@@ -106,39 +106,39 @@ def _check_processes(args, several):
 
 def _run(asked, ready, console, sample_length):
     out, config, corpus = asked.out, ready.config, ready.corpus
+    unit = UNITS[config.level]
     run = Run(out, config, ready.text, corpus, ready.placement)
     if run.step == config.steps:
         result = run.result()
         console.print(
-            f"{out} is finished: {result.step} updates, held-out bits per character: "
-            f"{result.bits:.3f}"
+            f"{out} is finished: {result.step} updates, held-out bits per {unit}: {result.bits:.3f}"
         )
         return 0
     for line in plan.lines(config, corpus, ready.placement):
         console.print(line)
     counted = ", ".join(f"{name} {bits:.2f}" for name, bits in ready.references.items())
-    console.print(f"held-out bits per character for reference: {counted}")
+    console.print(f"held-out bits per {unit} for reference: {counted}")
     if processes.are_several():
         console.print(
             f"if a process is lost the others end within {processes.HEARTBEAT} s; {_go_on(asked)}"
         )
     if asked.resume:
         console.print(f"going on from step {run.step} of {config.steps}")
-    with progress.reporter(console, config.steps, run.step) as report:
+    with progress.reporter(console, config.steps, run.step, config.level) as report:
         result = run.go(report)
     if result.signal:
         name = next(each.name for each in SIGNALS if each == result.signal)
         stopped = f"stopped by {name} at step {result.step} of {config.steps}"
         console.print(f"{stopped}; {_go_on(asked)}")
         return exit_code(result.signal)
-    console.print(f"held-out bits per character: {result.bits:.3f} ({result.seconds:.0f} s)")
+    console.print(f"held-out bits per {unit}: {result.bits:.3f} ({result.seconds:.0f} s)")
     if processes.is_first():
         _show(out, ready, console, 0 if processes.are_several() else sample_length)
     return 0
 
 
 def _show(out, ready, console, sample_length):
-    corpus = ready.corpus
+    corpus, unit = ready.corpus, UNITS[ready.config.level]
     if sample_length:
         console.print(
             f"a sample, at temperature {TEMPERATURE}, from where the held-out text begins:"
@@ -148,7 +148,7 @@ def _show(out, ready, console, sample_length):
             state.params, corpus.vocabulary, corpus.level, corpus.held_out[:SAMPLE_CONTEXT],
             sample_length, TEMPERATURE, ready.config.seed,
         )  # fmt: skip
-    console.print(picture(out, directory.read_metrics(out), ready.references))
+    console.print(picture(out, directory.read_metrics(out), ready.references, unit))
     sample = shlex.join(["jaxrnn", "sample", str(out), "--prompt", "TEXT"])
     console.print(f"run directory: {out}; go on with: {sample}")
 
