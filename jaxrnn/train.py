@@ -34,7 +34,7 @@ from jaxrnn._update import make_checked_update as make_checked_update
 from jaxrnn._update import make_update as make_update
 from jaxrnn._update import start_over as start_over
 
-# Held-out text is read in windows of this many steps, so that memory does not grow with it.
+# Steps of held-out text that are read at once, so that memory does not grow with it.
 EVALUATION_WINDOW = 1024
 
 
@@ -72,6 +72,7 @@ def evaluate(
     inputs: np.ndarray,
     targets: np.ndarray,
     *,
+    seq_length: int = EVALUATION_WINDOW,
     loss: Loss | None = None,
     h: Any = None,
     put: Callable[[Any, int], Any] = lambda x, axis: x,
@@ -82,6 +83,8 @@ def evaluate(
       params: the `Params`; of a model of one's own what its loss takes.
       inputs: ids, `[L, B]`.
       targets: ids, `[L, B]`.
+      seq_length: steps read at once: memory grows with it, and the result does not depend on it
+        beyond rounding.
       loss: of a model of one's own, as in `make_update`; its key is None.
       h: with that loss, what it starts from.
       put: (an array of the host, which of its axes is B) -> the same where it shall be computed
@@ -94,6 +97,7 @@ def evaluate(
       TypeError, ValueError: as `jaxrnn.unroll` and `jaxrnn.cross_entropy`; empty streams.
     """
     inputs, targets = _streams(inputs, targets)
+    _checks.positive("seq_length", seq_length)
     if np.size(targets) == 0:
         _checks.bad_value("targets", "at least one character", list(np.shape(targets)))
     if loss is None:
@@ -101,8 +105,8 @@ def evaluate(
         shapes = jax.eval_shape(lambda: first_states(params.cell, (inputs.shape[1],)))
         h = jax.tree.map(lambda x: put(np.zeros(x.shape, x.dtype), 0), shapes)
     nats = 0.0
-    for start in range(0, len(inputs), EVALUATION_WINDOW):
-        window = slice(start, start + EVALUATION_WINDOW)
+    for start in range(0, len(inputs), seq_length):
+        window = slice(start, start + seq_length)
         x, y = put(inputs[window], 1), put(targets[window], 1)
         total, h = _total(params, x, y, h, loss=loss or _loss)
         # Waited for: of some dozens under way that several devices share, XLA's CPU runs into a

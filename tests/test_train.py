@@ -96,15 +96,15 @@ def test_windows_read_the_streams_and_start_over():
         next(train.windows(inputs, targets, 15))
 
 
-def test_evaluation_does_not_depend_on_its_windows(params, monkeypatch):
+def test_evaluation_does_not_depend_on_its_windows(params):
     generator = np.random.default_rng(0)
     inputs, targets = generator.integers(0, D, (17, 2)), generator.integers(0, K, (17, 2))
     whole = train.evaluate(params, inputs, targets)
     np.testing.assert_allclose(
         whole, mean_loss(params, inputs, targets, jnp.zeros((2, H))), rtol=1e-12
     )
-    monkeypatch.setattr(train, "EVALUATION_WINDOW", 5)
-    np.testing.assert_allclose(train.evaluate(params, inputs, targets), whole, rtol=1e-12)
+    in_parts = train.evaluate(params, inputs, targets, seq_length=5)
+    np.testing.assert_allclose(in_parts, whole, rtol=1e-12)
     with pytest.raises(ValueError, match="targets: expected at least one"):
         train.evaluate(params, inputs[:0], targets[:0])
 
@@ -185,6 +185,8 @@ IDS = np.zeros((6, 2), int)
      r"inputs: expected shape \[L, B\], got \[6\]"),
     (lambda p: train.evaluate(p, IDS, IDS[1:]), ValueError,
      r"targets: expected shape \[6, 2\], got \[5, 2\]"),
+    (lambda p: train.evaluate(p, IDS, IDS, seq_length=0), ValueError,
+     "seq_length: expected at least 1, got 0"),
     (lambda p: next(train.windows(IDS, IDS[1:], 2)), ValueError,
      r"targets: expected shape \[6, 2\], got \[5, 2\]"),
     (lambda p: next(train.windows(IDS.tolist(), IDS.tolist(), 7)), ValueError,
