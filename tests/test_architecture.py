@@ -84,6 +84,7 @@ ROOMS = {
         ["sources"],
         ["encode"],
         ["corpus", "saved"],
+        ["memory"],
         ["plan", "prepare", "run", "sample_command", "show_command"],
         ["train_command"],
     ],

@@ -91,6 +91,11 @@ class Placement:
         """A state of which every process has the same numbers, split over the devices."""
         return jax.tree.map(lambda x, how: _place(np.asarray(x), how), state, self.of_state(state))
 
+    def share(self, sequences: int) -> int:
+        """How many of a batch are on each device, as `split` puts them there."""
+        whole, rest = divmod(sequences, self.mesh.shape[DATA])
+        return sequences if rest else whole
+
     def split(self, x: Any, axis: int) -> jax.Array:
         """An array of the host whose axis is the batch; ids become int32.
 

@@ -17,6 +17,7 @@ from jaxrnn._training.config import Config, initial_state, make_optimizer
 from jaxrnn._training.corpus import Corpus
 from jaxrnn._training.devices import Placement
 from jaxrnn._training.encode import Text
+from jaxrnn._training.memory import evaluation_window
 from jaxrnn._training.saved import check_identity, identity, load_state
 from jaxrnn._training.signals import stop_requests
 
@@ -120,6 +121,7 @@ class Run:
         windows = train.windows(inputs, targets, config.seq_length, self.step)
         placed = ((put(x, 1), put(y, 1), first) for x, y, first in windows)
         held_out = self.corpus.held_out_streams(config.batch_size)
+        at_once = evaluation_window(config, self.corpus, self.placement)
         begun = time.perf_counter() - self._seconds
         signal = 0
         with stop_requests() as asked:
@@ -147,7 +149,7 @@ class Run:
                 row = self._row(now, begun)
                 measured, best = None, False
                 if ended or now.step % config.eval_every == 0:
-                    nats = train.evaluate(now.state.params, *held_out, put=put)
+                    nats = train.evaluate(now.state.params, *held_out, seq_length=at_once, put=put)
                     measured = self._measured(nats, now)
                     row["held_out_bits"] = measured
                     self._bits = math.nan if measured is None else measured
