@@ -3,17 +3,17 @@
 import sys
 from dataclasses import replace
 
+from benchmarks.collectives import collective
 from benchmarks.hardware import H100, V5P, Hardware
 from benchmarks.tables import NOTHING, Table, markdown, number
 from benchmarks.update_cost import (
     BYTES,
     FLOAT32,
+    OF_PARAMETERS,
     SIZES,
-    Cost,
     K,
     T,
     best,
-    collective,
     model_axis_from,
     parameters,
 )  # fmt: skip
@@ -26,7 +26,7 @@ def _sizes(hardware: Hardware) -> Table:
     """What stands against what: an update, and a step."""
     many, group, rows = 64, 8, WEAK_BATCH
     header = (
-        "H", "parameters", "GB with Adam's state", "MFLOP a character", "MB of gradients",
+        "H", "parameters", "GB with gradients and Adam", "MFLOP a character", "MB of gradients",
         f"ms to add them up on {many}", "MB of W", "µs to read W", f"µs of W h_t, {rows} rows",
         f"µs to gather h_t, {group * rows} rows on {group}",
     )  # fmt: skip
@@ -37,8 +37,8 @@ def _sizes(hardware: Hardware) -> Table:
         added, _ = collective(hardware, FLOAT32 * count, near, many // near, passes=2)
         gathered, _ = collective(hardware, sent, group, 1, passes=1)
         values = (
-            4 * FLOAT32 * count / 1e9, 6 * H * (H + K) / 1e6, FLOAT32 * count / 1e6, added * 1e3,
-            weights / 1e6, weights / hardware.memory_bandwidth * 1e6,
+            OF_PARAMETERS * FLOAT32 * count / 1e9, 6 * H * (H + K) / 1e6, FLOAT32 * count / 1e6,
+            added * 1e3, weights / 1e6, weights / hardware.memory_bandwidth * 1e6,
             2 * rows * H * H / hardware.flops * 1e6, gathered * 1e6,
         )  # fmt: skip
         cells.append((f"{H:,}", f"{count:,}", *map(number, values)))
@@ -53,30 +53,28 @@ def scaling_table(hardware: Hardware, weak: bool) -> Table:
       weak: with WEAK_BATCH sequences for each device; else STRONG_BATCH sequences in all.
 
     Returns:
-      In each cell data×model, milliseconds of an update, efficiency against one device, and the
-      largest part.
+      In each cell data×model, milliseconds of an update, sequences a second and device beside
+      those on the fewest devices that can hold it, and the largest part; a dash where none can.
     """
     batch = f"{WEAK_BATCH} sequences for each device" if weak else f"{STRONG_BATCH:,} sequences"
     rows = []
     for H in SIZES:
-        alone, row = None, [f"{H:,}"]
+        first, row = None, [f"{H:,}"]
         for devices in DEVICES:
             B = WEAK_BATCH * devices if weak else STRONG_BATCH
             cost = best(H, B, devices, hardware)
-            if devices == 1 and cost is not None:
-                alone = cost.total / B
-            row.append(_cell(cost, B, devices, alone))
+            if cost is None:
+                row.append(NOTHING)
+                continue
+            each = cost.total * devices / B
+            first = each if first is None else first
+            split = f"{cost.data}×{cost.model}"
+            milliseconds = number(cost.total * 1e3)
+            row.append(f"{split}: {milliseconds} ms, {first / each:.0%}, {cost.bound_by}")
         rows.append(row)
-    title = f"{hardware.name}: an update of {batch}, T = {T}, K = {K}"
+    percent = "%: of a device's speed on the fewest that hold it"
+    title = f"{hardware.name}: an update of {batch}, T = {T}, K = {K} ({percent})"
     return Table(title, ("H", *(f"{n:,}" for n in DEVICES)), rows)
-
-
-def _cell(cost: Cost | None, B: int, devices: int, alone: float | None) -> str:
-    if cost is None:
-        return NOTHING
-    share = NOTHING if alone is None else f"{alone * B / cost.total / devices:.0%}"
-    split = f"{cost.data}×{cost.model}"
-    return f"{split}: {number(cost.total * 1e3)} ms, {share}, {cost.bound_by}"
 
 
 def _crossovers(hardware: Hardware) -> Table:

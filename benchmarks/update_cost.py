@@ -4,7 +4,8 @@ The program is that of `jaxrnn train`: one layer, windows `[T, B]` of ids, a mes
 Its collectives are those in the compiled program: after the loops one all-reduce of all gradients
 over `data`; with model > 1 besides, in every step an all-gather of h_t and in every step back an
 all-reduce of Wᵀδ_t, `[B / data, H]` each, and after the loops an all-gather of hs and an all-reduce
-of the logits, over `model`.
+of the logits, over `model`; two more of a few numbers, for norms and whether all is finite, are
+left out.
 
 A step cannot begin before the one before has ended, on all devices of the model axis: so loops
 are sums of steps, and a step is the longest of its product, its memory traffic and the device's
@@ -15,12 +16,16 @@ Products are bfloat16; parameters, gradients and moments float32.
 
 from dataclasses import dataclass
 
+from benchmarks.collectives import collective, log2
 from benchmarks.hardware import Hardware
+from jaxrnn._training import memory
 
 T, K = 256, 256  # steps of a window; characters: bytes
 SIZES = (1024, 2048, 4096, 8192, 16384)
 BYTES = 2  # of W, states, adjoints and logits: bfloat16
 FLOAT32 = 4  # of parameters, gradients and moments
+# Parameters and Adam's two moments, and what an update makes of them.
+OF_PARAMETERS = 3 + memory.ARRAYS_OF_PARAMETERS
 PRODUCTS, MEMORY, STEPS, MODEL, GRADIENTS = "products", "memory", "steps", "model", "gradients"
 
 
@@ -41,7 +46,7 @@ class Cost:
       bound_by: the largest part of `total`: one of PRODUCTS, MEMORY, STEPS, MODEL, GRADIENTS.
       sent: bytes that each device sends.
       flops: of the products of all devices.
-      held: bytes that each device holds at least.
+      held: bytes that each device holds.
     """
 
     data: int
@@ -70,48 +75,6 @@ def update_flops(H: int, B: int, T: int = T, K: int = K) -> int:
     Forward W h_t and V h_t; backward for each its gradient and its adjoint.
     """
     return 6 * B * T * H * (H + K)
-
-
-def within(hardware: Hardware, devices: int) -> tuple[int, float]:
-    """Hops to the farthest of some devices that are joined, and bytes a second that each sends."""
-    doublings = _log2(devices)
-    if not hardware.torus:
-        return doublings, hardware.link_bandwidth
-    sides = [2 ** (doublings // 3 + (axis < doublings % 3)) for axis in range(3)]
-    links = sum(min(2, side - 1) for side in sides)
-    return sum(side // 2 for side in sides), links * hardware.link_bandwidth
-
-
-def collective(
-    hardware: Hardware, size: float, near: int, far: int, passes: int
-) -> tuple[float, float]:
-    """A collective of near × far devices, `near` of which are joined.
-
-    A ring's bytes, and the hops of a tree. Within and beyond go on at the same time.
-
-    Args:
-      hardware: the devices.
-      size: bytes of the whole array.
-      near: devices that are joined.
-      far: groups of those.
-      passes: 1 for an all-gather, 2 for an all-reduce.
-
-    Returns:
-      (seconds, bytes that each device sends); (0, 0) for one device.
-    """
-    if near * far == 1:
-        return 0.0, 0.0
-    latency, sent, seconds = hardware.start, 0.0, [0.0]
-    if near > 1:
-        hops, bandwidth = within(hardware, near)
-        inside = passes * (near - 1) / near * size
-        latency, sent = latency + passes * hops * hardware.hop, sent + inside
-        seconds.append(inside / bandwidth)
-    if far > 1:
-        beyond = passes * (far - 1) / far * size / near
-        latency, sent = latency + passes * _log2(far) * hardware.network_hop, sent + beyond
-        seconds.append(beyond / hardware.network_bandwidth)
-    return latency + max(seconds), sent
 
 
 def update_cost(
@@ -168,6 +131,9 @@ def update_cost(
     # Adam: parameters, moments and gradients read, all but the last written.
     share = FLOAT32 * parameters(H, K) / model
     gradients, gradients_sent = collective(hardware, share, *over_data, passes=2)
+    # As `jaxrnn._training.memory` has it; on accelerators a window is one segment.
+    arrays_of_rows = memory.ARRAYS_OF_STATES + memory.ARRAYS_OF_ADJOINTS
+    kept = arrays_of_rows * rows + H * (model > 1) + memory.ARRAYS_OF_LOGITS * K
 
     parts = dict.fromkeys((PRODUCTS, MEMORY, STEPS, MODEL, GRADIENTS), 0.0)
     bandwidth = hardware.memory_bandwidth
@@ -194,7 +160,7 @@ def update_cost(
         bound_by=max(parts, key=lambda part: parts[part]),
         sent=T * (gather_sent + reduce_sent) + states_sent + logits_sent + gradients_sent,
         flops=update_flops(H, B, T, K),
-        held=4 * share + s * T * b * (rows + (H if model > 1 else 0)),
+        held=OF_PARAMETERS * share + s * T * b * kept,
     )
 
 
@@ -214,7 +180,7 @@ def best(
       Its `Cost`, of equals that with the smaller model axis; None if no split divides B and H
       and fits in memory.
     """
-    splits = [(devices >> n, 1 << n) for n in range(_log2(devices) + 1)]
+    splits = [(devices >> n, 1 << n) for n in range(log2(devices) + 1)]
     costs = [
         update_cost(H, B, data, model, hardware, bytes_per_number=bytes_per_number)
         for data, model in splits
@@ -242,9 +208,3 @@ def model_axis_from(
         if cost is not None and cost.model > 1:
             return H
     return None
-
-
-def _log2(n: int) -> int:
-    if n < 1 or n & (n - 1):
-        raise ValueError(f"expected a power of 2, got {n}")
-    return n.bit_length() - 1
