@@ -43,20 +43,22 @@ class Hardware:
 # FLOPs, memory, L2, NVLink (900 GB/s, half of it each way): NVIDIA's data sheet, as on
 # archive-lib.hpctech.co.jp/gpuproduct/nvidia-h100.html. Network: one 400 Gbit/s InfiniBand port
 # for each of 8 GPUs, as in github.com/mlcommons/inference_results_v3.1, closed/Dell/systems/
-# XE9680_H100_SXM_80GBx8_TRT.json. Latencies: what NCCL itself reckons with (protocol LL, ring:
-# baseLat and hwLat in github.com/NVIDIA/nccl, src/graph/tuning.cc). The step is assumed: one
-# kernel that waits for another. float32 is multiplied as TF32.
+# XE9680_H100_SXM_80GBx8_TRT.json. Latencies are assumed, and low: start and hop are those by which
+# NCCL chose when the A100 was new (protocol LL, ring: baseLat and hwLat in github.com/NVIDIA/nccl,
+# commit 01afd20, src/graph/tuning.cc); its rings take n - 1 hops, here they are the log2(n) of a
+# tree. Assumed as well: the step, one kernel that waits for another. float32 is multiplied as TF32.
 H100 = Hardware(
     "H100 SXM", flops=989e12, float32_flops=494e12, memory=80e9, memory_bandwidth=3.35e12,
     on_chip=50e6, step=2e-6, joined=8, torus=False, link_bandwidth=450e9, start=3.6e-6, hop=0.47e-6,
     network_bandwidth=50e9, network_hop=2.7e-6,
 )  # fmt: skip
 
-# FLOPs, memory, links (1,200 GB/s, six links, both ways), network (50 Gbit/s): Google's
-# docs.cloud.google.com/tpu/docs/v5p. VMEM: jax/_src/pallas/mosaic/tpu_info.py, 64 MiB for each of
-# two cores. float32 is multiplied as bfloat16 (jax.lax.Precision.DEFAULT). Hop: about 1 µs,
-# github.com/jax-ml/scaling-book, sharding.md. Assumed: the step; the network hop, which nothing
-# here reaches (a slice has up to 6,144 chips; of powers of two 4,096).
+# FLOPs, memory, network (50 Gbit/s): Google's docs.cloud.google.com/tpu/docs/v5p. Links: 1,200 GB/s
+# there, of six links and both ways together, so 100 each and one way; github.com/jax-ml/
+# scaling-book, tpus.md, has that in earlier and 90 in later versions. VMEM: jax/_src/pallas/mosaic/
+# tpu_info.py, 64 MiB for each of two cores. float32 is multiplied as bfloat16
+# (jax.lax.Precision.DEFAULT). Hop: about 1 µs, sharding.md of the same book. Assumed: the step; the
+# network hop, which nothing here reaches (a slice has up to 6,144 chips; of powers of two 4,096).
 V5P = Hardware(
     "TPU v5p", flops=459e12, float32_flops=459e12, memory=95 * 2**30, memory_bandwidth=2.765e12,
     on_chip=2**27, step=1e-6, joined=4096, torus=True, link_bandwidth=100e9, start=0.0, hop=1e-6,

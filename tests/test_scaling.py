@@ -13,6 +13,7 @@ from benchmarks import scaling
 from benchmarks import update_cost as arithmetic
 from benchmarks.collectives import collective, within
 from benchmarks.hardware import H100, V5P
+from benchmarks.tables import number
 from benchmarks.update_cost import best, model_axis_from, update_cost
 
 # Round numbers, a switch for 4 devices, and nothing on the chip.
@@ -172,3 +173,57 @@ def test_the_readme_has_the_tables_as_they_are_printed():
     assert found or "benchmarks.scaling" not in readme
     for n in found:
         assert "\n\n".join(parts[n : n + 2]) in printed
+
+
+def test_the_readme_says_what_is_computed():
+    """What stands between the tables, each with its numbers."""
+    readme = " ".join((pathlib.Path(__file__).parent.parent / "README.md").read_text().split())
+    strong, sizes, weak = scaling.STRONG_BATCH, arithmetic.SIZES, scaling.WEAK_BATCH
+
+    def split(H, hardware):
+        """Milliseconds on 64 devices: over data alone, and as is best."""
+        alone = update_cost(H, weak * 64, 64, 1, hardware)
+        chosen = best(H, weak * 64, 64, hardware)
+        assert chosen.model == 4
+        return [number(cost.total * 1e3) for cost in (alone, chosen)]
+
+    def boundary(hardware, B, devices, size=arithmetic.BYTES):
+        return f"{model_axis_from(hardware, B, devices, size):,}"
+
+    held = [
+        update_cost(H, strong, 1, 1, H100, bytes_per_number=size).held / 1e9
+        for H, size in ((16384, arithmetic.BYTES), (8192, arithmetic.FLOAT32))
+    ]
+    rows = [(hardware.on_chip / arithmetic.BYTES) ** 0.5 for hardware in (H100, V5P)]
+    narrow = [H for H in sizes if H <= 4096]
+    for hardware, widest in ((H100, 4096), (V5P, 8192)):
+        for H in sizes:
+            chosen = [best(H, weak * n, n, hardware) for n in scaling.DEVICES]
+            assert all(cost.model == 1 for cost in chosen) == (H <= widest)
+    faster = [best(H, strong, 64, H100).total / best(H, strong, 1024, H100).total for H in narrow]
+    kept = [best(H, weak, 1, H100).total / best(H, weak * 1024, 1024, H100).total for H in narrow]
+    no_cache = [replace(hardware, on_chip=0.0) for hardware in (H100, V5P)]
+    late = replace(H100, start=H100.start + 1e-5)
+    few = weak * 64, 64
+    float32 = [boundary(hardware, *few, arithmetic.FLOAT32) for hardware in (H100, V5P)]
+    many = [boundary(hardware, strong, 1024) for hardware in (*no_cache, late)]
+    first, second, tpu = split(8192, H100), split(16384, H100), split(16384, V5P)
+    for said in (
+        f"with {strong:,} sequences on one device {held[0]:.0f} GB at H = 16,384, "
+        f"and in float32 {held[1]:.0f} at 8,192",
+        f"(beyond H = {rows[0]:,.0f} in 50 MB of an H100's L2, {rows[1]:,.0f} in 128 MiB",
+        "**Up to H = 4,096 on an H100, 8,192 on a TPU v5p: data alone**",
+        f"the same {strong:,} sequences gain {min(faster):.1f} to {max(faster):.1f} times on H100s",
+        f"1,024 H100s keep {min(kept) * 100:.0f} to {max(kept) * 100:.0f} % of one's speed",
+        f"H = 8,192 from {first[0]} to {first[1]} ms, of H = 16,384 from {second[0]} to "
+        f"{second[1]}; on TPU v5p, of H = 16,384, from {tpu[0]} to {tpu[1]}.",
+        f"at {float32[0]} (H100) and {float32[1]} (v5p)",
+        "reads W from memory at every step, at "
+        f"{boundary(no_cache[0], *few)} and {boundary(no_cache[1], *few)}; "
+        f"if a collective takes 10 µs more than assumed, at {boundary(late, *few)} on an H100. "
+        f"Of {strong:,} sequences on 1,024 devices, four on each, the last two lie at {many[0]} "
+        f"and {many[1]}, and at {many[2]}.",
+        f"Assumed for that are {H100.start * 1e6:.1f} µs and {H100.hop * 1e6:.1f} for each hop",
+        f"links, which send {V5P.link_bandwidth / 1e9:.0f} GB/s each way",
+    ):
+        assert said in readme, said
