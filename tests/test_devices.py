@@ -310,9 +310,9 @@ QUICK = [("small", 1, (1, 1)), ("default", 1, (4, 1)), ("wide", 2, (4, 1)), ("lo
          ("long", 2, (2, 2)), ("default", 1, (1, 4)), ("narrow", 1, (1, 4))]  # fmt: skip
 
 
-def needed(function, *args):
+def needed(function, *args, **how):
     """Bytes on each device of a compiled program."""
-    found = function.lower(*args).compile().memory_analysis()
+    found = function.lower(*args, **how).compile().memory_analysis()
     return found.temp_size_in_bytes + found.argument_size_in_bytes
 
 
@@ -326,7 +326,9 @@ def memory_of(config, alphabet, streams, placement):
         state, placement.of_state(state),
     )  # fmt: skip
     ids = placement.split(np.zeros((config.seq_length, config.batch_size), np.uint8), 1)
-    update = needed(train.make_checked_update(make_optimizer(config)), state, ids, ids)
+    update = needed(
+        train.make_checked_update(make_optimizer(config), mesh=placement.mesh), state, ids, ids
+    )
     ids = placement.split(held_out[0, : memory.evaluation_window(config, corpus, placement)], 1)
     h = placement.split(np.zeros((streams, config.hidden_size), np.float32), 0)
     h = jax.tree.map(lambda _: h, state.h)
@@ -335,7 +337,7 @@ def memory_of(config, alphabet, streams, placement):
         4 * math.prod(x.sharding.shard_shape(x.shape))
         for x in jax.tree.leaves(state.optimizer_state)
     )
-    evaluation = kept + needed(train._total, state.params, ids, ids, h)
+    evaluation = kept + needed(train._total, state.params, ids, ids, h, loss=train._loss)
     return memory.memory(config, corpus, placement), update, evaluation
 
 
