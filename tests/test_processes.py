@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from commands import here
 from helpers import assert_close
 
 import jaxrnn
@@ -50,6 +51,8 @@ def drive(what, coordinator, count, index, out="", cases="[]"):
     """One of the processes that the tests start from this file."""
     if what == "wait":
         processes.PATIENCE = 3
+    if what == "devices":
+        jax.config.update("jax_num_cpu_devices", 1 + int(index))
     try:
         processes.join(coordinator, int(count), int(index))
     except InputError as error:
@@ -160,7 +163,7 @@ def saved(out, like):
 
 @pytest.mark.parametrize(
     ("count", "cases"),
-    [(2, [(1, 1), (2, 2)]), pytest.param(4, [(2, 1), (2, 2), (1, 4)], marks=pytest.mark.full)],
+    [(2, [(1, 1), (2, 2)]), (4, [(2, 1), (2, 2), (1, 4)])],
 )
 def test_several_processes_compute_what_one_does(count, cases, tmp_path):
     """Cases: layers, and over how many processes the units are split."""
@@ -206,7 +209,8 @@ def test_the_command_trains_alike_with_one_process_and_two(model, text_file, tmp
 
 LOST = re.compile(
     r"jaxrnn train: error: another process is gone, or the way to it \(.*\); "
-    r"the last checkpoint is \S+/checkpoints/\d+; to go on: jaxrnn train --resume \S+\n"
+    r"(the last checkpoint is \S+/checkpoints/\d+|there is no checkpoint yet); "
+    r"to go on: jaxrnn train --resume \S+\n"
     # JAX's own, where it is the first to notice: it aborts, and cannot be told not to.
     r"|Terminating process because the JAX distributed service detected fatal errors. "
     r"This most likely indicates that another task died"
@@ -240,7 +244,7 @@ def finish(count, out, folder):
     assert max(Checkpoints(out).steps()) == 200
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.full)])
+@pytest.mark.parametrize("count", [4, pytest.param(2, marks=pytest.mark.full)])
 def test_after_a_loss_fewer_processes_go_on(count, text_file, tmp_path):
     """One is killed; two go on from the last checkpoint, and so does one."""
     out = tmp_path / "run"
@@ -251,7 +255,7 @@ def test_after_a_loss_fewer_processes_go_on(count, text_file, tmp_path):
     finish(1, tmp_path / "copy", tmp_path / "one")
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.full)])
+@pytest.mark.parametrize("count", [4, pytest.param(2, marks=pytest.mark.full)])
 def test_the_loss_of_the_first_process_ends_the_others(count, text_file, tmp_path):
     _, seconds = lose(signal.SIGKILL, count, 0, text_file, tmp_path / "run", tmp_path)
     assert seconds < 60
@@ -261,20 +265,60 @@ def test_the_loss_of_the_first_process_ends_the_others(count, text_file, tmp_pat
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_hangs_is_lost(victim, text_file, tmp_path):
     _, seconds = lose(signal.SIGSTOP, 2, victim, text_file, tmp_path / "run", tmp_path)
-    assert seconds < processes.HEARTBEAT + 15
+    assert seconds < 60
 
 
-@pytest.mark.parametrize("told", [1, pytest.param(0, marks=pytest.mark.full)])
-def test_all_stop_at_one_step_when_one_is_told(told, text_file, tmp_path):
+@pytest.mark.parametrize(
+    ("told", "number"),
+    [(1, signal.SIGTERM), pytest.param(0, signal.SIGINT, marks=pytest.mark.full)],
+)
+def test_all_stop_at_one_step_when_one_is_told(told, number, text_file, tmp_path):
     out = tmp_path / "run"
     args = [text_file, "--out", out, *SMALL, "--steps", 100_000, "--checkpoint-every", "50"]
     with started(training(2, *args), tmp_path) as both:
         wait_for(out / "checkpoints" / "50", both)
-        both[told].popen.send_signal(signal.SIGINT)
-        assert [each.wait() for each in both] == [130, 130]
+        both[told].popen.send_signal(number)
+        assert [each.wait() for each in both] == [128 + number] * 2
     assert [each.errors for each in both] == ["", ""]
-    step = re.search(r"stopped by SIGINT at step (\d+) of 100000; to go on: ", both[0].output)
+    step = re.search(
+        rf"stopped by {number.name} at step (\d+) of 100000; to go on: ", both[0].output
+    )
     assert step and int(step[1]) == Checkpoints(out).steps()[-1]
+
+
+def test_one_that_ends_alone_ends_the_others(text_file, tmp_path):
+    """At once, by the second signal: it says nothing, and the other one that it is gone."""
+    out = tmp_path / "run"
+    args = [text_file, "--out", out, *SMALL, "--steps", 100_000, "--checkpoint-every", "50"]
+    with started(training(2, *args), tmp_path) as both:
+        wait_for(out / "checkpoints" / "50", both)
+        began = time.monotonic()
+        while both[1].popen.poll() is None:
+            both[1].popen.send_signal(signal.SIGINT)
+            time.sleep(0.002)
+        assert both[0].wait() != 0 and time.monotonic() - began < 60
+    assert both[1].popen.returncode in (130, -signal.SIGINT)
+    assert LOST.search(both[0].errors), both[0].errors
+
+
+def test_a_disk_that_is_full_for_one_ends_all(text_file, tmp_path):
+    """Which says what has failed; the other one, that it is gone."""
+    out = tmp_path / "run"
+    args = [text_file, "--out", out, *LONG]
+    commands = [[str(word) for word in command] for command in training(2, *args)]
+    limited = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000));"
+        f"sys.argv = ['jaxrnn', *{commands[1][2:]!r}];"
+        "runpy.run_module('jaxrnn', run_name='__main__')"
+    )
+    env = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    env["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    with started([commands[0], ["-c", limited]], tmp_path, **env) as both:
+        codes = [each.wait() for each in both]
+    assert 0 not in codes and codes[1] == 1
+    said = r"error: \S+/checkpoints/50: cannot be written: .*; there is no checkpoint yet; to go on"
+    assert re.search(said, both[1].errors), both[1].errors
+    assert LOST.search(both[0].errors), both[0].errors
 
 
 # What keeps a run from beginning.
@@ -298,6 +342,59 @@ def test_other_options_end_the_run(text_file, tmp_path):
     first, odd = refused(tmp_path, *args, others=[*args, "--seed", "1"])
     assert re.search(r"error: --seed: expected 0, as \S+ was begun with, got 1\n", odd)
     assert first == OTHER
+
+
+def test_directories_that_are_not_one_end_the_run(text_file, tmp_path):
+    out = tmp_path / "run"
+    args = [text_file, "--out", out, "--steps", 50, "--checkpoint-every", "25"]
+    codes, _ = run(training(1, *args, *SMALL), tmp_path / "log")
+    assert codes == [0]
+    finished = list(training(2, "--resume", out))
+    codes, both = run(finished, tmp_path / "finished")
+    assert (codes, [each.errors for each in both]) == ([0, 0], ["", ""])
+    assert f"{out} is finished: 50 updates" in both[0].output
+    assert "finished" not in both[1].output
+    shutil.copytree(out, tmp_path / "copy")
+    before = sorted(out.rglob("*"))
+    resumed = training(2, "--resume", out, others=["--resume", tmp_path / "copy"])
+    codes, both = run(resumed, tmp_path / "apart")
+    assert codes == [2, 2] and sorted(out.rglob("*")) == before
+    for each in both:
+        assert "error: --out: expected a directory that all processes see, got " in each.errors
+        assert len(each.errors.splitlines()) == 1
+
+
+def test_unequal_processes_are_one_line(tmp_path):
+    address = free_address()
+    commands = [[__file__, "devices", address, 2, index] for index in range(2)]
+    codes, both = run(commands, tmp_path)
+    assert codes == [1, 1]
+    said = "error: --processes: expected as many devices in each process, got 1, 2\n"
+    assert [each.errors for each in both] == [said, said]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--coordinator", "a:1"], "--coordinator: expected --processes N and --process I with"),
+        (["--processes", "2", "--process", "0"], "--coordinator: expected --processes N and"),
+        (["--process", "0"], "--process: expected --coordinator HOST:PORT with it"),
+        (["--processes", "auto"], "--out: expected a directory that all processes see, got none"),
+        (["a:1", 2, 2], "--process: expected a number from 0 to 1, got 2"),
+        (["nowhere", 2, 1], "--coordinator: expected HOST:PORT, got nowhere"),
+        (["a:http", 2, 1], "--coordinator: expected HOST:PORT, got a:http"),
+        (["a:65536", 2, 0], "--coordinator: expected HOST:PORT with a port to listen on, got a:6"),
+        (["--processes", "0"], "--processes: expected a whole number, at least 1, got 0"),
+    ],
+)
+def test_bad_addresses_and_numbers_are_one_line(args, message, tmp_path, capsys):
+    if args[0][0] != "-":
+        several = zip(("--coordinator", "--processes", "--process"), map(str, args), strict=True)
+        args = ["--out", tmp_path / "run", *(word for pair in several for word in pair)]
+    found = here(capsys, "train", *args)
+    assert (found.returncode, found.stdout) == (2, "")
+    assert message in found.stderr and len(found.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.full

@@ -74,9 +74,11 @@ def make_ready(asked: Asked, console: Console, held: ExitStack) -> Ready:
             alike = _alike(asked, ready)
     except _checks.InputError as error:
         problem = error
-    processes.agree(problem, alike)
-    if processes.is_first():
-        directory.remove_mark(asked.out)
+    try:
+        processes.agree(problem, alike)
+    finally:
+        if processes.is_first():
+            directory.remove_mark(asked.out)
     return ready
 
 
