@@ -21,6 +21,7 @@ WITNESSES = [
         "implementation",
         "kernels",
         "train",
+        "devices",
     )
 ]
 
@@ -191,6 +192,10 @@ MUTANTS = {
     ),
     "an update by a sum instead of a mean": (
         "_update.py", "g / jnp.asarray(size, g.dtype)", "g", "is_the_sources_update",
+    ),
+    "gradients of one's own loss added up over devices twice": (
+        "_update.py", "params = varying_like(params, inputs)", "pass",
+        "ones_own_is_split",
     ),
     "a window that forgets the one before": (
         "_update.py", "targets, h0=state.h)", "targets)", "the_carried_state and rmsprop",
