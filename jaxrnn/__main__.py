@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+from contextlib import suppress
 
 EXTRAS = {"rich": "cli", "orbax": "cli", "shtab": "cli", "matplotlib": "plot"}
 
@@ -43,8 +44,9 @@ def main() -> int:
         if isinstance(error, BrokenPipeError):  # whoever read the output has had enough
             return code
         where = error.filename or "standard output"
-        print(f"jaxrnn: error: {where}: cannot be written: {error.strerror}", file=sys.stderr)
-        return 1
+        with suppress(OSError):  # the same terminal
+            print(f"jaxrnn: error: {where}: cannot be written: {error.strerror}", file=sys.stderr)
+        return code or 1
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import ClassVar, NoReturn
 
 from jaxrnn._checks import InputError
+from jaxrnn._sample import LEAST_TEMPERATURE
 
 EXIT_DIFFERENT, EXIT_BAD_INPUT = 1, 2
 
@@ -39,26 +40,26 @@ _SEED = _number(int, 0, "a whole number from 0 to 2³² − 1", below=2**32)
 _POSITIVE = _number(float, math.ulp(0), "a number above 0")
 _NOT_NEGATIVE = _number(float, 0, "a number, at least 0")
 
-# group -> option -> (how it is read, or its choices; what it says)
+# group -> option -> (how it is read, None where it is one of a few; what it says)
 _TRAIN = {
     "model": {
         "hidden_size": (_COUNT, "hidden units of a layer"),
         "layers": (_COUNT, "recurrent layers, each on the states of the one before"),
-        "activation": (("tanh", "relu", "sigmoid", "identity"), "nonlinearity"),
-        "recurrent": (("orthogonal", "identity", "normal", "uniform"), "how W is drawn"),
+        "activation": (None, "nonlinearity"),
+        "recurrent": (None, "how W is drawn"),
     },
     "training": {
         "steps": (_COUNT, "updates"),
         "seq_length": (_COUNT, "characters a window: how far gradients go back"),
         "batch_size": (_COUNT, "streams of text read side by side"),
-        "optimizer": (("adam", "adamw", "nadam", "rmsprop", "adagrad", "sgd"), "from optax"),
+        "optimizer": (None, "from optax"),
         "learning_rate": (_POSITIVE, "at the start; decays to 0 as a cosine"),
         "grad_clip": (_NOT_NEGATIVE, "largest global norm of the gradient; 0: any"),
         "skip_nonfinite": (bool, "leave out updates that are not finite, instead of ending"),
         "seed": (_SEED, "of the initial weights"),
     },
     "text": {
-        "level": (("char", "byte"), "characters of UTF-8, or bytes of anything"),
+        "level": (None, "characters of UTF-8, or bytes of anything"),
         "held_out": (
             _number(float, math.ulp(0), "a fraction between 0 and 1", below=1),
             "fraction, at the end, that is not trained on",
@@ -98,7 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_train(train):
-    from jaxrnn._training.config import Config, flag
+    from jaxrnn._training.config import CHOICES, Config, flag
 
     defaults = {field.name: field.default for field in fields(Config)}
     groups = {title: train.add_argument_group(title) for title in _TRAIN}
@@ -116,13 +117,14 @@ def _add_train(train):
         for name, (kind, text) in options.items():
             # Absent unless named: a run that goes on has its own.
             how = {"default": argparse.SUPPRESS}
+            kind = kind or CHOICES[name]
             _option(groups[title], flag(name), kind, defaults[name], text, **how)
     _option(groups["run"], "--sample-length", _NATURAL, 400, "characters to generate at the end")
     _option(groups["run"], "--model-devices", _COUNT, 1, "devices that share the hidden units")
     many = train.add_argument_group("several processes, on one machine or many")
     many.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
     many.add_argument("--processes", type=_processes, metavar="N",
-                      help="how many; auto on a TPU pod or under Slurm")  # fmt: skip
+                      help="how many; auto on a TPU pod, under Slurm or Open MPI")  # fmt: skip
     many.add_argument("--process", type=_NATURAL, metavar="I", help="which one this is, from 0")
     train.set_defaults(run=_train)
 
@@ -134,7 +136,7 @@ def _add_sample(sample):
     sample.add_argument("--prompt", metavar="TEXT", help="text to go on from (default: a new line)")
     _option(sample, "--length", _NATURAL, 500, "characters to generate")
     about = "below 1 is safer, above 1 wilder, 0 always the likeliest"
-    _option(sample, "--temperature", _NOT_NEGATIVE, TEMPERATURE, about)
+    _option(sample, "--temperature", _temperature, TEMPERATURE, about)
     _option(sample, "--seed", _SEED, 0, "of the random choices")
     sample.add_argument("--best", action="store_true",
                         help="of the checkpoint of least held-out loss, not the last")  # fmt: skip
@@ -168,6 +170,14 @@ def _commands(parser):
         if isinstance(action, argparse._SubParsersAction)
         for command in action.choices.values()
     ]
+
+
+def _temperature(text: str) -> float:
+    value = _NOT_NEGATIVE(text)
+    if 0 < value < LEAST_TEMPERATURE:
+        expected = f"0, or a number of at least {LEAST_TEMPERATURE}"
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text}")
+    return value
 
 
 def _named(text: str) -> str:
@@ -222,9 +232,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-      0; 1 where numbers disagree, the loss is no number, a file cannot be written or a process is
-      gone; 2 for bad input, with one line on standard error; 130 where Ctrl-C ended training
-      early, 143 where SIGTERM did.
+      0; 1 where numbers disagree, the loss is no number, a file cannot be written in training or a
+      process is gone; 2 for bad input, with one line on standard error; 130 where Ctrl-C ended
+      training early, 143 where SIGTERM did, 129 where the terminal closed.
     """
     args = make_parser().parse_args(argv)
     try:

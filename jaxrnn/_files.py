@@ -28,7 +28,7 @@ def whole_file(path: Path, mark: str = "") -> Iterator[BinaryIO]:
     """A file under another name, which gets its own when all went well, and is gone otherwise.
 
     Args:
-      path: where it is then, and on the disk; a file that is there is replaced.
+      path: where it is then; a file that is there is replaced.
       mark: of the other name, where two processes may write the file at once.
 
     Raises:

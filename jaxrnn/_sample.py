@@ -14,6 +14,8 @@ from jaxrnn._cell import Ids, Params, check_forward, check_params, first_cell
 from jaxrnn._layers import step_layers, unroll_layers
 from jaxrnn._step import apply_readout
 
+# Below it there is no inverse in float32.
+LEAST_TEMPERATURE = 1.2e-38
 # Ids that are drawn between two looks at them.
 BLOCK = 16
 
@@ -61,9 +63,9 @@ def _check(params, key, prompt, length, temperature):
     _checks.random_key("key", key)
     _checks.whole("length", length)
     temperature = _checks.number("temperature", temperature)
-    least = float(np.finfo(np.float32).tiny)  # of which there is an inverse
-    if not (temperature == 0 or least <= temperature < math.inf):
-        _checks.bad_value("temperature", "0, or a finite number above 1e-37", temperature)
+    if not (temperature == 0 or LEAST_TEMPERATURE <= temperature < math.inf):
+        expected = f"0, or a finite number of at least {LEAST_TEMPERATURE}"
+        _checks.bad_value("temperature", expected, temperature)
     check_forward("params.cell", params.cell)
     sizes = first_cell(params.cell).U.shape[1], params.readout.V.shape[0]
     if sizes[0] != sizes[1]:

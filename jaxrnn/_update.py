@@ -99,8 +99,9 @@ def make_update(
         targets, the last h); by default that of `jaxrnn.loss_and_grads`, by hand.
       mesh: has an axis "data" over which the batch is split, axis 0 of each array of h. Each device
         there forms the gradients of its own sequences, and after all loops one all-reduce adds
-        them up; left to itself, XLA may do that in every segment of a long sequence. A loss
-        of one's own gets another key on each.
+        them up; left to itself, XLA may do that in every segment of a long sequence. B is a
+        multiple of that axis. Where it has several devices, a loss of one's own gets another key
+        on each, and can ask for its `jax.lax.axis_index`.
 
     Returns:
       A function (state, inputs, targets) -> (state, loss): ids `[T, B]` each, loss in mean

@@ -77,7 +77,7 @@ def evaluate(
     h: Any = None,
     put: Callable[[Any, int], Any] = lambda x, axis: x,
 ) -> float:
-    """The mean cross-entropy of whole streams, read from h = 0.
+    """The mean cross-entropy of whole streams, read from h = 0 or from the h given.
 
     Args:
       params: the `Params`; of a model of one's own what its loss takes.
@@ -86,7 +86,7 @@ def evaluate(
       seq_length: steps read at once: memory grows with it, and the result does not depend on it
         beyond rounding.
       loss: of a model of one's own, as in `make_update`; its key is None.
-      h: with that loss, what it starts from.
+      h: with that loss, what it starts from, where it shall be computed with.
       put: (an array of the host, which of its axes is B) -> the same where it shall be computed
         with; as it is by default.
 
@@ -94,8 +94,11 @@ def evaluate(
       Nats per character; divided by ln 2, bits.
 
     Raises:
-      TypeError, ValueError: as `jaxrnn.unroll` and `jaxrnn.cross_entropy`; empty streams.
+      TypeError, ValueError: as `jaxrnn.unroll` and `jaxrnn.cross_entropy`; empty streams, a window
+        of no step, an h without a loss or a loss without an h.
     """
+    if (loss is None) != (h is None):
+        _checks.bad_value("h", "one with a loss of your own only", _checks.came(h))
     inputs, targets = _streams(inputs, targets)
     _checks.positive("seq_length", seq_length)
     if np.size(targets) == 0:

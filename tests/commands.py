@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 from jaxrnn._cli import main
 
@@ -24,6 +25,15 @@ def jaxrnn(*args, **how):
     process = start(*args, **how)
     output, errors = process.communicate(timeout=120)
     return subprocess.CompletedProcess(args, process.returncode, output, errors)
+
+
+def wait_for(path, *processes, seconds=120):
+    """Until a file is there that these processes make."""
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert all(process.poll() is None for process in processes), f"ended without {path}"
+        assert time.monotonic() < end, f"no {path}"
+        time.sleep(0.01)
 
 
 def in_terminal(*args, **env):

@@ -276,10 +276,16 @@ def test_what_is_damaged_beside_the_arrays_is_one_line(run):
     found = train("--resume", run)
     assert found.returncode == 2 and "expected a row of metrics, got" in found.stderr
     values = json.loads((run / "config.json").read_text())
-    values["options"]["eval_every"] = 0
-    (run / "config.json").write_text(json.dumps(values))
-    found = train("--resume", run)
-    assert found.returncode == 2 and "eval_every: expected at least 1, got 0\n" in found.stderr
+    for name, value, message in (
+        ("eval_every", 0, "eval_every: expected at least 1, got 0"),
+        ("eval_length", 1, "eval_length: expected at least 2, got 1"),
+        ("optimizer", "x", "optimizer: expected one of 'adam', .* got 'x'"),
+        ("level", "x", "level: expected one of 'char', 'byte', got 'x'"),
+    ):
+        damaged = {**values, "options": {**values["options"], name: value}}
+        (run / "config.json").write_text(json.dumps(damaged))
+        with pytest.raises(InputError, match=rf"config.json: expected the options .*: {message}"):
+            load(run)
 
 
 def test_ids_of_a_run_are_not_replaced(run):

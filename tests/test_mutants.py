@@ -198,7 +198,7 @@ MUTANTS = {
         "ones_own_is_split",
     ),
     "a window that forgets the one before": (
-        "_update.py", "targets, h0=state.h)", "targets)", "the_carried_state and rmsprop",
+        "_update.py", "targets, h0=h)", "targets)", "the_carried_state and rmsprop",
     ),
 }  # fmt: skip
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from commands import here
+from commands import here, wait_for
 from helpers import assert_close
 
 import jaxrnn
@@ -41,7 +41,7 @@ def twenty_steps(layers, model):
     params = jaxrnn.init_params(jax.random.key(0), K, H, K, layers=layers, dtype=jnp.float64)
     state = placement.put_state(train.init_state(params, optimizer, B))
     ids = np.random.default_rng(0).integers(0, K, (STEPS, 2, T, B)).astype(np.uint8)
-    update = train.make_checked_update(optimizer)
+    update = train.make_checked_update(optimizer, mesh=placement.mesh)
     for inputs, targets in ids:
         state, _ = update(state, placement.split(inputs, 1), placement.split(targets, 1))
     return state
@@ -145,14 +145,6 @@ def run(commands, folder, **env):
     return codes, all_of_them
 
 
-def wait_for(path, all_of_them, seconds=120):
-    end = time.monotonic() + seconds
-    while not path.exists():
-        assert all(each.popen.poll() is None for each in all_of_them), all_of_them[0].errors
-        assert time.monotonic() < end, f"no {path}"
-        time.sleep(0.05)
-
-
 def saved(out, like):
     """The state of the newest checkpoint in a run directory."""
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -222,7 +214,7 @@ def lose(number, count, victim, text_file, out, folder):
     """The other processes of a run, after one was sent a signal, and after how many seconds."""
     args = [text_file, "--out", out, *LONG]
     with started(training(count, *args), folder) as all_of_them:
-        wait_for(out / "checkpoints" / "50", all_of_them)
+        wait_for(out / "checkpoints" / "50", *(each.popen for each in all_of_them))
         all_of_them[victim].popen.send_signal(number)
         began = time.monotonic()
         others = [each for each in all_of_them if each is not all_of_them[victim]]
@@ -276,7 +268,7 @@ def test_all_stop_at_one_step_when_one_is_told(told, number, text_file, tmp_path
     out = tmp_path / "run"
     args = [text_file, "--out", out, *SMALL, "--steps", 100_000, "--checkpoint-every", "50"]
     with started(training(2, *args), tmp_path) as both:
-        wait_for(out / "checkpoints" / "50", both)
+        wait_for(out / "checkpoints" / "50", *(each.popen for each in both))
         both[told].popen.send_signal(number)
         assert [each.wait() for each in both] == [128 + number] * 2
     assert [each.errors for each in both] == ["", ""]
@@ -291,7 +283,7 @@ def test_one_that_ends_alone_ends_the_others(text_file, tmp_path):
     out = tmp_path / "run"
     args = [text_file, "--out", out, *SMALL, "--steps", 100_000, "--checkpoint-every", "50"]
     with started(training(2, *args), tmp_path) as both:
-        wait_for(out / "checkpoints" / "50", both)
+        wait_for(out / "checkpoints" / "50", *(each.popen for each in both))
         began = time.monotonic()
         while both[1].popen.poll() is None:
             both[1].popen.send_signal(signal.SIGINT)

@@ -98,6 +98,21 @@ def test_metrics_that_cannot_be_written_end_the_run(begin, monkeypatch):
         run.go(lambda row: None)
 
 
+def test_output_that_nobody_reads_saves_first(begin, monkeypatch):
+    """At a step where no checkpoint is due."""
+    measured = iter(BITS.values())
+    monkeypatch.setattr(train, "evaluate", lambda *args, **how: next(measured) * log(2))
+
+    def closed(row):
+        if row["step"] == 8:
+            raise BrokenPipeError(32, "Broken pipe")
+
+    run = begin()
+    with pytest.raises(FailedError, match=r"^standard output: cannot be written: Broken pipe$"):
+        run.go(closed)
+    assert Checkpoints(run.out).steps() == [4, 6, 8] and row(run, 8)["held_out_bits"] == 1.5
+
+
 @pytest.mark.parametrize(("number", "ends"), [(signal.SIGINT, KeyboardInterrupt),
                                               (signal.SIGTERM, SystemExit)])  # fmt: skip
 def test_a_second_signal_ends_at_once(begin, number, ends):
@@ -124,6 +139,8 @@ def test_what_nohup_asks_for():
             assert asked() == 0
             os.kill(os.getpid(), signal.SIGTERM)
             assert asked() == signal.SIGTERM
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
 

@@ -14,6 +14,17 @@ from jaxrnn._init import init_params
 FREE = ("checkpoint_every", "skip_nonfinite")
 
 
+# What an option may be that is one of a few names.
+CHOICES = {
+    "level": ("char", "byte"),
+    "optimizer": ("adam", "adamw", "nadam", "rmsprop", "adagrad", "sgd"),
+    "activation": ("tanh", "relu", "sigmoid", "identity"),
+    "recurrent": ("orthogonal", "identity", "normal", "uniform"),
+}
+# Whole numbers are at least 1, but for these.
+LEAST = {"seed": 0, "eval_length": 2}
+
+
 @dataclass(frozen=True)
 class Config:
     """What a run is made of; its fields are the options of `jaxrnn train`."""
@@ -41,7 +52,7 @@ def read_config(values: Any) -> Config:
     """The options from JSON.
 
     Raises:
-      TypeError, ValueError: what is no option, of another type, or a count below 1.
+      TypeError, ValueError: what is no option, of another type, or not among its values.
     """
     config = Config(**values)
     for field in fields(Config):
@@ -50,7 +61,9 @@ def read_config(values: Any) -> Config:
         if type(value) is not kind and not whole_number:
             _checks.bad_type(field.name, kind.__name__, type(value).__name__)
         if kind is int:
-            _checks.whole(field.name, value, least=0 if field.name == "seed" else 1)
+            _checks.whole(field.name, value, LEAST.get(field.name, 1))
+        if kind is str:
+            _checks.one_of(field.name, value, CHOICES[field.name])
     return config
 
 

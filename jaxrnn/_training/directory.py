@@ -10,6 +10,7 @@ import secrets
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -33,34 +34,55 @@ def claimed(out: Path, config: dict[str, Any], held: ExitStack) -> Iterator[None
     Raises:
       InputError: it holds something, is a file, or cannot be written.
     """
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    made: list[Path] = []
     try:
+        made += [folder for folder in (out, *out.parents) if not folder.exists()]
         _utf8(out)
         out.mkdir(parents=True, exist_ok=True)
-        found = {path.name for path in out.iterdir()}
-        if CONFIG in found:
+        names = [path.name for path in out.iterdir()]
+        if CONFIG in names:
             raise _checks.InputError(
                 f"--out: expected an empty or new directory, got {out}, which is a run; "
                 f"to go on with it: {shlex.join(['jaxrnn', 'train', '--resume', str(out)])}"
             )
         # What a start that was killed leaves behind is nobody's work.
-        if found - {partial(out / CONFIG).name}:
+        if not all(fnmatch(name, partial(out / CONFIG, ".*").name) for name in names):
             raise _checks.InputError(f"--out: expected an empty or new directory, got {out}")
     except OSError as error:
         raise _checks.InputError(f"--out: cannot write to {out}: {error.strerror}") from error
+    begun = False
     try:
-        write_json(out / CONFIG, config)
-        held.enter_context(locked(out / CONFIG))
-    except _checks.InputError:
-        _remove(made)
-        raise
-    try:
+        _begin(out / CONFIG, config, held)
+        begun = True
         yield
     except BaseException:
-        for name in (IDS, TEXT, CONFIG):
+        for name in (IDS, TEXT, CONFIG) if begun else ():
             (out / name).unlink(missing_ok=True)
-        _remove(made)
+        for folder in made:
+            with suppress(OSError):  # not empty, for another run stands beside it
+                folder.rmdir()
         raise
+
+
+def _begin(path, config, held):
+    """Write config.json, with the lock on it from the first, unless there is one."""
+    new = partial(path, f".{os.getpid()}")
+    try:
+        with writing(path), new.open("w", encoding="ascii") as file:
+            file.write(_as_text(config))
+            file.flush()
+            os.fsync(file.fileno())
+        held.enter_context(locked(new))
+        with writing(path):
+            try:
+                os.link(new, path)
+            except FileExistsError:
+                raise
+            except OSError:  # a file system without links
+                os.replace(new, path)
+    finally:
+        with suppress(OSError):
+            new.unlink()
 
 
 def _utf8(out):
@@ -69,12 +91,6 @@ def _utf8(out):
         str(out.absolute()).encode()
     except UnicodeEncodeError as error:
         raise _checks.InputError(f"--out: expected a name that is UTF-8, got {out}") from error
-
-
-def _remove(folders):
-    for folder in folders:
-        with suppress(OSError):  # not empty, for another run stands beside it
-            folder.rmdir()
 
 
 def is_run(folder: Path) -> bool:
@@ -99,7 +115,11 @@ def check_writable(*folders: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file whole or not at all."""
-    _write(path, json.dumps(value, indent=2) + "\n")  # in ASCII: a name may be no UTF-8
+    _write(path, _as_text(value))
+
+
+def _as_text(value):
+    return json.dumps(value, indent=2) + "\n"  # in ASCII: a name may be no UTF-8
 
 
 def read_json(path: Path, parse: Callable[[Any], Any], what: str) -> Any:

@@ -10,9 +10,9 @@ import numpy as np
 
 from jaxrnn import _checks
 from jaxrnn._training import sources as texts
+from jaxrnn._training.config import CHOICES
 from jaxrnn._training.id_file import checksum, id_dtype, new_file, open_ids
 
-LEVELS = ("char", "byte")
 # Bytes that are read at a time.
 CHUNK = 2**20
 BYTES = tuple(map(chr, range(256)))
@@ -60,7 +60,7 @@ def encode(
       InputError: a source that cannot be read or is empty, no UTF-8, a file that cannot be
         written.
     """
-    _checks.one_of("level", level, LEVELS)
+    _checks.one_of("level", level, CHOICES["level"])
     name, found = texts.find(sources)
     sizes = [source.size for source in found]
     total = None if None in sizes else sum(size for size in sizes if size)

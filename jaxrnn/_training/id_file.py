@@ -105,7 +105,7 @@ def open_ids(path: Path, length: int, size: int) -> np.ndarray:
     except OSError as error:
         raise _checks.InputError(f"{path}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # the header is read as Python, and errs as that may
-        line = str(error).splitlines()[0]
+        line = (str(error).splitlines() or [type(error).__name__])[0]
         raise _checks.InputError(f"{path}: expected the ids of a text, got {line}") from error
     if ids.shape != (length,) or ids.dtype != id_dtype(size):
         wanted = f"{id_dtype(size)} array of shape [{length}]"

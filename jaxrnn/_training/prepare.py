@@ -57,28 +57,29 @@ def make_ready(asked: Asked, console: Console, held: ExitStack) -> Ready:
       held: gets the lock on the run, in the first process.
 
     Raises:
-      RefusedError: bad input, in one of the processes; what was made of a new run is gone.
+      RefusedError: bad input, in one of the processes.
       LostError: another process did not come.
     """
     problem, alike = None, {}
     ready: Any = None
-    try:
-        if processes.is_first():
-            _prepare(asked, console, held)
-    except _checks.InputError as error:
-        problem = error
-    processes.wait_for_all("text")
-    try:
-        if problem is None:
-            ready = _read(asked)
-            alike = _alike(asked, ready)
-    except _checks.InputError as error:
-        problem = error
-    try:
+    with ExitStack() as marked:
+        try:
+            if processes.is_first():
+                with undone():
+                    _prepare(asked, console, held)
+                if processes.are_several():
+                    directory.put_mark(asked.out)
+                    marked.callback(directory.remove_mark, asked.out)
+        except _checks.InputError as error:
+            problem = error
+        processes.wait_for_all("text")
+        try:
+            if problem is None:
+                ready = _read(asked)
+                alike = _alike(asked, ready)
+        except _checks.InputError as error:
+            problem = error
         processes.agree(problem, alike)
-    finally:
-        if processes.is_first():
-            directory.remove_mark(asked.out)
     return ready
 
 
@@ -97,10 +98,8 @@ def _prepare(asked, console, held):
         sources = [f if f == STANDARD_INPUT else str(Path(f).absolute()) for f in asked.files]
         begun = saved.Begun(Config(**given), sources)
         _placement(begun.config, asked)  # what cannot be split shall leave no directory behind
-        with undone(), directory.claimed(out, begun.as_json(), held):
+        with directory.claimed(out, begun.as_json(), held):
             _encode(begun, out, console, asked.files)
-    if processes.are_several():
-        directory.put_mark(out)
 
 
 def _encode(begun, out, console, names=None):

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -15,6 +14,8 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+
+from jaxrnn._console import Console
 
 
 class Reporter:
@@ -47,7 +48,7 @@ class Reporter:
             left = timedelta(seconds=round(pace * (self.steps - row["step"])))
             self.printed, self.at = row["step"], now
             step = f"step {row['step']:>{len(str(self.steps))}}/{self.steps}"
-            self.console.print(f"{step}  {figures}  {left} left", highlight=False, soft_wrap=True)
+            self.console.print(f"{step}  {figures}  {left} left", soft_wrap=True)
 
 
 @contextmanager

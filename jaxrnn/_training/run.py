@@ -165,9 +165,9 @@ class Run:
                 except OSError as error:  # nobody reads it any more
                     if not (due or processes.are_several()):
                         save(now)
-                    raise FailedError(
-                        f"standard output: cannot be written: {error.strerror}"
-                    ) from error
+                    if not signal:
+                        said = f"standard output: cannot be written: {error.strerror}"
+                        raise FailedError(said) from error
         return self.result(0 if self.step == config.steps else signal)
 
     def _row(self, now, begun):

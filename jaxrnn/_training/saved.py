@@ -10,7 +10,7 @@ from jaxrnn import _checks, train
 from jaxrnn._text import Vocabulary
 from jaxrnn._training import directory
 from jaxrnn._training.checkpoints import Checkpoints
-from jaxrnn._training.config import FREE, Config, initial_state, read_config
+from jaxrnn._training.config import CHOICES, FREE, Config, initial_state, read_config
 from jaxrnn._training.devices import Placement
 from jaxrnn._training.encode import Text
 
@@ -54,6 +54,7 @@ def read_text(out: Path) -> tuple[Text, dict[str, float]]:
 
     def parse(values):
         text = Text(**{**values["text"], "characters": tuple(values["text"]["characters"])})
+        _checks.one_of("level", text.level, CHOICES["level"])
         Vocabulary(text.characters)  # which says what is wrong with them
         return text, {str(name): float(bits) for name, bits in values["references"].items()}
 

@@ -1,7 +1,7 @@
 """Ctrl-C, SIGTERM, a terminal that closes: in training one asks to stop, the next ends at once."""
 
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ def stop_requests() -> Iterator[Callable[[], int]]:
     def first(number, frame):
         nonlocal asked
         asked = number
-        for each in SIGNALS:
+        for each in ours:
             signal.signal(each, second)
 
     def second(number, frame):
@@ -28,7 +28,7 @@ def stop_requests() -> Iterator[Callable[[], int]]:
             raise KeyboardInterrupt
         raise SystemExit(exit_code(number))
 
-    with _handled(dict.fromkeys(SIGNALS, first)):
+    with _handled(dict.fromkeys(SIGNALS, first)) as ours:
         yield lambda: asked
 
 
@@ -51,14 +51,15 @@ def at_once() -> Iterator[None]:
 
 
 @contextmanager
-def _handled(handlers: Mapping[int, Any]) -> Iterator[None]:
+def _handled(handlers: Mapping[int, Any]) -> Iterator[Collection[int]]:
+    """With these handlers, of the signals that it yields."""
     before = {
         each: signal.signal(each, handler)
         for each, handler in handlers.items()
         if each != _HANG_UP or signal.getsignal(each) != signal.SIG_IGN  # as nohup asks for
     }
     try:
-        yield
+        yield before.keys()
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)

@@ -6,7 +6,7 @@ import signal
 import time
 import traceback
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib import import_module
 from itertools import chain, count
 from pathlib import Path
@@ -40,7 +40,8 @@ def train(args: Any, given: Mapping[str, Any]) -> int:
       The exit code.
 
     Raises:
-      InputError: bad input; nothing is changed then.
+      InputError: bad input; nothing is changed then. (Of several processes the first one may have
+        begun the run already when another refuses.)
     """
     several = args.coordinator is not None or args.processes is not None
     _check_processes(args, several)
@@ -81,6 +82,10 @@ def _end_of_one(error):
     if isinstance(error, _checks.InputError):
         processes.complain(error)
         return EXIT_BAD_INPUT
+    if isinstance(error, OSError):
+        where = error.filename or "standard output"
+        processes.complain(f"{where}: cannot be written: {error.strerror}")
+        return EXIT_FAILED
     if isinstance(error, KeyboardInterrupt):
         return exit_code(signal.SIGINT)
     if isinstance(error, SystemExit) and isinstance(error.code, int):
@@ -124,12 +129,18 @@ def _run(asked, ready, console, sample_length):
         )
     if asked.resume:
         console.print(f"going on from step {run.step} of {config.steps}")
-    with progress.reporter(console, config.steps, run.step, config.level) as report:
-        result = run.go(report)
+    result = None
+    try:
+        with progress.reporter(console, config.steps, run.step, config.level) as report:
+            result = run.go(report)
+    except OSError:
+        if result is None or not result.signal:
+            raise
     if result.signal:
         name = next(each.name for each in SIGNALS if each == result.signal)
         stopped = f"stopped by {name} at step {result.step} of {config.steps}"
-        console.print(f"{stopped}; {_go_on(asked)}")
+        with suppress(OSError):  # the terminal may be what has gone
+            console.print(f"{stopped}; {_go_on(asked)}")
         return exit_code(result.signal)
     console.print(f"held-out bits per {unit}: {result.bits:.3f} ({result.seconds:.0f} s)")
     if processes.is_first():
