@@ -144,6 +144,15 @@ def test_updates_that_were_skipped(make, capsys, measured):
     assert (out / "loss.png").exists()
 
 
+def test_an_alphabet_is_cut_anywhere_but_loses_nothing(make, capsys):
+    characters = "The " + "".join(map(chr, range(0x21, 0x7F)))
+    out = make(text={**TEXT, "characters": "".join(dict.fromkeys(characters))})
+    lines = here(capsys, "show", out).stdout.splitlines()
+    first = next(n for n, line in enumerate(lines) if line.startswith("alphabet"))
+    shown = "".join(line[13:73] for line in lines[first : first + 2])
+    assert shown.startswith("95 distinct: 'The !")
+
+
 def test_bytes_and_large_alphabets(make, capsys):
     many = "".join(map(chr, range(0x4E00, 0x4E00 + 5000)))
     out = make(text={**TEXT, "characters": many}, level="byte")

@@ -16,8 +16,8 @@ from jaxrnn._training.encode import Text
 from jaxrnn._training.levels import UNITS
 from jaxrnn._training.lock import locked
 
-# Of an alphabet so many characters are shown.
-SHOWN = 120
+# Of an alphabet so many characters are shown, in lines of so many.
+SHOWN, CUT = 120, 60
 
 
 def show(args: Any) -> int:
@@ -107,7 +107,9 @@ def _alphabet(text: Text) -> str:
     # With escapes instead of line breaks and of what no terminal shows.
     shown = repr("".join(text.characters[:SHOWN]))
     more = " …" if len(text.characters) > SHOWN else ""
-    return f"{len(text.characters)} distinct: {shown}{more}"
+    said = f"{len(text.characters)} distinct: {shown}{more}"
+    # Cut here, for rich would at spaces, and leave them out.
+    return "\n".join(said[n : n + CUT] for n in range(0, len(said), CUT))
 
 
 def _kept(out: Path, unit: str) -> str:
