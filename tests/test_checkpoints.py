@@ -11,6 +11,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from commands import AS_A_USER, MAY_WRITE_ANYWHERE
 
 from jaxrnn._checks import InputError
 from jaxrnn._training import directory
@@ -32,10 +33,6 @@ def _compile_once(tmp_path_factory):
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         yield
-
-
-# root may write anywhere, unless it gives that up.
-AS_A_USER = () if os.geteuid() else ("setpriv", "--bounding-set", "-dac_override")
 
 
 @pytest.fixture
@@ -319,9 +316,7 @@ def test_only_one_at_a_time_trains_a_run(run):
     assert (found.returncode, found.stderr) == (2, f"jaxrnn train: error: {said}\n")
 
 
-@pytest.mark.skipif(
-    os.geteuid() == 0 and not shutil.which("setpriv"), reason="root may write everywhere"
-)
+@pytest.mark.skipif(MAY_WRITE_ANYWHERE, reason="root may write everywhere")
 @pytest.mark.parametrize("name", ["", "checkpoints"])
 def test_a_directory_that_cannot_be_written_is_one_line(run, name):
     before, folder = contents(run), run / name

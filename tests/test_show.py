@@ -5,10 +5,12 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from commands import here, in_terminal, jaxrnn
+from commands import AS_A_USER, MAY_WRITE_ANYWHERE, here, in_terminal, jaxrnn
 
 from jaxrnn import _plots
 
@@ -172,11 +174,12 @@ def test_a_picture_that_cannot_be_written(make, capsys):
     assert sorted(os.listdir(out)) == ["config.json", "loss.png", "metrics.jsonl", "text.json"]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only for root")
-def test_a_run_that_may_only_be_read(make, capsys):
+@pytest.mark.skipif(MAY_WRITE_ANYWHERE, reason="root may write everywhere")
+def test_a_run_that_may_only_be_read(make):
     out = make(rows(20))
     out.chmod(0o555)
-    run = here(capsys, "show", out)
+    command = [*AS_A_USER, sys.executable, "-m", "jaxrnn", "show", out]
+    run = subprocess.run(command, capture_output=True, text=True)
     out.chmod(0o755)
     assert (run.returncode, run.stderr) == (0, "")
     assert run.stdout.endswith("loss.png: cannot be written: Permission denied\n")
