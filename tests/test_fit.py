@@ -1,6 +1,7 @@
 """The checked update and the loop, as functions: what they count, when they stop, own models."""
 
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import optax
 import pytest
 
 import jaxrnn
-from jaxrnn import train
+from jaxrnn import _fit, train
 
 T, B, K, H = 4, 3, 5, 6
 OPTIMIZER = optax.adam(1e-2)
@@ -174,6 +175,37 @@ def test_evaluation_goes_where_it_is_put():
     found = train.evaluate(params, ids[:-1], ids[1:], put=recorded)
     assert found == train.evaluate(params, ids[:-1], ids[1:])
     assert put == [((B, H), 0), ((8, B), 1), ((8, B), 1)]
+
+
+class Slow:
+    """The loss of an update that is under way until somebody waits for it."""
+
+    under_way: ClassVar[set] = set()
+
+    def __init__(self):
+        self.under_way.add(self)
+
+    def block_until_ready(self):
+        self.under_way.discard(self)
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(1.0, dtype)
+
+
+def test_few_updates_are_under_way():
+    """However seldom the loop reports."""
+    most = 0
+
+    def update(state, inputs, targets):
+        nonlocal most
+        figures = train.Figures(Slow(), np.float64(1), np.float64(1), np.bool_(True))
+        most = max(most, len(Slow.under_way))
+        return state, figures
+
+    (report,) = train.fit(make_state(), update, reader(), 100, every=1000)
+    assert (report.step, report.loss) == (100, 1.0)
+    # The next one is begun before the oldest is waited for.
+    assert 1 < most <= _fit.AHEAD + 1 < 10
 
 
 def test_the_loop_ends_with_its_windows():

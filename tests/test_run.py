@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+from contextlib import ExitStack
 from dataclasses import replace
 from math import log
 
@@ -10,12 +11,14 @@ import jax
 import pytest
 
 from jaxrnn import train
+from jaxrnn._checks import InputError
 from jaxrnn._training import directory
 from jaxrnn._training.checkpoints import Checkpoints
 from jaxrnn._training.config import Config
 from jaxrnn._training.corpus import Corpus, open_corpus
 from jaxrnn._training.devices import Placement
 from jaxrnn._training.encode import encode
+from jaxrnn._training.lock import locked
 from jaxrnn._training.run import FailedError, Run
 from jaxrnn._training.signals import SIGNALS, stop_requests
 
@@ -45,6 +48,19 @@ def begin(tmp_path):
         return Run(out, replace(config, **free), text, corpus, Placement(2, 8))
 
     return begin
+
+
+def test_of_two_that_claim_a_directory_at_once_one_gets_it(tmp_path):
+    """Both have found it empty; the second changes nothing, and the first keeps its lock."""
+    path = tmp_path / "config.json"
+    with ExitStack() as first, ExitStack() as second:
+        directory._begin(path, {"of": "the first"}, first)
+        with pytest.raises(InputError, match=r"config.json: cannot be written: File exists"):
+            directory._begin(path, {"of": "the second"}, second)
+        assert path.read_text() == '{\n  "of": "the first"\n}\n'
+        assert [found.name for found in tmp_path.iterdir()] == ["config.json"]
+        with pytest.raises(InputError, match="a run that nobody is training"), locked(path):
+            pass
 
 
 def row(run, step):
