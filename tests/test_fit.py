@@ -178,7 +178,7 @@ def test_evaluation_goes_where_it_is_put():
 
 
 class Slow:
-    """The loss of an update that is under way until somebody waits for it."""
+    """A loss that is under way until somebody waits for it."""
 
     under_way: ClassVar[set] = set()
 
@@ -188,12 +188,17 @@ class Slow:
     def block_until_ready(self):
         self.under_way.discard(self)
 
+    def __float__(self):
+        self.block_until_ready()
+        return 1.0
+
     def __array__(self, dtype=None, copy=None):
         return np.asarray(1.0, dtype)
 
 
-def test_few_updates_are_under_way():
+def test_few_updates_are_under_way(monkeypatch):
     """However seldom the loop reports."""
+    monkeypatch.setattr(Slow, "under_way", set())
     most = 0
 
     def update(state, inputs, targets):
@@ -206,6 +211,22 @@ def test_few_updates_are_under_way():
     assert (report.step, report.loss) == (100, 1.0)
     # The next one is begun before the oldest is waited for.
     assert 1 < most <= _fit.AHEAD + 1 < 10
+
+
+def test_windows_of_an_evaluation_are_waited_for(monkeypatch):
+    most = 0
+
+    def total(params, inputs, targets, h, *, loss):
+        nonlocal most
+        slow = Slow()
+        most = max(most, len(Slow.under_way))
+        return slow, h
+
+    monkeypatch.setattr(train, "_total", total)
+    monkeypatch.setattr(Slow, "under_way", set())
+    ids = np.zeros((100, B), int)
+    assert train.evaluate(make_state().params, ids, ids, seq_length=10) == 10 / ids.size
+    assert most == 1
 
 
 def test_the_loop_ends_with_its_windows():
