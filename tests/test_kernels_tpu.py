@@ -1,12 +1,15 @@
 """The kernel for TPU: interpreted it is the scan, in every block of it, and it lowers."""
 
+from functools import partial
 from itertools import combinations, product
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from kernels import draw, every_loop, scanned
+from test_structure import equations
 
 from jaxrnn._activation import NAMED
 from jaxrnn._kernels import loops, pallas_tpu
@@ -123,6 +126,22 @@ def test_every_loop_lowers(dtype, H):
     H = {"float32": 1664, "bfloat16": 2304}[dtype] if H == "largest" else H
     for loop, reverse in zip(every_loop(jnp.dtype(dtype)), (False, True) * 2, strict=True):
         assert f'kernel_name = "{loop.name}"' in lowered(loop, H, dtype, reverse=reverse)
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_indices_have_32_bits_under_x64(which):
+    # Mosaic's compiler takes no other; lowering does not notice.
+    assert jax.config.read("jax_enable_x64")
+    loop = list(every_loop(jnp.dtype("float32")))[which]
+    arrays = draw(loop, 5, 1, 9, 64, "float32", leak=True, valid=True, cut=True)
+    run = partial(pallas_tpu.run, loop, out_dtype="float32", reverse=True, _blocks=(8, 2))
+    (call,) = (e for e, _ in equations(jax.make_jaxpr(run)(arrays)) if "grid_mapping" in e.params)
+    blocks = call.params["grid_mapping"].block_mappings
+    results = [aval for block in blocks for aval in block.index_map_jaxpr.out_avals]
+    inside = equations(jax.extend.core.ClosedJaxpr(call.params["jaxpr"], ()))
+    results += [var.aval for eqn, _ in inside for var in eqn.outvars]
+    integers = {str(x.dtype) for x in results if jnp.issubdtype(x.dtype, jnp.integer)}
+    assert len(results) > 3 * len(blocks) and integers == {"int32"}
 
 
 @pytest.mark.parametrize("precision", ("default", "highest"))

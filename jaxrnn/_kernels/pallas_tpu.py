@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import ShapedArray
 from jax.experimental import pallas as pl
@@ -72,14 +73,18 @@ def run(
     def when(t):
         return chunks - 1 - t if reverse else t
 
+    # A plain 0 is 64 bits wide under jax_enable_x64, and Mosaic compiles no such index.
+    zero = np.int32(0)
     # One buffer of what stays: a second one would only hide its fetch at the next tile or network.
     once = pl.Buffered(1)
-    matrix = pl.BlockSpec((None, columns, columns), lambda m, b, t: (m, 0, 0), pipeline_mode=once)
-    leak = pl.BlockSpec((None, 1, columns), lambda m, b, t: (m, 0, 0), pipeline_mode=once)
-    state = pl.BlockSpec((None, rows, columns), lambda m, b, t: (m, b, 0), pipeline_mode=once)
-    end = pl.BlockSpec((None, rows, columns), lambda m, b, t: (m, b, 0))
-    stream = pl.BlockSpec((steps, None, rows, columns), lambda m, b, t: (when(t), m, b, 0))
-    flag = pl.BlockSpec((steps, None, rows, 1), lambda m, b, t: (when(t), m, b, 0))
+    matrix = pl.BlockSpec(
+        (None, columns, columns), lambda m, b, t: (m, zero, zero), pipeline_mode=once
+    )
+    leak = pl.BlockSpec((None, 1, columns), lambda m, b, t: (m, zero, zero), pipeline_mode=once)
+    state = pl.BlockSpec((None, rows, columns), lambda m, b, t: (m, b, zero), pipeline_mode=once)
+    end = pl.BlockSpec((None, rows, columns), lambda m, b, t: (m, b, zero))
+    stream = pl.BlockSpec((steps, None, rows, columns), lambda m, b, t: (when(t), m, b, zero))
+    flag = pl.BlockSpec((steps, None, rows, 1), lambda m, b, t: (when(t), m, b, zero))
 
     # Rows of zeros in Mᵀ keep the padding of v out of every product.
     padded = Arrays(
