@@ -62,6 +62,8 @@ LARGEST = {
     "pallas_tpu": {"bfloat16": 2304, "float32": 1664},
 }
 KERNELS = tuple(LARGEST)
+# Mosaic compiles no product of bfloat16 for them ("Unsupported matmul RHS type").
+FLOAT32_ONLY = ("TPU v2", "TPU v3")
 _PLATFORM = {"mosaic_gpu": "cuda", "pallas_tpu": "tpu"}
 
 
@@ -170,6 +172,8 @@ def _unsupported(name, loops, W, batch, function) -> str | None:
         return f"it needs {wanted[name]}, not {_named(device)}"
     if dtype not in LARGEST[name]:
         return f"it runs {', '.join(LARGEST[name])}, not {dtype}"
+    if device.kind in FLOAT32_ONLY and dtype != "float32":
+        return f"it runs float32 on {device.kind}, not {dtype}"
     if not all(isinstance(size, int) for size in (hidden_size, *batch)):
         return f"it needs sizes that are numbers, not {[*batch, hidden_size]}"
     if hidden_size > LARGEST[name][dtype]:

@@ -75,6 +75,18 @@ def test_auto_falls_back_where_its_kernel_cannot_run(monkeypatch):
     assert choose(loops._replace(device=TPU._replace(many=True)), W, (4,), jnp.tanh) == "scan"
 
 
+@pytest.mark.parametrize(
+    "kind, dtype, expected",
+    [("TPU v2", "float32", "pallas_tpu"), ("TPU v3", "float32", "pallas_tpu"),
+     ("TPU v3", "bfloat16", "scan"), ("TPU v4", "bfloat16", "pallas_tpu")],
+)  # fmt: skip
+def test_old_tpus_run_the_kernel_in_float32_only(monkeypatch, kind, dtype, expected):
+    entry = Measured(kind, dtype, (1, 64), (1, 64), "pallas_tpu")
+    monkeypatch.setattr(_implementation, "MEASURED", (entry,))
+    loops = Loops(False, device=Device("tpu", kind))
+    assert choose(loops, matrix_of(64, dtype), (4,), jnp.tanh) == expected
+
+
 def test_auto_runs_an_activation_that_no_kernel_has(monkeypatch):
     entry = Measured("TPU v5 lite", "float32", (1, 10**6), (1, 64), "pallas_tpu")
     monkeypatch.setattr(_implementation, "MEASURED", (entry,))
@@ -148,6 +160,10 @@ def test_auto_on_a_cpu_imports_no_pallas():
         ("pallas_tpu", H200, "float32", 8, None, "it needs a TPU, not NVIDIA H200 (gpu)"),
         ("pallas_tpu", TPU, "float16", 8, None, "it runs bfloat16, float32, not float16"),
         ("pallas_tpu", TPU, "float64", 8, None, "it runs bfloat16, float32, not float64"),
+        ("pallas_tpu", Device("tpu", "TPU v2"), "bfloat16", 8, None,
+         "it runs float32 on TPU v2, not bfloat16"),
+        ("pallas_tpu", Device("tpu", "TPU v3"), "bfloat16", 8, None,
+         "it runs float32 on TPU v3, not bfloat16"),
         ("pallas_tpu", TPU, "float32", 4096, None, "it takes H up to 1664 in float32, not 4096"),
         ("pallas_tpu", TPU, "float32", 8, "high", "its products of float32 are those of "
          "precision 'default' or 'highest', not of 'high'"),
