@@ -44,15 +44,24 @@ def every_loop(dtype, activation="tanh"):
     yield loops.adjoint(slope, dtype, True)
 
 
-def scanned(loop, arrays, *, reverse, precision=None):
-    """(out `[T, M, B, H]`, end or None): what a kernel is to compute, step by step."""
+def tf32(x):
+    """The nearest TF32: ten bits of mantissa."""
+    return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=10)
+
+
+def scanned(loop, arrays, *, reverse, precision=None, factor=lambda x: x):
+    """(out `[T, M, B, H]`, end or None): what a kernel is to compute, step by step.
+
+    `factor` rounds both factors of a product.
+    """
     matrix, v0, c0, streams, flags, leak = arrays
     leak = None if leak is None else jnp.broadcast_to(leak[:, None], c0.shape)
 
     def product(v):
         return jnp.einsum(
-            "mbk,mhk->mbh", v, matrix, preferred_element_type=jnp.float32, precision=precision
-        )
+            "mbk,mhk->mbh", factor(v), factor(matrix), preferred_element_type=jnp.float32,
+            precision=precision,
+        )  # fmt: skip
 
     def body(state, now):
         (v, c), (streams, flags) = state, now

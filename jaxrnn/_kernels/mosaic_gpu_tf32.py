@@ -2,7 +2,9 @@
 
 As in `mosaic_gpu`, with the sides of the product exchanged: 64 sequences are the M side and the
 hidden units, split over the warpgroups, the N side. The tensor cores read TF32 only as it lies, so
-v and the matrix must both lie with the summed axis last, as `[B, H]` and `[out, in]`.
+v and the matrix must both lie with the summed axis last, as `[B, H]` and `[out, in]`. They ignore
+the last 13 bits of a float32, so both are rounded before: the errors of states and gradients are
+then 2.3 to 3 times smaller (H = 64 to 160, T = 1,024, simulated).
 """
 
 import jax
@@ -42,6 +44,7 @@ def run(
     slots: int = 2,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Run a loop, as `mosaic_gpu.run` does; the matrix in float32, H at most MAX_HIDDEN."""
+    arrays = arrays._replace(matrix=rounded(arrays.matrix), v0=rounded(arrays.v0))
     hidden = round_up(arrays.matrix.shape[-1], COLUMNS)
     networks, batch, _ = arrays.c0.shape
     batch = round_up(batch, BATCH_TILE)
@@ -67,7 +70,7 @@ def run(
 
         def publish(j, v):
             # Why two slots and one barrier are enough: see `mosaic_gpu`.
-            store(v_s.at[slot(j + 1), :, columns], v)
+            store(v_s.at[slot(j + 1), :, columns], rounded_in_kernel(v))
             plgpu.commit_smem()
             plgpu.barrier_arrive(published)
 
@@ -98,3 +101,17 @@ def run(
         thread_name="warpgroup",
     )
     return cut(out, end, arrays, swap=False)
+
+
+def rounded(x: jax.Array) -> jax.Array:
+    """The nearest TF32: 10 bits of mantissa."""
+    return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=10)
+
+
+def rounded_in_kernel(v: jax.Array) -> jax.Array:
+    """The same where there is no `reduce_precision`; NaN beyond 2^114.
+
+    Veltkamp's splitting: in v + 2^13 v the last 13 bits of v are rounded away.
+    """
+    above = v * (2.0**13 + 1)
+    return above - (above - v)
