@@ -157,6 +157,24 @@ def test_rounding_in_a_kernel_is_to_the_nearest_tf32():
     )
 
 
+def test_rounding_keeps_what_cutting_off_would_lose():
+    def cut_off(x):
+        return (np.asarray(x).view(np.int32) & ~np.int32(0x1FFF)).view(np.float32)
+
+    rng = np.random.default_rng(0)
+    W = np.linalg.qr(rng.standard_normal((64, 64)))[0].astype(np.float32)
+    first = rng.standard_normal((4, 64)).astype(np.float32)
+    left = []
+    for of_matrix, of_v in (
+        (cut_off, cut_off), (mosaic_gpu_tf32.rounded, mosaic_gpu_tf32.rounded_in_kernel),
+    ):  # fmt: skip
+        h, factor = first, np.asarray(of_matrix(W)).T
+        for _ in range(1024):
+            h = (np.asarray(of_v(h)) @ factor).astype(np.float32)
+        left.append(np.linalg.norm(h) / np.linalg.norm(first))
+    assert left[0] < 0.55 and abs(left[1] - 1) < 0.01
+
+
 @pytest.mark.parametrize(
     ("name", "T"), [("states", 3), ("tangent", 1), ("adjoint", 2), ("delta", 2)]
 )

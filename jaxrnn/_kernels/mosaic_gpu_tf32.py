@@ -3,8 +3,9 @@
 As in `mosaic_gpu`, with the sides of the product exchanged: 64 sequences are the M side and the
 hidden units, split over the warpgroups, the N side. The tensor cores read TF32 only as it lies, so
 v and the matrix must both lie with the summed axis last, as `[B, H]` and `[out, in]`. They ignore
-the last 13 bits of a float32, so both are rounded before: the errors of states and gradients are
-then 2.3 to 3 times smaller (H = 64 to 160, T = 1,024, simulated).
+the last 13 bits of a float32, which makes every product too small: with an orthogonal W a state
+would lose half its norm in 1,024 steps. So both factors are rounded before, and it loses 0.7 % at
+most (H = 64 to 160, simulated).
 """
 
 import jax
