@@ -373,6 +373,8 @@ def test_the_roofline_is_the_tighter_of_two_limits():
     large, small = Workload("", 10, 10**6, 1, 1024), Workload("", 10, 1, 8, 8)
     size = "NVIDIA H200", large, FORWARD, "bfloat16"
     assert least_seconds(*size) == flops(large, FORWARD) / 989e12
+    size = "NVIDIA H100 80GB HBM3", small, FORWARD, "bfloat16"
+    assert least_seconds(*size) == 2 * 10 * 16 / 3.35e12
     assert least_seconds("NVIDIA H200", small, FORWARD, "float32") == 4 * 10 * 16 / 4.8e12
     assert least_seconds("NVIDIA A100", small, FORWARD, "float32") is None
 
