@@ -1,26 +1,28 @@
-"""Who takes part in a run, in which worker, and at which precision."""
+"""Who takes part in a run, in which worker, and in which dtype."""
 
 from dataclasses import dataclass
 
 from benchmarks import workers
-from benchmarks.kernels import KERNEL, LARGEST, ROOFLINE, SCAN
+from benchmarks.kernels import ASSOCIATIVE, KERNEL, LARGEST, ROOFLINE, SCAN
 from benchmarks.subjects.registry import (
     COMMAND_BUFFERS,
     GPU_SUBJECTS,
     JAX_SUBJECTS,
+    KERNELS,
     SMALL_LOOPS,
     TORCH_SUBJECTS,
     TWO_DEVICES,
 )
-from benchmarks.workloads import MAIN_BATCH
 
+# The largest H of the associative scan: it multiplies matrices [H, H] of all steps.
+ASSOCIATIVE_HIDDEN = 16
 # What a quick run leaves out: who does the same as another in the tables.
 NOT_QUICK = (
     "jaxrnn, vmap axis 1", "naive scan, vmap", "naive scan, relu", "flax.linen", "equinox",
 )  # fmt: skip
 KIND = {
     "": workers.JAX, TWO_DEVICES: workers.TWO_DEVICES, SMALL_LOOPS: workers.ONE_KERNEL,
-    COMMAND_BUFFERS: workers.COMMAND_BUFFERS,
+    COMMAND_BUFFERS: workers.COMMAND_BUFFERS, KERNELS: workers.KERNELS,
 }  # fmt: skip
 
 
@@ -34,9 +36,7 @@ class Listed:
       kind: the worker that it runs in.
       base: its name in the registry.
       dtype: of weights, inputs and results.
-      precision: of JAX's products; None for JAX's own choice, which on a GPU is TF32.
       hidden: the largest H that it is measured with; None for any.
-      batch: the only B; None for any.
     """
 
     name: str
@@ -44,9 +44,7 @@ class Listed:
     kind: str
     base: str
     dtype: str = "float32"
-    precision: str | None = None
     hidden: int | None = None
-    batch: int | None = None
 
 
 def listed(device: str, quick: bool = False) -> list[Listed]:
@@ -74,18 +72,22 @@ def listed(device: str, quick: bool = False) -> list[Listed]:
 
 
 def _on_gpu() -> list[Listed]:
-    """The kernel of each dtype, and its rivals; those that serve as an orientation at one batch."""
+    """The kernel of each dtype, and its rivals."""
     found = []
     for dtype, hidden in LARGEST.items():
-        limits = dtype, None, hidden
         for name, entry in GPU_SUBJECTS.items():
-            if name in (KERNEL, SCAN) or dtype == "bfloat16":
-                batch = None if name in (KERNEL, SCAN) else MAIN_BATCH
-                kind = KIND[entry.variant]
-                found.append(Listed(f"{name}, {dtype}", entry.package, kind, name, *limits, batch))
+            most = hidden
+            if name == ASSOCIATIVE:
+                if dtype != "float32":
+                    continue
+                most = ASSOCIATIVE_HIDDEN
+            elif name not in (KERNEL, SCAN) and dtype != "bfloat16":
+                continue
+            kind = KIND[entry.variant]
+            found.append(Listed(f"{name}, {dtype}", entry.package, kind, name, dtype, most))
         name = f"{ROOFLINE}, {dtype}"
-        found.append(Listed(name, "jax", workers.JAX, ROOFLINE, *limits, MAIN_BATCH))
+        found.append(Listed(name, "jax", workers.JAX, ROOFLINE, dtype, hidden))
         for name, options in TORCH_SUBJECTS.items():
             if (options.device, options.dtype) == ("cuda", dtype):
-                found.append(Listed(name, "torch", workers.TORCH, name, *limits))
+                found.append(Listed(name, "torch", workers.TORCH, name, dtype))
     return found

@@ -86,6 +86,24 @@ class Checker:
             gradients = self._gradients(activation, hs)
         return reference.mismatch((hs, *found), (states, *gradients), *precision)
 
+    def errors(self, measure: str, found: tuple) -> dict[str, float]:
+        """How far each array of a tanh network is off, in terms of its largest entry.
+
+        Args:
+          measure: one whose result is states or gradients.
+          found: (hs,); or (dU, dW, db) and dxs if it is there.
+
+        Returns:
+          By name.
+        """
+        if measure == FORWARD:
+            return reference.errors(found, (self._tanh_states,))
+        return reference.errors(found, self._tanh_gradients, reference.NAMES[1:])
+
+    def ahead(self) -> None:
+        """Compute what tanh networks are compared with."""
+        _ = self._tanh_states, self._tanh_gradients
+
     def _tangents_wrong(self, measure, found, expected, precision) -> str | None:
         names, right = ("hs",), (expected.states,)
         if measure == JVP:

@@ -1,24 +1,29 @@
-"""The command line: `python -m benchmarks [run]`, `report`, `sweep`, `tune`."""
+"""The command line: `python -m benchmarks [run]`, `first`, `report`, `sweep`, `tune`."""
 
 import argparse
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from benchmarks import machine, results
 from benchmarks.measures import MEASURES
-from benchmarks.workloads import GRID, WORKLOADS
 
-EXIT_FAILED_ROWS, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED_ROWS, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
 RESULTS = Path(__file__).parent / "results"
-COMMANDS = ("run", "report", "sweep", "tune")
+COMMANDS = ("run", "first", "report", "sweep", "tune")
 
 
 class InputError(Exception):
     """Bad input; the message says in one line what was expected."""
+
+
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM came."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,13 +38,13 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _seconds(text: str) -> float:
+def _number(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = -1.0
     if not 0 <= value < 1e9:
-        raise argparse.ArgumentTypeError(f"expected a number of seconds, got {text}")
+        raise argparse.ArgumentTypeError(f"expected a number, at least 0, got {text}")
     return value
 
 
@@ -64,15 +69,25 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--compiles", type=_count, metavar="N", help="how often each program is "
                      "compiled (default: 3)")  # fmt: skip
     run.add_argument(
-        "--budget", type=_seconds, metavar="SECONDS",
+        "--budget", type=_number, metavar="SECONDS",
         help="for the rounds of one measure of a workload, five rounds at least (default: 25)",
     )  # fmt: skip
     run.set_defaults(go=_run)
 
+    first = commands.add_parser(
+        "first", help="the first minutes on a GPU of the Hopper generation: are the kernels exact "
+        "and fast, the most telling first",
+    )  # fmt: skip
+    first.set_defaults(go=_first, device="gpu")
+    for command, most in ((run, "none; on a GPU 8"), (first, "5.7")):
+        command.add_argument("--minutes", type=_number, metavar="N", help="the run is over by then "
+                             f"(default: {most})")  # fmt: skip
+
     sweep = commands.add_parser("sweep", help="how time and memory grow with T, B and H")
     sweep.set_defaults(go=_sweep)
-    for command in (run, sweep):
-        command.add_argument("--out", metavar="FILE", help="default: in benchmarks/results/")
+    for command in (run, first, sweep):
+        command.add_argument("--out", metavar="PATH", help="a file that ends in .json, or a "
+                             "directory (default: in benchmarks/results/)")  # fmt: skip
         command.add_argument("--force", action="store_true", help="overwrite a file of that name")
 
     report = commands.add_parser("report", help="the tables and the picture of a run")
@@ -86,15 +101,15 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> int:
     from benchmarks.catalogue import listed
-    from benchmarks.run import FULL, GPU, QUICK
+    from benchmarks.plans import FULL, GPU, QUICK
 
     plan = QUICK if args.quick else FULL
     if args.device == "gpu":
         plan = replace(GPU, minutes=QUICK.minutes) if args.quick else GPU
-    there = GRID if args.device == "gpu" else WORKLOADS
+    steps = plan.steps if args.device == "gpu" else FULL.steps
     subjects = listed(args.device, args.quick and args.subject is None)
     known = {
-        "workload": [w.name for w in there],
+        "workload": list(dict.fromkeys(step.workload.name for step in steps)),
         "measure": list(plan.measures if args.device == "gpu" else MEASURES),
         "subject": [s.name for s in subjects],
     }
@@ -113,7 +128,7 @@ def _run(args: argparse.Namespace) -> int:
     chosen = (args.workload, args.subject, args.measure) != (None, None, None)
     plan = replace(plan, limits=limits, sweeps=plan.sweeps and not chosen)
     if args.workload:
-        plan = replace(plan, workloads=tuple(w for w in there if w.name in args.workload))
+        plan = replace(plan, steps=tuple(s for s in steps if s.workload.name in args.workload))
     if args.measure:
         plan = replace(plan, measures=tuple(m for m in MEASURES if m in args.measure))
     if args.subject:
@@ -122,14 +137,23 @@ def _run(args: argparse.Namespace) -> int:
     return _measure(args, plan, subjects, label)
 
 
+def _first(args: argparse.Namespace) -> int:
+    from benchmarks.catalogue import listed
+    from benchmarks.plans import FIRST
+
+    bases = {base for step in FIRST.steps for base in step.bases or ()}
+    subjects = [subject for subject in listed("gpu") if subject.base in bases]
+    return _measure(args, FIRST, subjects, "-first")
+
+
 def _sweep(args: argparse.Namespace) -> int:
     from benchmarks import sweeps
     from benchmarks.catalogue import listed
-    from benchmarks.run import FULL
+    from benchmarks.plans import FULL
 
     subjects = [s for s in listed("cpu") if s.name in sweeps.SUBJECTS]
     args.device = "cpu"
-    return _measure(args, replace(FULL, workloads=()), subjects, "-sweep")
+    return _measure(args, replace(FULL, steps=()), subjects, "-sweep")
 
 
 def _measure(args: argparse.Namespace, plan: Any, subjects: list, label: str) -> int:
@@ -138,42 +162,76 @@ def _measure(args: argparse.Namespace, plan: Any, subjects: list, label: str) ->
     from benchmarks import report
     from benchmarks.progress import reporter
     from benchmarks.run import NoDeviceError, describe_workers, run
-    from benchmarks.workers import NUMERICS, Crew
+    from benchmarks.workers import Crew, TimeIsUpError
 
     started = time.monotonic()
-    names = ("quick", "device", "workload", "subject", "measure", "rounds", "compiles", "budget")
+    names = ("quick", "device", "workload", "subject", "measure", "rounds", "compiles", "budget",
+             "minutes")  # fmt: skip
     options = {name: getattr(args, name, None) for name in names}
-    document = results.new(machine.device(), machine.versions(), options)
-    console, path = Console(stderr=True), None
+    minutes = options["minutes"]
+    plan = plan if minutes is None else replace(plan, minutes=minutes)
+    until = None if plan.minutes is None else started + 60 * plan.minutes
+    on_gpu = args.device == "gpu"
+    versions = machine.gpu_versions() if on_gpu else machine.versions()
+    document = results.new(machine.device(), versions, options)
+    console, path, ended = Console(stderr=True), None, None
+    crew = Crew(args.device, until=until)
     try:
-        with Crew(args.device) as crew, reporter(console, plan.units()) as tell:
-            kinds = [subject.kind for subject in subjects] + [NUMERICS] * plan.kernels
-            crew.start(dict.fromkeys(kinds))
+        with _heeding_sigterm(), crew, reporter(console, plan.units(), on_gpu) as tell:
+            if on_gpu:
+                there = {name: found for name, found in versions.items() if found}
+                tell.note(", ".join(f"{name} {found}" for name, found in there.items()))
+            crew.start(dict.fromkeys(subject.kind for subject in subjects))
             describe_workers(crew, subjects, args.device, document)
             path = results.new_path(_wanted(args, document, label), args.force)
             results.check_writable(path)
-            run(crew, plan, document, tell, lambda: results.write(document, path), started)
+            if on_gpu:
+                tell.note(f"{document['device']['gpu']} found; results go to {path}")
+            run(crew, plan, document, tell, lambda: results.write(document, path))
     except NoDeviceError as error:
         raise InputError(f"--device {args.device}: {error}") from error
+    except TimeIsUpError as error:
+        raise InputError("--minutes: the time was up before a worker had started") from error
     except OSError as error:
         raise InputError(f"cannot write the results: {error}") from error
-    except KeyboardInterrupt:
-        kept = f"; what was measured is in {path}" if results.measured(document) else ""
-        print(f"stopped after {time.monotonic() - started:.0f} s{kept}", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    report.show(document, _paper(), costs=False)
+    except KeyboardInterrupt as error:
+        ended = EXIT_TERMINATED if isinstance(error, TerminatedError) else EXIT_INTERRUPTED
+    measured = results.measured(document)
+    if ended is None or (on_gpu and measured):
+        report.show(document, _paper(), costs=False)
     took = time.monotonic() - started
+    if ended is not None:
+        kept = f"; what was measured is in {path}" if measured else ""
+        print(f"stopped after {took:.0f} s{kept}", file=sys.stderr)
+        return ended
     timed = sum("seconds" in row for row in document["rows"])
     print(f"{timed} rows in {took:.0f} s; all tables: python -m benchmarks report {path}")
-    rows = document["rows"] + document["sweeps"] + document["kernels"]
-    failed = any(row["status"] == "failed" for row in rows)
+    failed = any(row["status"] == "failed" for row in document["rows"] + document["sweeps"])
     return EXIT_FAILED_ROWS if failed else 0
 
 
+@contextmanager
+def _heeding_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the work as Ctrl-C does: a machine that is lent sends it when time is up."""
+
+    def terminate(*_: object) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what was measured is being kept
+        raise TerminatedError
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _wanted(args: argparse.Namespace, document: dict[str, Any], label: str) -> Path:
-    if args.out:
+    if args.out and args.out.endswith(".json"):
         return Path(args.out)
-    return RESULTS / machine.slug(document["device"]) / f"{document['date']}{label}.json"
+    name = f"{document['date']}{label}.json"
+    if args.out:
+        return Path(args.out) / name
+    return RESULTS / machine.slug(document["device"]) / name
 
 
 def _paper() -> Any:
@@ -210,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
       0; 1 where a row failed; 2 for bad input, with one line on standard error; 130 after
-      Ctrl-C, which keeps what was measured.
+      Ctrl-C, 143 after SIGTERM, both of which keep what was measured.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["tune"]:

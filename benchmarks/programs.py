@@ -6,17 +6,21 @@ alone; the tangent of the states; the Hessian of L times a vector, in the weight
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measures import BACKWARD, FORWARD, HVP, JVP, PARAMETERS
+from benchmarks.measures import BACKWARD, BACKWARD_ALONE, FORWARD, HVP, JVP, PARAMETERS
 from benchmarks.side import NotOfferedError
 from benchmarks.subjects import JaxSubject
 from benchmarks.tangents import direction
 from benchmarks.workloads import Data, Workload
+
+# For what is not timed itself: XLA takes any program for a product.
+NOT_TUNED = {"xla_gpu_autotune_level": 0}
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,10 @@ def make(subject: JaxSubject, workload: Workload, measure: str, given: Arguments
         return Program(jax.grad(loss), (weights, xs, g))
     if measure == BACKWARD:
         return Program(jax.grad(loss, (0, 1)), (weights, xs, g))
+    if measure == BACKWARD_ALONE:
+        forward = jax.jit(lambda *args: jax.vjp(unroll, *args)[1], compiler_options=NOT_TUNED)
+        pull = forward(weights, xs)
+        return Program(lambda pull, g: pull(g), (pull, g))
     if measure == JVP:
         return Program(tangent_of_states, (weights, xs, given.tangent, given.xs_tangent))
     if measure == HVP:
@@ -143,11 +151,38 @@ def unloaded(subject: JaxSubject, workload: Workload, measure: str, result: Any)
     if measure in (FORWARD, JVP):
         found = tuple(map(sequences, (result,) if measure == FORWARD else result))
     else:
-        gradient, *dxs = result if measure == BACKWARD and not workload.ids else (result,)
+        with_inputs = measure in (BACKWARD, BACKWARD_ALONE) and not workload.ids
+        gradient, *dxs = result if with_inputs else (result,)
         # NumPy's arrays in the subject's containers: nothing here is compiled.
         gradient = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), gradient)
         found = (*_unload(subject, workload, gradient), *map(sequences, dxs))
     return tuple(np.asarray(part) for part in found)
+
+
+def difference_of_copies(workload: Workload, measure: str, result: Any) -> float:
+    """How far sequences that are equal differ, in terms of the largest entry.
+
+    The reference is compared with each of the distinct sequences once, and this finds a mistake in
+    any of the others.
+
+    Args:
+      workload: the shapes; not for subjects that have the batch first.
+      measure: FORWARD or BACKWARD.
+      result: what the program returned.
+
+    Returns:
+      The difference; 0 where all sequences differ.
+    """
+    if not workload.distinct:
+        return 0.0
+    return float(_difference(result if measure == FORWARD else result[1], workload.distinct))
+
+
+@partial(jax.jit, static_argnums=1)
+def _difference(array, distinct):
+    array = array.astype(jnp.float32)
+    copies = array.reshape(array.shape[0], -1, distinct, array.shape[-1])
+    return jnp.max(jnp.abs(copies - copies[:, :1])) / jnp.max(jnp.abs(array))
 
 
 def _unroll(subject: JaxSubject, workload: Workload) -> Callable[[Any, Any], jax.Array]:

@@ -17,10 +17,13 @@ class Reporter:
       console: where to.
       units: how many measures of a workload there are in all.
       bar: on a terminal.
+      lines: whether each measure leaves a line; by default where there is no bar.
     """
 
-    def __init__(self, console: Console, units: int, bar: Progress | None = None):
-        self.console, self.units, self.bar = console, units, bar
+    def __init__(
+        self, console: Console, units: int, bar: Progress | None = None, lines: bool = False
+    ):
+        self.console, self.units, self.bar, self.lines = console, units, bar, lines or bar is None
         self.done, self.steps, self.step_now, self.shown = 0, 1, 0, 0.0
         self.title = ""
         self.started = self.since = time.monotonic()
@@ -45,9 +48,13 @@ class Reporter:
     def end(self, summary: str) -> None:
         """The measure has ended."""
         self.done += 1
-        if self.bar is None:
+        if self.lines:
             took = time.monotonic() - self.since
             self.say(f"[{self.done}/{self.units}] {self.title}: {summary} ({took:.0f} s)")
+
+    def note(self, line: str) -> None:
+        """A line that stays, with the seconds since the start."""
+        self.say(f"[{time.monotonic() - self.started:4.0f} s] {line}")
 
     def say(self, line: str) -> None:
         """A line that stays."""
@@ -55,12 +62,13 @@ class Reporter:
 
 
 @contextmanager
-def reporter(console: Console, units: int) -> Iterator[Reporter]:
+def reporter(console: Console, units: int, lines: bool = False) -> Iterator[Reporter]:
     """What a run tells its progress to.
 
     Args:
       console: on standard error.
       units: how many measures of a workload there are in all.
+      lines: whether each measure leaves a line on a terminal too.
 
     Yields:
       The `Reporter`.
@@ -73,4 +81,4 @@ def reporter(console: Console, units: int) -> Iterator[Reporter]:
         TimeElapsedColumn(), TimeRemainingColumn(compact=True),
     )  # fmt: skip
     with Progress(*columns, console=console, auto_refresh=False, transient=True) as bar:
-        yield Reporter(console, units, bar)
+        yield Reporter(console, units, bar, lines)

@@ -29,7 +29,7 @@ def show(document: dict[str, Any], console: Console, costs: bool = True) -> None
     for table in all_tables(document, costs):
         console.print()
         tables.show(table, console)
-    if document["kernels"]:
+    if kernels.on_gpu(document):
         console.print(f"\n{_proved(document)}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -43,7 +43,7 @@ def markdown(document: dict[str, Any]) -> str:
       The text.
     """
     parts = [caption(document), *map(tables.markdown, all_tables(document))]
-    if document["kernels"]:
+    if kernels.on_gpu(document):
         parts.append(f"```python\n{_proved(document)}\n```")
     return "\n\n".join(parts)
 
@@ -59,7 +59,7 @@ def caption(document: dict[str, Any]) -> str:
     counts = [len(row["seconds"]) for row in document["rows"] if row.get("seconds")]
     few, many = min(counts, default=0), max(counts, default=0)
     rounds = f"Medians of {few if few == many else f'{few} to {many}'} rounds. " if many else ""
-    dtype = "" if document["kernels"] else f"{document['dtype']}, "
+    dtype = "" if kernels.on_gpu(document) else f"{document['dtype']}, "
     early = " The run was stopped early." if document.get("interrupted") else ""
     return (
         f"{machine.describe(document['device'])}, {dtype}{document['date']}; "
@@ -79,7 +79,7 @@ def all_tables(document: dict[str, Any], costs: bool = True) -> Iterator[Table]:
       The tables: ratios first.
     """
     view = View(document)
-    if document["kernels"]:
+    if kernels.on_gpu(document):
         yield from kernels.tables(document)
         yield from _left_out(view)
         return

@@ -12,12 +12,13 @@ interrupted whether it ended early
 subjects    name, package, activation, kind (of worker) of each
 rows        workload, subject, measure, status: "ready" with seconds (per call, one for each of
             the rounds) and the kernels in its program; or "failed", "not installed", "not
-            offered", "not measured" with a reason
+            offered", "not measured" with a reason. On a GPU also errors, by array and in terms of
+            its largest entry ("copies": how far sequences that are equal differ); of kernels
+            alike, whether the results of so many calls were, bit by bit; died, where it took
+            the process with it
 compile     workload, subject, measure, and seconds of trace, compile, first_call
 memory      workload, subject, measure, and bytes of temporaries and at the peak of a call
 sweeps      axis, value, and a row with its bytes of temporaries
-kernels     of each kernel by dtype, H and direction (a measure): see `numerics.examine`; files
-            that are older than kernels have none
 
 Of one program each: texts, bytes of memory by the size of a text (`text_memory`), and training,
 beside torch (`torch_training`).
@@ -30,9 +31,8 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
-OLD_LISTS = ("subjects", "rows", "compile", "memory", "sweeps")
-LISTS = (*OLD_LISTS, "kernels")
-KEYS = ("schema", "date", "device", "versions", "threads", "flags", "dtype", "options", *OLD_LISTS)
+LISTS = ("subjects", "rows", "compile", "memory", "sweeps")
+KEYS = ("schema", "date", "device", "versions", "threads", "flags", "dtype", "options", *LISTS)
 
 
 class ResultsError(ValueError):
@@ -60,7 +60,7 @@ def new(device: dict, versions: dict, options: dict, dtype: str = "float32") -> 
 
 def measured(document: dict[str, Any]) -> bool:
     """Whether there is anything worth keeping."""
-    return bool(document["rows"] or document["sweeps"] or document["kernels"])
+    return bool(document["rows"] or document["sweeps"])
 
 
 def check_writable(path: Path) -> None:
@@ -138,7 +138,7 @@ def read(path: Path) -> dict[str, Any]:
     missing = [key for key in KEYS if key not in document]
     if missing:
         raise ResultsError(f"{path}: lacks {', '.join(missing)}")
-    return {"kernels": [], **document}
+    return document
 
 
 def new_path(wanted: Path, force: bool = False) -> Path:

@@ -1,12 +1,13 @@
 """Subjects in turn: one sample from each, then the next round, so that rounds can be paired."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
+from benchmarks.kernels import KERNEL
 from benchmarks.progress import Reporter
-from benchmarks.workers import WorkerDiedError
+from benchmarks.workers import TimeIsUpError, WorkerDiedError
 from benchmarks.workloads import Workload
 
 # An idle worker's threads go on spinning for a moment after its last call, and would take a core
@@ -16,6 +17,8 @@ PAUSE_SECONDS = 0.02
 
 COMPILE = ("trace", "compile", "first_call")
 MEMORY = ("temporaries", "peak_bytes")
+# What a row keeps of a reply.
+KEPT = ("flops", "kernels", "errors", "alike", "calls", "died")
 
 
 class Caller(Protocol):
@@ -23,6 +26,10 @@ class Caller(Protocol):
 
     def call(self, kind: str, /, **request: object) -> dict[str, Any]:
         """One request to the worker of a kind."""
+        ...
+
+    def late(self) -> bool:
+        """Whether the run is over."""
         ...
 
 
@@ -35,14 +42,25 @@ class Limits:
       least: rounds at least, whatever they take.
       budget: seconds for the rounds of one measure.
       compiles: how often each program is compiled.
-      until: what is not prepared by then, by `time.monotonic`, is left out.
+      alike: calls of a kernel whose results are compared bit by bit.
     """
 
     most: int = 15
     least: int = 5
     budget: float = 25.0
     compiles: int = 3
-    until: float | None = None
+    alike: int = 0
+
+
+DEFAULT = Limits()
+
+
+def counted(rows: list[dict[str, Any]]) -> str:
+    """How many rows have times, of how many rounds."""
+    counts = [len(row["seconds"]) for row in rows if row.get("seconds")]
+    failed = sum(row["status"] == "failed" for row in rows)
+    also = f", {failed} failed" if failed else ""
+    return f"{len(counts)} subjects{also}, {max(counts, default=0)} rounds"
 
 
 @dataclass
@@ -56,6 +74,8 @@ class Trial:
       measure: what.
       limits: how much.
       report: is told each step.
+      checked: is told the row of each kernel once it was compared with the reference, or failed.
+      summary: of the rows, what the report is told at the end.
     """
 
     crew: Caller
@@ -64,6 +84,8 @@ class Trial:
     measure: str
     limits: Limits
     report: Reporter
+    checked: Callable[[dict[str, Any]], None] = lambda row: None
+    summary: Callable[[list[dict[str, Any]]], str] = counted
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -78,21 +100,27 @@ class Trial:
         for n in range(self.limits.most):
             if n >= self.limits.least and time.monotonic() - start > self.limits.budget:
                 break
-            self._round(n)
+            if not self._round(n):
+                break
+        for subject in self._live():
+            if not self.rows[subject["name"]]["seconds"]:
+                self._end(subject["name"], "not measured", str(TimeIsUpError()))
         for kind in {subject["kind"] for subject in self._live()}:
             self._ask(None, kind, do="forget")
-        count = max((len(row["seconds"]) for row in self.timed()), default=0)
-        failed = sum(row["status"] == "failed" for row in self.rows.values())
-        also = f", {failed} failed" if failed else ""
-        self.report.end(f"{len(self.timed())} subjects{also}, {count} rounds")
+        self.report.end(self.summary(list(self.rows.values())))
+
+    def leave_out(self, reason: str) -> None:
+        """Note of every subject that it was not measured."""
+        for subject in self.subjects:
+            self._end(subject["name"], "not measured", reason)
 
     def timed(self) -> list[dict[str, Any]]:
         """The rows that have times."""
         return [row for row in self.rows.values() if row.get("seconds")]
 
     def kept(self) -> list[dict[str, Any]]:
-        """The rows that say something: times, or why there are none."""
-        return [row for row in self.rows.values() if "reason" in row or row["seconds"]]
+        """The rows that say something: times, why there are none, or what a check found."""
+        return [r for r in self.rows.values() if "reason" in r or "errors" in r or r["seconds"]]
 
     def kept_records(self, names: Sequence[str]) -> list[dict[str, Any]]:
         """What was found out while preparing the rows that have times, of those figures."""
@@ -115,25 +143,31 @@ class Trial:
 
     def _prepare(self, subject: dict[str, Any]) -> None:
         name, reply = subject["name"], subject
-        if self.limits.until is not None and time.monotonic() > self.limits.until:
-            reply = {"status": "not measured", "reason": "the time of the run was up"}
+        if self.crew.late():
+            reply = {"status": "not measured", "reason": str(TimeIsUpError())}
         elif subject["status"] == "ready":
             reply = self._ask(
                 subject, subject["kind"], do="prepare", subject=name, measure=self.measure,
                 workload=asdict(self.workload), compiles=self.limits.compiles,
+                alike=self.limits.alike,
             )  # fmt: skip
-        row = {**self._key(name), "status": reply["status"]}
-        if reply["status"] != "ready":
-            self.rows[name] = {**row, "reason": reply["reason"]}
-            return
-        more = {key: reply[key] for key in ("flops", "kernels") if reply.get(key)}
-        # Of a worker that was started again the rounds before count too.
         before = self.rows.get(name, {})
-        measured = {key: before.get(key, []) for key in ("rounds", "seconds")}
-        self.rows[name] = {**row, **more, "repeats": reply["repeats"], **measured}
-        self.records[name] = reply
+        if reply["status"] == "not measured" and before.get("seconds"):
+            return
+        row = {**self._key(name), "status": reply["status"], **_kept(reply)}
+        if reply["status"] == "ready":
+            # Of a worker that was started again the rounds before count too.
+            measured = {key: before.get(key, []) for key in ("rounds", "seconds")}
+            row |= {"repeats": reply["repeats"], **measured}
+            self.records[name] = reply
+        else:
+            row["reason"] = reply["reason"]
+        self.rows[name] = row
+        if subject.get("base") == KERNEL:
+            self.checked(row)
 
-    def _round(self, n: int) -> None:
+    def _round(self, n: int) -> bool:
+        """One sample of each; whether there was time for it."""
         live = self._live()
         first = n % max(len(live), 1)
         before = None
@@ -146,24 +180,37 @@ class Trial:
             before = subject["kind"]
             reply = self._ask(subject, before, do="sample", subject=subject["name"])
             row = self.rows[subject["name"]]
+            if reply["status"] == "not measured":
+                return False
             if reply["status"] == "ready":
                 row["rounds"].append(n)
                 row["seconds"].append(reply["seconds"])
             else:
-                self._fail(subject["name"], reply["reason"])
+                self._end(subject["name"], "failed", reply["reason"], **_kept(reply))
+                if subject.get("base") == KERNEL:
+                    self.checked(self.rows[subject["name"]])
+        return True
 
-    def _fail(self, name: str, reason: str) -> None:
-        self.rows[name] = {**self._key(name), "status": "failed", "reason": reason}
+    def _end(self, name: str, status: str, reason: str, **more: Any) -> None:
+        """A row that will have no times."""
+        before = _kept(self.rows.get(name, {})) | more
+        self.rows[name] = {**self._key(name), "status": status, **before, "reason": reason}
 
     def _ask(self, asked: dict[str, Any] | None, kind: str, /, **request: object) -> dict[str, Any]:
         """A reply; where the worker dies, a failure of that subject, the others prepared again."""
         try:
             return self.crew.call(kind, **request)
+        except TimeIsUpError as error:
+            return {"status": "not measured", "reason": str(error)}
         except WorkerDiedError as error:
             if asked is not None:
-                self._fail(asked["name"], str(error))
+                self._end(asked["name"], "failed", str(error), died=True)
                 for other in self._live():
                     # Looked at again: a worker that dies over one of them takes that one's turn.
                     if other["kind"] == kind and other in self._live():
                         self._prepare(other)
-            return {"status": "failed", "reason": str(error)}
+            return {"status": "failed", "reason": str(error), "died": True}
+
+
+def _kept(found: dict[str, Any]) -> dict[str, Any]:
+    return {key: found[key] for key in KEPT if found.get(key) is not None}

@@ -1,74 +1,42 @@
-"""A whole run: which workloads, measures and subjects, in what time; saved as it goes."""
+"""A whole run: each step of a plan measured in turn, and saved as it goes."""
 
-import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
-from benchmarks import sweeps
+from benchmarks import kernels, sweeps
 from benchmarks.catalogue import Listed
-from benchmarks.kernels import KERNEL, ROOFLINE
-from benchmarks.measures import BACKWARD, COUNTED, FORWARD, MEASURES
+from benchmarks.kernels import KERNEL, MOST_OF_A_BLOCK, ROOFLINE
+from benchmarks.measures import BACKWARD, COUNTED, FORWARD
+from benchmarks.plans import Plan, Step
 from benchmarks.progress import Reporter
 from benchmarks.results import measured
-from benchmarks.rounds import COMPILE, MEMORY, Caller, Limits, Trial
+from benchmarks.rounds import COMPILE, MEMORY, Trial
 from benchmarks.text import without_directories
-from benchmarks.workers import COMMAND_BUFFERS, JAX, NUMERICS, WorkerDiedError
-from benchmarks.workloads import GRID, WORKLOADS, Workload
+from benchmarks.workers import (
+    COMMAND_BUFFERS,
+    JAX,
+    KERNELS,
+    TORCH,
+    Crew,
+    TimeIsUpError,
+    WorkerDiedError,
+)
+from benchmarks.workloads import Workload, untuned
+
+# Kernels of one kind that hang or crash before the others of it are left alone: each costs time.
+DEATHS = 2
+# Where one program takes longer to compile, XLA's tuning takes the time of what is to follow.
+TUNING_SECONDS = 40.0
 
 
 class NoDeviceError(Exception):
     """The device that was asked for is not there; the message says so."""
 
 
-DEFAULT = Limits()
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run measures.
-
-    Args:
-      workloads: in order.
-      measures: of each workload.
-      limits: how much.
-      sweeps: whether T, B and H are varied too.
-      minutes: what is not begun by then is left out; None for no limit.
-      kernels: whether kernels are examined before they are timed, and a workload's programs
-        compiled side by side.
-    """
-
-    workloads: tuple[Workload, ...] = WORKLOADS
-    measures: tuple[str, ...] = MEASURES
-    limits: Limits = DEFAULT
-    sweeps: bool = True
-    minutes: float | None = None
-    kernels: bool = False
-
-    def units(self) -> int:
-        """How many measures of a workload there are."""
-        return len(self.workloads) * len(self.measures) + (sweeps.units() if self.sweeps else 0)
-
-
-def _named(*names: str) -> tuple[Workload, ...]:
-    by_name = {workload.name: workload for workload in WORKLOADS}
-    return tuple(by_name[name] for name in names)
-
-
-FULL = Plan()
-QUICK = Plan(
-    _named("char-rnn, ids", "one long stream", "medium", "document"), (FORWARD, BACKWARD),
-    Limits(most=7, least=5, budget=3.0, compiles=1), sweeps=False, minutes=1.7,
-)  # fmt: skip
-GPU = Plan(
-    GRID, (FORWARD, BACKWARD), Limits(most=9, least=5, budget=1.0, compiles=1), sweeps=False,
-    minutes=8.0, kernels=True,
-)  # fmt: skip
-
-
 def describe_workers(
-    crew: Caller, listed: Sequence[Listed], device: str, document: dict[str, Any]
+    crew: Crew, listed: Sequence[Listed], device: str, document: dict[str, Any]
 ) -> None:
     """Ask the workers for accelerator, threads, flags and subjects, and note them.
 
@@ -80,21 +48,34 @@ def describe_workers(
 
     Raises:
       NoDeviceError: there is no GPU where one is asked for.
+      TimeIsUpError: the time was up before a worker had started.
     """
+    asked = {s.kind: [other.name for other in listed if other.kind == s.kind] for s in listed}
+    machines = crew.call_each({kind: {"do": "machine"} for kind in asked})
+    if all(isinstance(about, TimeIsUpError) for about in machines.values()):
+        raise TimeIsUpError
+    lacking: dict[str, str] = {}
+    for kind, about in machines.items():
+        if isinstance(about, WorkerDiedError):
+            lacking[kind] = str(about)
+        elif about["status"] != "ready" or (device == "gpu" and not about["gpu"]):
+            lacking[kind] = about.get("reason", f"{kind} finds no GPU here")
+        else:
+            document["threads"][kind] = about["threads"]
+            document["flags"][kind] = without_directories(about["flags"])
+            document["device"]["gpu"] = document["device"]["gpu"] or about["gpu"]
+            if about.get("cudnn"):
+                document["versions"]["cuDNN of torch"] = about["cudnn"]
+    if device == "gpu" and lacking.keys() >= (asked.keys() - {TORCH} or {TORCH}):
+        raise NoDeviceError(next(iter(lacking.values())))
+    # torch itself says what it lacks: CUDA, or all of it.
+    there = {kind: names for kind, names in asked.items() if kind not in lacking or kind == TORCH}
+    replies = crew.call_each({k: {"do": "subjects", "names": n} for k, n in there.items()})
     described: dict[str, dict[str, Any]] = {}
-    for kind in dict.fromkeys(subject.kind for subject in listed):
-        names = [subject.name for subject in listed if subject.kind == kind]
-        try:
-            about = crew.call(kind, do="machine")
-            if about["status"] == "ready":
-                document["threads"][kind] = about["threads"]
-                document["flags"][kind] = without_directories(about["flags"])
-                document["device"]["gpu"] = document["device"]["gpu"] or about["gpu"]
-            if device == "gpu" and kind == JAX and not about.get("gpu"):
-                raise NoDeviceError(about.get("reason", "JAX finds no GPU here"))
-            found = crew.call(kind, do="subjects", names=names)["subjects"]
-        except WorkerDiedError as error:
-            found = [{"name": name, "status": "failed", "reason": str(error)} for name in names]
+    for kind, names in asked.items():
+        reply = replies.get(kind, lacking.get(kind))
+        failed = [{"name": n, "status": "failed", "reason": str(reply)} for n in names]
+        found = reply["subjects"] if isinstance(reply, dict) else failed
         described |= {subject["name"]: subject for subject in found}
     for subject in listed:
         about = {"activation": "", **asdict(subject), **described[subject.name]}
@@ -102,12 +83,11 @@ def describe_workers(
 
 
 def run(
-    crew: Caller,
+    crew: Crew,
     plan: Plan,
     document: dict[str, Any],
     report: Reporter,
     save: Callable[[], None],
-    started: float | None = None,
 ) -> None:
     """Measure all that is planned.
 
@@ -116,15 +96,11 @@ def run(
       plan: what.
       document: the results so far; what is measured goes into it.
       report: is told each step.
-      save: called after each workload, and at the end, however it comes.
-      started: when the run began, by `time.monotonic`.
+      save: called after each measure and each verdict on a kernel, and at the end, however it
+        comes.
     """
-    until = None
-    if plan.minutes is not None:
-        until = (time.monotonic() if started is None else started) + 60 * plan.minutes
-    subjects = document["subjects"]
-
     trials: list[Trial] = []
+    refused = Refused()
 
     def keep():
         # Put together anew each time: Ctrl-C may come in the middle of it.
@@ -134,23 +110,42 @@ def run(
         if measured(document):
             save()
 
+    def checked(row):
+        refused.note(row)
+        report.note(kernels.verdict(row))
+        keep()
+
+    tuned = True
     try:
-        for workload in plan.workloads:
-            taking_part = {m: _taking_part(subjects, workload, m) for m in plan.measures}
-            if plan.kernels and not _late(until):
-                report.begin(f"{workload.name}, before it is timed", 1)
-                for measure, them in taking_part.items():
-                    if not _late(until):
-                        _examine(crew, them, workload, measure, document["kernels"], report)
-                _compile(crew, taking_part, workload, report)
+        for step in plan.steps:
+            workload = step.workload if tuned else untuned(step.workload)
+            taking_part = {
+                measure: refused.without(
+                    _taking_part(document["subjects"], step, measure), workload, measure
+                )
+                for measure in plan.measures_of(step)
+            }
+            if plan.ahead and not crew.late():
+                workload, in_time = _get_ready(crew, taking_part, workload, report)
+                tuned = tuned and in_time
             for measure, them in taking_part.items():
-                compiles = plan.limits.compiles if measure in (FORWARD, BACKWARD) else 1
-                limits = replace(plan.limits, compiles=compiles, until=until)
-                trials.append(Trial(crew, them, workload, measure, limits, report))
-                trials[-1].run()
-            keep()
+                if not them:
+                    continue
+                them = refused.without(them, workload, measure)
+                limits = plan.limits
+                if measure not in (FORWARD, BACKWARD):
+                    limits = replace(limits, compiles=1)  # no table shows what they cost
+                trial = Trial(crew, them, workload, measure, limits, report, checked)
+                trials.append(trial)
+                if plan.ahead:
+                    trial.summary = kernels.times
+                if crew.late():
+                    trial.leave_out(str(TimeIsUpError()))
+                else:
+                    trial.run()
+                    keep()
         if plan.sweeps:
-            both = [subject for subject in subjects if subject["name"] in sweeps.SUBJECTS]
+            both = [s for s in document["subjects"] if s["name"] in sweeps.SUBJECTS]
             sweeps.run(crew, both, report, document["sweeps"])
     except KeyboardInterrupt:
         document["interrupted"] = True
@@ -159,70 +154,90 @@ def run(
         keep()
 
 
-def _late(until: float | None) -> bool:
-    return until is not None and time.monotonic() > until
+class Refused:
+    """Which kernels are not tried any more, after others took their process with them."""
+
+    def __init__(self):
+        self.deaths: Counter[tuple[str, bool]] = Counter()
+        self.died: dict[tuple[str, str], str] = {}
+
+    def note(self, row: dict[str, Any]) -> None:
+        """See a kernel's row."""
+        key = row["subject"], row["workload"]["name"]
+        if row.get("died"):
+            self.died[key] = row["reason"]
+            self.deaths[_family(row["subject"], row["workload"]["H"])] += 1
+        elif row["status"] == "ready":
+            self.died.pop(key, None)
+
+    def without(
+        self, subjects: Sequence[dict[str, Any]], workload: Workload, measure: str
+    ) -> list[dict[str, Any]]:
+        """The subjects, where they are kernels only those that are still tried."""
+        found = []
+        for subject in subjects:
+            name, reason = subject["name"], None
+            if self.deaths[_family(name, workload.H)] >= DEATHS:
+                reason = f"{DEATHS} kernels of this kind took their process with them"
+            elif measure == BACKWARD and (name, workload.name) in self.died:
+                # A gradient begins with the states.
+                reason = f"forward it failed: {self.died[name, workload.name]}"
+            if subject["base"] == KERNEL and subject["status"] == "ready" and reason:
+                subject = subject | {"status": "not measured", "reason": reason}
+            found.append(subject)
+        return found
+
+
+def _family(name: str, hidden: int) -> tuple[str, bool]:
+    """Kernels that fail for the same reason: of one block, or of a cluster of them."""
+    return name, hidden > MOST_OF_A_BLOCK
 
 
 def _taking_part(
-    subjects: Sequence[dict[str, Any]], workload: Workload, measure: str
+    subjects: Sequence[dict[str, Any]], step: Step, measure: str
 ) -> list[dict[str, Any]]:
-    """Copies of those that are measured there."""
+    """Those that are measured there."""
+    workload = step.workload
     return [
-        dict(subject) for subject in subjects
-        if (subject["base"] != ROOFLINE or measure in COUNTED)
+        subject for subject in subjects
+        if (step.dtype or subject["dtype"]) == subject["dtype"]
+        and (step.bases is None or subject["base"] in step.bases)
+        and (subject["base"] != ROOFLINE or measure in COUNTED)
         and workload.H <= (subject["hidden"] or workload.H)
-        and workload.B == (subject["batch"] or workload.B)
     ]  # fmt: skip
 
 
-def _examine(
-    crew: Caller,
-    subjects: Sequence[dict[str, Any]],
-    workload: Workload,
-    measure: str,
-    found: list[dict[str, Any]],
-    report: Reporter,
-) -> None:
-    """Look at each kernel before it is timed; one that does not run is not timed."""
-    for subject in subjects:
-        if subject["base"] != KERNEL or subject["status"] != "ready":
-            continue
-        key = {"dtype": subject["dtype"], "H": workload.H, "direction": measure}
-        rows = {
-            r["direction"]: r for r in found if (r["dtype"], r["H"]) == (key["dtype"], key["H"])
-        }
-        row, forward = rows.get(measure), rows.get(FORWARD)
-        if row is None and forward and forward["status"] != "ready":
-            # The gradient begins with the states, and what hangs takes its time.
-            row = forward | key
-            found.append(row)
-        elif row is None:
-            report.step(f"is {subject['name']} exact?")
-            asked = {"dtype": key["dtype"], "hidden": workload.H, "direction": measure}
-            try:
-                row = key | crew.call(NUMERICS, do="examine", **asked)
-            except WorkerDiedError as error:
-                row = key | {"status": "failed", "reason": str(error)}
-            found.append(row)
-        if row["status"] != "ready":
-            subject |= {"status": "not measured", "reason": row["reason"]}
-
-
-def _compile(
-    crew: Caller,
+def _get_ready(
+    crew: Crew,
     subjects: dict[str, list[dict[str, Any]]],
     workload: Workload,
     report: Reporter,
-) -> None:
-    """Compile what is timed next side by side. One that fails at it does so again, by itself."""
-    for kind in (JAX, COMMAND_BUFFERS):
-        pairs = [
-            (subject["name"], measure)
-            for measure, them in subjects.items()
-            for subject in them
-            if subject["kind"] == kind and subject["status"] == "ready"
-        ]
-        if pairs:
-            report.step(f"{len(pairs)} programs are compiled")
-            with suppress(WorkerDiedError):
-                crew.call(kind, do="compile", pairs=pairs, workload=asdict(workload))
+) -> tuple[Workload, bool]:
+    """Let all workers compile, and find what is right.
+
+    They work side by side; but what is tuned is tuned in one process after the other: they would
+    disturb each other, and all but the first would not find what was tuned. What fails to compile
+    does so again, by itself.
+
+    Returns:
+      (the workload to measure, without tuning where a worker did not survive that; whether to go on
+      tuning).
+    """
+    pairs: dict[str, list[tuple[str, str]]] = {}
+    for measure, them in subjects.items():
+        for subject in them:
+            if subject["status"] == "ready":
+                pairs.setdefault(subject["kind"], []).append((subject["name"], measure))
+    report.begin(f"{workload.name}, before it is timed", 1)
+    report.step(f"{sum(map(len, pairs.values()))} programs are compiled")
+    how = {"do": "compile", "workload": asdict(workload)}
+    requests = {kind: {**how, "pairs": names} for kind, names in pairs.items()}
+    reply = None
+    for kinds in ((JAX, TORCH), (KERNELS,), (COMMAND_BUFFERS,)) if workload.tuned else (requests,):
+        replies = crew.call_each({kind: requests[kind] for kind in kinds if kind in requests})
+        reply = replies.get(JAX, reply)
+    if not workload.tuned or isinstance(reply, TimeIsUpError):
+        return workload, True
+    if isinstance(reply, WorkerDiedError):
+        return untuned(workload), False
+    return workload, reply is None or reply.get("seconds", 0.0) < TUNING_SECONDS

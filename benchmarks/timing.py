@@ -6,47 +6,64 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # A sample lasts at least this long, so that the clock and its reading do not matter.
 SAMPLE_SECONDS = 5e-3
 
 
-def seconds(call: Callable[[], object], repeats: int = 1) -> float:
+def seconds(
+    call: Callable[[], Any], repeats: int = 1, wait: Callable[[Any], object] | None = None
+) -> float:
     """Seconds per call, over so many calls.
 
     Python's collector waits: with so many libraries imported, one full collection takes longer
     than a sample, and would fall to whoever is measured just then.
+
+    Args:
+      call: computes once; without `wait`, returns when that is done.
+      repeats: how often.
+      wait: returns when the result of a call is there. Calls are queued then, as a GPU takes
+        them: to start one takes no time while another runs.
     """
     gc.disable()
     try:
-        start = time.perf_counter()
+        start, result = time.perf_counter(), None
         for _ in range(repeats):
-            call()
+            result = call()
+        if wait is not None:
+            wait(result)
         return (time.perf_counter() - start) / repeats
     finally:
         gc.enable()
 
 
-def calibrate(call: Callable[[], object], at_least: float = SAMPLE_SECONDS) -> tuple[int, float]:
+def calibrate(
+    call: Callable[[], Any],
+    wait: Callable[[Any], object] | None = None,
+    at_least: float = SAMPLE_SECONDS,
+) -> tuple[int, float]:
     """How often to call for a sample of at least so many seconds.
 
     Returns:
       (repeats, seconds per call as found on the way).
     """
-    call()  # the first call allocates
-    repeats, found = 1, seconds(call)
+    seconds(call, 1, wait)  # the first call allocates
+    repeats, found = 1, seconds(call, 1, wait)
     while repeats * found < at_least:
         # A little more than it takes, at most ten times more: the first guess is a rough one.
         repeats = min(10 * repeats, int(1.2 * at_least / max(found, 1e-9)) + 1)
-        found = seconds(call, repeats)
+        found = seconds(call, repeats, wait)
     return repeats, found
 
 
-def sample(call: Callable[[], object], repeats: int) -> float:
+def sample(
+    call: Callable[[], Any], repeats: int, wait: Callable[[Any], object] | None = None
+) -> float:
     """One sample. Where calls are short one goes untimed: it finds another's data in the caches."""
     if repeats > 1:
-        call()
-    return seconds(call, repeats)
+        seconds(call, 1, wait)
+    return seconds(call, repeats, wait)
 
 
 def peak_bytes(call: Callable[[], object]) -> int | None:

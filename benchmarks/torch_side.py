@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks import timing, workers
 from benchmarks.catalogue import listed
 from benchmarks.checks import Checker
-from benchmarks.measures import BACKWARD, HVP, JVP
+from benchmarks.measures import BACKWARD, FORWARD, HVP, JVP
 from benchmarks.side import NotOfferedError, Prepared
 from benchmarks.subjects.registry import TORCH_SUBJECTS
 from benchmarks.tangents import direction
@@ -28,7 +28,7 @@ class TorchSide:
     def __init__(self, device: str = "cpu"):
         self.device = device
         self.listed = {s.name: s for s in listed(device) if s.kind == workers.TORCH}
-        self.workload: Workload | None = None
+        self.drawn: tuple[Workload, str] | None = None
 
     def machine(self) -> dict[str, Any]:
         """The accelerator's name, and how many threads torch has."""
@@ -38,7 +38,8 @@ class TorchSide:
 
         on_gpu = self.device == "gpu" and torch.cuda.is_available()
         gpu = torch.cuda.get_device_name() if on_gpu else None
-        return {"gpu": gpu, "threads": torch.get_num_threads()}
+        cudnn = torch.backends.cudnn.version() if on_gpu else None
+        return {"gpu": gpu, "threads": torch.get_num_threads(), "cudnn": cudnn}
 
     def subjects(self, names: list[str] | None) -> list[dict[str, Any]]:
         """Name, package, activation and status of those subjects, or of all."""
@@ -52,9 +53,21 @@ class TorchSide:
             about |= {"status": "not installed", "reason": one_line(error)}
         return [{"name": name, **about} for name in self.listed if names is None or name in names]
 
-    def prepare(self, name: str, workload: Workload, measure: str, compiles: int) -> Prepared:
+    def compile(self, pairs: list[list[str]], workload: Workload) -> float:
+        """Make the layers and what they are compared with, where all have one dtype."""
+        names = {name for name, _ in pairs}
+        for name in names:
+            self._begin(workload, TORCH_SUBJECTS[name].dtype)
+            self._built(name)
+        if names:
+            self.checker.ahead()
+        return 0.0
+
+    def prepare(
+        self, name: str, workload: Workload, measure: str, compiles: int, alike: int = 0
+    ) -> Prepared:
         """A subject's call; the first one is where torch.compile compiles."""
-        self._begin(workload)
+        self._begin(workload, TORCH_SUBJECTS[name].dtype)
         options, built = TORCH_SUBJECTS[name], self._built(name)
         if measure not in built.measures:
             raise NotOfferedError(built.reasons.get(measure, "torch has no such measure"))
@@ -62,36 +75,49 @@ class TorchSide:
         start = time.perf_counter()
         try:
             result = call()
+            self._wait(result)
         except Exception as error:
             if options.compile and type(error).__module__.startswith("torch._dynamo"):
                 raise NotOfferedError(one_line(error)) from error
             raise
-        record = {"first_call": time.perf_counter() - start}
+        record: dict[str, Any] = {"first_call": time.perf_counter() - start}
 
         def check() -> str | None:
             if name not in self.results:
                 self.results[name] = built.results()
             hs, *gradients = self.results[name]
-            found: tuple = (hs,)
+            found: tuple
             if measure in (JVP, HVP):
                 found = _derivatives(measure, result, workload)
+            elif measure == FORWARD:
+                found = (hs,)
             elif workload.ids:
                 found = tuple(gradients[:3])
             else:
                 found = tuple(gradients if measure == BACKWARD else gradients[:3])
+            if self.device == "gpu":
+                record["errors"] = self.checker.errors(measure, found)
             return self.checker.wrong(measure, "tanh", found, hs, options.dtype, options.tf32)
 
-        return Prepared(call, check, record)
+        return Prepared(call, check, record, self._wait if self.device == "gpu" else None)
 
-    def _begin(self, workload: Workload) -> None:
+    def _wait(self, _: Any) -> None:
+        """For all that was queued on a GPU; on the CPU it is done."""
+        if self.device == "gpu":
+            import torch
+
+            torch.cuda.synchronize()
+
+    def _begin(self, workload: Workload, dtype: str) -> None:
         """A workload's numbers and references, kept while it is the same."""
-        if workload == self.workload:
+        if (workload, dtype) == self.drawn:
             return
-        import torch
+        if self.device == "cpu":
+            import torch
 
-        # It counts how often a layer was compiled for new shapes, and gives up at the eighth.
-        torch.compiler.reset()
-        self.workload, self.data = workload, draw(workload)
+            # It counts how often a layer was compiled for new shapes, and gives up at the eighth.
+            torch.compiler.reset()
+        self.drawn, self.data = (workload, dtype), draw(workload, dtype=dtype)
         self.tangent = direction(self.data)
         self.checker = Checker(workload, self.data, self.tangent)
         self.built: dict[str, Any] = {}
@@ -102,7 +128,7 @@ class TorchSide:
 
         if name not in self.built:
             options = TORCH_SUBJECTS[name]
-            self.built[name] = torch_rnn.build(self.workload, self.data, options, self.tangent)
+            self.built[name] = torch_rnn.build(self.drawn[0], self.data, options, self.tangent)
         return self.built[name]
 
     def peak_bytes(self, call: Callable[[], object]) -> int | None:
@@ -115,6 +141,14 @@ class TorchSide:
         before = torch.cuda.memory_allocated()
         call()
         return torch.cuda.max_memory_allocated() - before
+
+    def healthy(self) -> bool:
+        """Whether the device still computes: after an illegal address it never does again."""
+        try:
+            self._wait(None)
+        except Exception:
+            return False
+        return True
 
     def forget(self) -> None:
         """Nothing is kept but the workload's numbers."""

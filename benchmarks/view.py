@@ -31,8 +31,13 @@ class View:
 
     @cached_property
     def _rows(self) -> dict[tuple[str, str, str], dict[str, Any]]:
-        rows = self.document["rows"]
-        return {(r["workload"]["name"], r["measure"], r["subject"]): r for r in rows}
+        found: dict[tuple[str, str, str], dict[str, Any]] = {}
+        for row in self.document["rows"]:
+            key = row["workload"]["name"], row["measure"], row["subject"]
+            # What was tried again, and not measured then, stays as it was.
+            if key not in found or row.get("seconds") or not found[key].get("seconds"):
+                found[key] = row
+        return found
 
     @cached_property
     def workloads(self) -> list[Workload]:
@@ -54,6 +59,15 @@ class View:
         """A row that has times, or None."""
         row = self._rows.get((workload.name, measure, subject))
         return row if row is not None and row.get("seconds") else None
+
+    def checked(self, workload: Workload, measure: str, subject: str) -> dict[str, Any] | None:
+        """A row that was compared with the reference, timed or not; or None."""
+        row = self._rows.get((workload.name, measure, subject), {})
+        return row if "errors" in row else None
+
+    def reason(self, workload: Workload, measure: str, subject: str) -> str | None:
+        """Why a row has no times; None where it has, or where there is no row."""
+        return self._rows.get((workload.name, measure, subject), {}).get("reason")
 
     def listed(self, workload: Workload, what: str, dtype: str) -> bool:
         """Whether some measure has a row, with times or without, of a subject in a dtype."""

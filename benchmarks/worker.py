@@ -27,17 +27,23 @@ class Bench:
 
     def __init__(self, side: Side):
         self.side = side
-        self.ready: dict[str, tuple[Callable[[], object], int]] = {}
+        self.ready: dict[str, tuple[Callable[[], Any], int, Callable[[Any], object] | None]] = {}
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """The reply to one request: never an exception, but for the interpreter's own end."""
         request = dict(request)
+        do = request.pop("do")
         try:
-            return getattr(self, f"do_{request.pop('do')}")(**request)
+            return getattr(self, f"do_{do}")(**request)
         except NotOfferedError as error:
             return {"status": "not offered", "reason": str(error)}
         except Exception as error:
-            return {"status": "failed", "reason": one_line(error)}
+            reason = one_line(error)
+            if do != "machine" and not self.side.healthy():
+                # Another process finds the device as it was.
+                print(reason, file=sys.stderr, flush=True)
+                os._exit(1)
+            return {"status": "failed", "reason": reason}
 
     def do_machine(self) -> dict[str, Any]:
         """The accelerator, threads and flags of this process."""
@@ -49,30 +55,24 @@ class Bench:
         return {"status": "ready", "subjects": self.side.subjects(names)}
 
     def do_prepare(
-        self, subject: str, workload: dict[str, Any], measure: str, compiles: int
+        self, subject: str, workload: dict[str, Any], measure: str, compiles: int, alike: int = 0
     ) -> dict[str, Any]:
         """Compile, check against the reference, and find out how often to call for a sample."""
         self.ready.pop(subject, None)
-        prepared = self.side.prepare(subject, Workload(**workload), measure, compiles)
+        prepared = self.side.prepare(subject, Workload(**workload), measure, compiles, alike)
         wrong = prepared.check()
         if wrong is not None:
-            return {"status": "failed", "reason": wrong}
-        repeats, seconds = timing.calibrate(prepared.call)
-        self.ready[subject] = prepared.call, repeats
-        peak = self.side.peak_bytes(prepared.call)
+            return {"status": "failed", "reason": wrong, **prepared.record}
+        call, wait = prepared.call, prepared.wait
+        repeats, seconds = timing.calibrate(call, wait)
+        self.ready[subject] = call, repeats, wait
+        peak = self.side.peak_bytes(lambda: timing.seconds(call, 1, wait))
         reply = {"status": "ready", "repeats": repeats, "seconds": seconds, "peak_bytes": peak}
         return {**reply, **prepared.record}
 
     def do_compile(self, pairs: list[list[str]], workload: dict[str, Any]) -> dict[str, Any]:
-        """Compile (subject, measure)s that are prepared next, side by side. JAX's worker alone."""
-        self.side.compile(pairs, Workload(**workload))
-        return {"status": "ready"}
-
-    def do_examine(self, **request: Any) -> dict[str, Any]:
-        """What `numerics.examine` finds out about a kernel."""
-        from benchmarks import numerics
-
-        return {"status": "ready", **numerics.examine(**request)}
+        """Get (subject, measure)s ready for `prepare`, side by side with other workers."""
+        return {"status": "ready", "seconds": self.side.compile(pairs, Workload(**workload))}
 
     def do_sample(self, subject: str) -> dict[str, Any]:
         """One sample, in seconds per call."""
@@ -110,22 +110,31 @@ def _streams() -> tuple[IO[str], IO[str]]:
     return requests, replies
 
 
-def main(arguments: list[str]) -> int:
-    """Run the worker of a kind on a device."""
+def main(arguments: list[str], make_side: Callable[[str, str], Side] | None = None) -> int:
+    """Run the worker of a kind on a device.
+
+    Args:
+      arguments: KIND and DEVICE.
+      make_side: makes the framework's side of them; by default the real one.
+
+    Returns:
+      0.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when it ends
     kind, device = arguments
-
-    def make_side() -> Side:
-        if kind == "torch":
-            from benchmarks.torch_side import TorchSide
-
-            return TorchSide(device)
-        from benchmarks.jax_side import JaxSide
-
-        return JaxSide(kind, device)
-
-    serve(make_side)
+    serve(lambda: (make_side or side_of)(kind, device))
     return 0
+
+
+def side_of(kind: str, device: str) -> Side:
+    """The framework of a kind of worker."""
+    if kind == "torch":
+        from benchmarks.torch_side import TorchSide
+
+        return TorchSide(device)
+    from benchmarks.jax_side import JaxSide
+
+    return JaxSide(kind, device)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The shapes that are measured, and the numbers that every subject gets."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import ml_dtypes
 import numpy as np
 
 
@@ -19,6 +20,7 @@ class Workload:
       members: parameter sets that are mapped over, on the same inputs; 0 for a single one.
       distinct: sequences that differ; the others repeat them, and only as many are compared with
         the reference. Its square divides B. 0: all differ, and are compared.
+      tuned: whether XLA tries, on a GPU, which program for each product is the fastest.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Workload:
     ids: bool = False
     members: int = 0
     distinct: int = 0
+    tuned: bool = True
 
     @property
     def compared(self) -> slice:
@@ -56,17 +59,30 @@ WORKLOADS = (
 )
 
 
-def _grid(batches: tuple[int, ...], hidden: tuple[int, ...]) -> list[Workload]:
-    return [Workload(f"H {H}, B {B}", 1024, B, 64, H, distinct=4) for H in hidden for B in batches]
+def on_gpu(H: int, B: int) -> Workload:
+    """What kernels are measured on."""
+    return Workload(f"H {H}, B {B}", 1024, B, 64, H, distinct=4)
 
 
-# What kernels are measured on, the most telling first: a run has only so many minutes.
+def untuned(workload: Workload) -> Workload:
+    """The same, without tuning."""
+    name = f"{workload.name}, not tuned" if workload.tuned else workload.name
+    return replace(workload, name=name, tuned=False)
+
+
+def one_sequence(H: int, T: int) -> Workload:
+    """What the associative scan is measured on."""
+    return Workload(f"H {H}, T {T}", T, 1, 4, H)
+
+
+# The most telling first: a run has only so many minutes.
 MAIN_BATCH = 64
 GRID = tuple(
-    workload
+    on_gpu(H, B)
     for hidden in ((128, 256, 320, 64), (512, 1024, 768))
     for batches in ((MAIN_BATCH,), (16, 128))
-    for workload in _grid(batches, hidden)
+    for H in hidden
+    for B in batches
 )
 
 
@@ -91,14 +107,30 @@ class Data:
     ids: np.ndarray | None = None
 
 
-def draw(workload: Workload, seed: int = 0) -> Data:
-    """The same numbers for every subject, and at every run."""
+def draw(workload: Workload, seed: int = 0, dtype: str = "float32") -> Data:
+    """The same numbers for every subject, and at every run.
+
+    Args:
+      workload: the shapes.
+      seed: of the draws.
+      dtype: numbers are rounded to it, so that what differs from the reference comes from
+        computing; of "float32", "float64" and those of 16 bits.
+
+    Returns:
+      The `Data`.
+    """
     rng = np.random.default_rng(seed)
     T, B, D, H = workload.T, workload.B, workload.D, workload.H
     members = (workload.members,) if workload.members else ()
 
+    def rounded(array):
+        array = array.astype(np.float32)
+        if dtype == "bfloat16":
+            return array.astype(ml_dtypes.bfloat16).astype(np.float32)
+        return array.astype(np.float16).astype(np.float32) if dtype == "float16" else array
+
     def normal(*shape, scale=1.0):
-        return (scale * rng.standard_normal(shape)).astype(np.float32)
+        return rounded(scale * rng.standard_normal(shape))
 
     U = normal(*members, H, D, scale=D**-0.5)
     W = 0.9 * np.linalg.qr(rng.standard_normal((*members, H, H)))[0]
@@ -110,7 +142,7 @@ def draw(workload: Workload, seed: int = 0) -> Data:
     else:
         xs = _repeated(normal(T, workload.distinct or B, D), B)
     g = _repeated(normal(T, workload.distinct or B, H), B)
-    return Data(U, W.astype(np.float32), b, xs, g, ids if workload.ids else None)
+    return Data(U, rounded(W), b, xs, g, ids if workload.ids else None)
 
 
 def _repeated(array: np.ndarray, batch: int) -> np.ndarray:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-from benchmarks import ratios, report, results, run, sweeps, timing, workers
+from benchmarks import machine, plans, ratios, report, results, run, sweeps, timing, workers
 from benchmarks.catalogue import Listed, listed
 from benchmarks.cli import main
 from benchmarks.jax_side import JaxSide
@@ -146,11 +146,8 @@ def test_a_batch_that_cannot_be_split_is_not_offered():
     assert prepare(worker, "split", FORWARD, four)["status"] == "ready"
 
 
-@pytest.mark.parametrize(
-    "how", [{"dtype": "bfloat16"}, {"precision": "highest"}], ids=["bfloat16", "no TF32"]
-)
-def test_other_precisions_are_checked_at_their_own(how):
-    described = Listed("jaxrnn, other", "jaxrnn", workers.JAX, "jaxrnn", **how)
+def test_other_dtypes_are_checked_at_their_own():
+    described = Listed("jaxrnn, other", "jaxrnn", workers.JAX, "jaxrnn", "bfloat16")
     worker = Bench(JaxSide(workers.JAX, subjects=[described]))
     assert prepare(worker, "jaxrnn, other", BACKWARD)["status"] == "ready"
 
@@ -161,6 +158,22 @@ def test_the_roofline_counts_its_products():
         reply = prepare(Bench(side), "roofline", measure)
         assert reply["flops"] == 2 * 3 * 2 * (recurrent * 5 * 5 + of_inputs * 4 * 5)
     assert prepare(Bench(side), "roofline", JVP)["status"] == "not offered"
+
+
+def test_calls_are_queued_where_they_can_be_waited_for():
+    happened = []
+
+    def call():
+        happened.append("call")
+        return len(happened)
+
+    assert timing.seconds(call, 3, lambda last: happened.append(last)) > 0
+    assert happened == ["call"] * 3 + [3]
+    repeats, seconds = timing.calibrate(lambda: time.sleep(1e-3), lambda _: None, 5e-3)
+    assert 2 <= repeats <= 6 and seconds >= 1e-3
+    happened.clear()
+    timing.sample(call, 4, lambda last: happened.append(last))
+    assert happened == ["call", 1, *["call"] * 4, 6]
 
 
 def test_peak_memory_is_that_of_one_call():
@@ -177,20 +190,27 @@ def test_the_catalogue_has_everyone_once():
     on_gpu = {subject.name: subject for subject in listed("gpu")}
     assert on_gpu["jaxrnn, kernel, bfloat16"].dtype == "bfloat16" and "torch" not in on_gpu
     kinds = {subject.kind for subject in on_gpu.values()}
-    assert kinds | {workers.NUMERICS} == set(workers.KINDS["gpu"])
+    assert kinds == set(workers.KINDS["gpu"])
 
 
 # Rounds.
 
 
 class StubCrew:
-    """Answers at once; sample n of a subject takes what `seconds` says."""
+    """Answers at once, `left` times; sample n of a subject takes what `seconds` says."""
 
-    def __init__(self, seconds, dies=()):
-        self.seconds, self.dies, self.asked = seconds, set(dies), []
+    def __init__(self, seconds, dies=(), left=-1):
+        self.seconds, self.dies, self.asked, self.left = seconds, set(dies), [], left
+        self.over = False
         self.alive: dict[str, set] = {}
 
+    def late(self):
+        return self.over
+
     def call(self, kind, /, do, subject="", **request):
+        if self.left == 0:
+            raise workers.TimeIsUpError
+        self.left -= 1
         self.asked.append((do, subject))
         alive = self.alive.setdefault(kind, set())
         if do == "prepare":
@@ -242,11 +262,35 @@ def test_the_budget_ends_rounds_but_not_the_first_five():
 
 
 def test_what_is_not_begun_in_time_is_a_row_that_says_so():
-    crew = StubCrew(lambda subject, n: 1.0)
-    found = trial(crew, "a", until=time.monotonic() - 1)
+    found = trial(StubCrew(lambda subject, n: 1.0, left=1), "a", "b")
     found.run()
-    (row,) = found.kept()
-    assert row["status"] == "not measured" and crew.asked == []
+    for row in found.kept():
+        assert row["status"] == "not measured"
+        assert row["reason"] == "the time of the run was up"
+    assert len(found.kept()) == 2
+
+
+def test_on_a_cpu_what_has_begun_is_finished():
+    crew = StubCrew(lambda subject, n: 1.0)
+    found = trial(crew, "a", "b")
+    prepare = found._prepare
+
+    def first_only(subject):
+        prepare(subject)
+        crew.over = True
+
+    found._prepare = first_only
+    found.run()
+    row, left_out = found.kept()
+    assert len(row["seconds"]) == 6 and left_out["reason"] == "the time of the run was up"
+    with workers.Crew("cpu", noisy, until=time.monotonic()) as crew:
+        assert crew.late() and crew.call("jax", do="machine")["threads"] == 1
+
+
+def test_what_was_measured_in_time_stays():
+    found = trial(StubCrew(lambda subject, n: 1.0, left=2 + 2 * 2 + 1), "a", "b")
+    found.run()
+    assert [len(row["seconds"]) for row in found.kept()] == [3, 2]
 
 
 def test_a_dead_worker_fails_its_subject_and_loses_no_other():
@@ -285,6 +329,8 @@ import os, sys
 from benchmarks.worker import serve
 
 class Side:
+    def healthy(self):
+        return True
     def machine(self):
         print("a stray print")
         os.write(1, b"and one past Python\\n")
@@ -304,6 +350,11 @@ def noisy(kind="jax", device="cpu"):
     return workers.Worker(kind, device, [sys.executable, "-c", NOISY])
 
 
+def ask(worker, **request):
+    worker.send(**request)
+    return worker.receive()
+
+
 @pytest.fixture
 def at_root(monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -313,8 +364,8 @@ def test_stray_prints_do_not_break_the_protocol(at_root):
     worker = noisy()
     try:
         for _ in range(2):
-            assert worker.call(do="machine")["threads"] == 1
-        assert worker.call(do="nonsense")["status"] == "failed"
+            assert ask(worker, do="machine")["threads"] == 1
+        assert ask(worker, do="nonsense")["status"] == "failed"
     finally:
         worker.close()
 
@@ -336,6 +387,39 @@ def test_a_worker_ends_when_its_input_does(at_root):
     worker.close()
 
 
+PARTIAL = """
+import os, time
+os.write(1, b'{"status": ')
+time.sleep({seconds})
+os.write(1, b'"ready"}\\n')
+time.sleep({after})
+"""
+
+
+def test_an_answer_is_waited_for_to_its_end(monkeypatch):
+    def answer(seconds, after, limit):
+        command = [
+            sys.executable,
+            "-c",
+            PARTIAL.replace("{seconds}", str(seconds)).replace("{after}", str(after)),
+        ]
+        worker = workers.Worker("jax", "gpu", command, seconds={"machine": limit, "compile": 0.0})
+        worker.answered.add("compile")
+        try:
+            return ask(worker, do="machine")
+        finally:
+            worker.close()
+
+    assert answer(0.2, 100, 30) == {"status": "ready"}
+    start = time.monotonic()
+    with pytest.raises(workers.WorkerDiedError, match="gave no answer in 3 s"):
+        answer(100, 0, 3.0)
+    assert time.monotonic() - start < 20
+    monkeypatch.setattr(sys.modules[__name__], "PARTIAL", PARTIAL.split("time.sleep")[0])
+    with pytest.raises(workers.WorkerDiedError, match="ended with exit code 0"):
+        answer(0, 0, 30)
+
+
 def test_each_kind_of_worker_has_its_flags():
     base = {"XLA_FLAGS": "--xla_mine=1"}
     flags = {k: workers.environment(k, "cpu", base)["XLA_FLAGS"] for k in workers.KINDS["cpu"]}
@@ -343,16 +427,83 @@ def test_each_kind_of_worker_has_its_flags():
     assert flags["jax"] == flags["torch"] == "--xla_mine=1"
     assert flags[workers.TWO_DEVICES].endswith("--xla_force_host_platform_device_count=2")
     assert "small_while_loop" in flags[workers.ONE_KERNEL]
-    assert workers.environment("jax", "gpu", {})["JAX_PLATFORMS"].startswith("cuda")
 
 
-def test_no_gpu_is_said(monkeypatch):
-    crew = StubCrew(None)
-    document = results.new({"gpu": None}, {}, {})
-    monkeypatch.setattr(crew, "call", lambda *_, **__: {
-        "status": "ready", "gpu": None, "threads": 1, "flags": ""})  # fmt: skip
-    with pytest.raises(run.NoDeviceError, match="no GPU"):
+def test_workers_for_a_gpu_share_what_they_tune_and_find_the_compiler(monkeypatch, tmp_path):
+    monkeypatch.setattr("benchmarks.workers.cuda_root", lambda: tmp_path)
+    found = workers.environment("jax", "gpu", {"OMP_NUM_THREADS": "99"}, cache="there")
+    # Several processes compute references and compile at once.
+    assert found["OMP_NUM_THREADS"] == found["OPENBLAS_NUM_THREADS"] == "2"
+    assert found["JAX_PLATFORMS"].startswith("cuda")
+    assert found["XLA_FLAGS"] == "--xla_gpu_per_fusion_autotune_cache_dir=there"
+    assert found["CUDA_ROOT"] == str(tmp_path)
+    assert workers.environment("jax", "cpu", {}).keys().isdisjoint({"CUDA_ROOT", "OMP_NUM_THREADS"})
+
+
+def test_the_cuda_toolkit_has_both_parts(monkeypatch, tmp_path):
+    monkeypatch.delenv("CUDA_ROOT", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.setattr(machine, "SYSTEM", tmp_path / "usr")
+    assert machine.cuda_root() is None
+    for root in ("nvidia/cu13", "usr/cuda"):
+        (tmp_path / root / "bin").mkdir(parents=True)
+        (tmp_path / root / "bin" / "ptxas").touch()
+    libdevice = tmp_path / "usr/cuda/nvvm/libdevice/libdevice.10.bc"
+    libdevice.parent.mkdir(parents=True)
+    libdevice.touch()
+    # The packages have a compiler, and lack the library.
+    assert machine.cuda_root() == tmp_path / "usr/cuda"
+    monkeypatch.setenv("CUDA_ROOT", "/mine")
+    assert machine.cuda_root() == pathlib.Path("/mine")
+
+
+class Answers:
+    """Workers that say what they run on, by kind; an exception is a worker that died."""
+
+    def __init__(self, **machines):
+        self.machines = machines
+
+    def call_each(self, requests):
+        found = {}
+        for kind, request in requests.items():
+            names = request.get("names", [])
+            there = {"status": "ready", "subjects": [{"name": n, "status": "ready"} for n in names]}
+            found[kind] = (
+                there if "names" in request else self.machines.get(kind, self.machines["jax"])
+            )
+        return found
+
+
+def ready(gpu):
+    return {"status": "ready", "gpu": gpu, "threads": 1, "flags": ""}
+
+
+@pytest.mark.parametrize(
+    "answer, said",
+    [(ready(None), "finds no GPU here"),
+     ({"status": "failed", "reason": "RuntimeError: no CUDA"}, "RuntimeError: no CUDA"),
+     (workers.WorkerDiedError("it died"), "it died")],
+    ids=["CPU", "failed", "died"],
+)  # fmt: skip
+def test_no_gpu_is_said(answer, said):
+    crew, document = (
+        Answers(jax=answer, torch=ready("NVIDIA H200")),
+        results.new({"gpu": None}, {}, {}),
+    )
+    with pytest.raises(run.NoDeviceError, match=said):
         run.describe_workers(crew, listed("gpu"), "gpu", document)
+
+
+def test_a_process_without_the_gpu_does_not_measure():
+    document = results.new({"gpu": None}, {}, {})
+    crew = Answers(**{workers.KERNELS: ready("NVIDIA H200"), "jax": ready(None)})
+    run.describe_workers(crew, listed("gpu"), "gpu", document)
+    assert document["device"]["gpu"] == "NVIDIA H200"
+    by_kind = {}
+    for subject in document["subjects"]:
+        by_kind.setdefault(subject["kind"], set()).add(subject["status"])
+    there = {kind for kind, found in by_kind.items() if found == {"ready"}}
+    assert there == {workers.KERNELS, workers.TORCH} and by_kind[workers.JAX] == {"failed"}
 
 
 def test_ctrl_c_keeps_what_was_measured(tmp_path):
@@ -548,18 +699,23 @@ def test_nothing_of_the_machine_is_told():
     assert len(one_line(ValueError("x" * 999))) == 200
 
 
-def test_plans_fit_their_time():
-    assert run.QUICK.minutes < 2 and run.GPU.minutes < 9 and run.FULL.minutes is None
-    assert {workload.name for workload in run.QUICK.workloads} == {
+def test_plans_fit_their_time(capsys):
+    assert plans.QUICK.minutes < 2 and plans.GPU.minutes < 9 and plans.FULL.minutes is None
+    assert plans.FIRST.minutes < 6
+    for plan, command in ((plans.FIRST, "first"), (plans.GPU, "run")):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        said = " ".join(capsys.readouterr().out.split())
+        assert f"{plan.minutes:g})" in said.split("the run is over by then (default:")[1][:20]
+    assert {step.workload.name for step in plans.QUICK.steps} == {
         "document", "char-rnn, ids", "one long stream", "medium",
     }  # fmt: skip
 
 
-def test_files_are_short_and_imports_go_one_way():
+def test_imports_go_one_way():
     files = {path.stem: path for path in (ROOT / "benchmarks").glob("*.py")}
     imported: dict[str, set[str]] = {}
     for name, path in files.items():
-        assert len(path.read_text().splitlines()) <= 250, name
         found = set()
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module == "benchmarks":

@@ -5,12 +5,13 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
-from benchmarks.kernels import KERNEL, SCAN
+from benchmarks.kernels import ASSOCIATIVE, KERNEL, SCAN
 from benchmarks.subjects import JaxSubject, naive, ours, peers, sharded
 
 TWO_DEVICES = "two host devices"
 SMALL_LOOPS = "one kernel per small loop"
 COMMAND_BUFFERS = "loops in command buffers"
+KERNELS = "kernels"
 
 
 class Entry(NamedTuple):
@@ -76,8 +77,9 @@ JAX_SUBJECTS: dict[str, Entry] = {
 
 # Subjects of a run on a GPU, in each dtype that has a kernel.
 GPU_SUBJECTS: dict[str, Entry] = {
-    KERNEL: Entry("jaxrnn", "", partial(ours.run_by, "mosaic_gpu")),
+    KERNEL: Entry("jaxrnn", KERNELS, partial(ours.run_by, "mosaic_gpu")),
     SCAN: Entry("jaxrnn", "", partial(ours.run_by, "scan")),
+    ASSOCIATIVE: Entry("jaxrnn", "", partial(ours.run_by, "associative")),
     "naive scan": JAX_SUBJECTS["naive scan"],
     "naive scan, unroll 8": Entry("jax", "", naive.unrolled),
     "jaxrnn, command buffers": Entry("jaxrnn", COMMAND_BUFFERS, partial(ours.run_by, "scan")),

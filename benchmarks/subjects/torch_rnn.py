@@ -16,7 +16,7 @@ class Built(NamedTuple):
     """One subject on one workload.
 
     Args:
-      measures: what each measure calls; a call returns when its result is there.
+      measures: what each measure calls; on a GPU a call returns before its result is there.
       results: computes (hs, dU, dW, db, dxs) as float64 NumPy arrays of Data's layout, dxs None
         for ids.
       reasons: why a measure is left out.
@@ -177,15 +177,13 @@ def _hvp(loss, parameters, tangents):
 
 
 def _timed(function, options):
-    """The function under the precision that is asked for, and waited for."""
+    """The function under the precision that is asked for."""
     if options.device != "cuda":
         return function
 
     def call():
         _set_tf32(options.tf32)
-        result = function()
-        torch.cuda.synchronize()
-        return result
+        return function()
 
     return call
 
