@@ -3,6 +3,7 @@
 import argparse
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -82,6 +83,8 @@ def make_parser() -> argparse.ArgumentParser:
     for command, most in ((run, "none; on a GPU 8"), (first, "5.7")):
         command.add_argument("--minutes", type=_number, metavar="N", help="the run is over by then "
                              f"(default: {most})")  # fmt: skip
+        command.add_argument("--dry", action="store_true", help="rehearse a run on a GPU: tiny, on "
+                             "the CPU, kernels interpreted")  # fmt: skip
 
     sweep = commands.add_parser("sweep", help="how time and memory grow with T, B and H")
     sweep.set_defaults(go=_sweep)
@@ -106,6 +109,8 @@ def _run(args: argparse.Namespace) -> int:
     plan = QUICK if args.quick else FULL
     if args.device == "gpu":
         plan = replace(GPU, minutes=QUICK.minutes) if args.quick else GPU
+    elif args.dry:
+        raise InputError("--dry rehearses a run on a GPU: it needs --device gpu")
     steps = plan.steps if args.device == "gpu" else FULL.steps
     subjects = listed(args.device, args.quick and args.subject is None)
     known = {
@@ -159,23 +164,24 @@ def _sweep(args: argparse.Namespace) -> int:
 def _measure(args: argparse.Namespace, plan: Any, subjects: list, label: str) -> int:
     from rich.console import Console
 
-    from benchmarks import report
+    from benchmarks import dry, report
     from benchmarks.progress import reporter
     from benchmarks.run import NoDeviceError, describe_workers, run
-    from benchmarks.workers import Crew, TimeIsUpError
+    from benchmarks.workers import Crew, TimeIsUpError, Worker
 
     started = time.monotonic()
     names = ("quick", "device", "workload", "subject", "measure", "rounds", "compiles", "budget",
-             "minutes")  # fmt: skip
+             "minutes", "dry")  # fmt: skip
     options = {name: getattr(args, name, None) for name in names}
-    minutes = options["minutes"]
+    minutes, rehearsed = options["minutes"], bool(options["dry"])
     plan = plan if minutes is None else replace(plan, minutes=minutes)
+    plan = dry.rehearsal(plan) if rehearsed else plan
     until = None if plan.minutes is None else started + 60 * plan.minutes
     on_gpu = args.device == "gpu"
     versions = machine.gpu_versions() if on_gpu else machine.versions()
     document = results.new(machine.device(), versions, options)
     console, path, ended = Console(stderr=True), None, None
-    crew = Crew(args.device, until=until)
+    crew = Crew(args.device, dry.make_worker if rehearsed else Worker, until=until)
     try:
         with _heeding_sigterm(), crew, reporter(console, plan.units(), on_gpu) as tell:
             if on_gpu:
@@ -231,6 +237,8 @@ def _wanted(args: argparse.Namespace, document: dict[str, Any], label: str) -> P
     name = f"{document['date']}{label}.json"
     if args.out:
         return Path(args.out) / name
+    if document["options"]["dry"]:
+        return Path(tempfile.mkdtemp()) / name
     return RESULTS / machine.slug(document["device"]) / name
 
 

@@ -61,6 +61,7 @@ def caption(document: dict[str, Any]) -> str:
     rounds = f"Medians of {few if few == many else f'{few} to {many}'} rounds. " if many else ""
     dtype = "" if kernels.on_gpu(document) else f"{document['dtype']}, "
     early = " The run was stopped early." if document.get("interrupted") else ""
+    early += " A dry run: interpreted on the CPU." if document["options"].get("dry") else ""
     return (
         f"{machine.describe(document['device'])}, {dtype}{document['date']}; "
         f"{', '.join(names)}. {rounds}A ratio is the median over rounds, quartiles in "
