@@ -59,7 +59,8 @@ def describe_workers(
         if isinstance(about, WorkerDiedError):
             lacking[kind] = str(about)
         elif about["status"] != "ready" or (device == "gpu" and not about["gpu"]):
-            lacking[kind] = about.get("reason", f"{kind} finds no GPU here")
+            package = "torch" if kind == TORCH else "JAX"
+            lacking[kind] = about.get("reason", f"{package} finds no GPU here")
         else:
             document["threads"][kind] = about["threads"]
             document["flags"][kind] = without_directories(about["flags"])
