@@ -58,7 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser(
         "run",
-        help="measure, save and report (an hour or more; see --quick; on a GPU nine minutes)",
+        help="measure, save and report (an hour or more; see --quick; on a GPU eight minutes)",
         description=about,
     )
     run.add_argument("--quick", action="store_true", help="the most telling part, in two minutes")
@@ -218,7 +218,7 @@ def _measure(args: argparse.Namespace, plan: Any, subjects: list, label: str) ->
 
 @contextmanager
 def _heeding_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the work as Ctrl-C does: a machine that is lent sends it when time is up."""
+    """Let SIGTERM end the work as Ctrl-C does: schedulers send it when a job's time is up."""
 
     def terminate(*_: object) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what was measured is being kept

@@ -171,7 +171,7 @@ def difference_of_copies(workload: Workload, measure: str, result: Any) -> float
       result: what the program returned.
 
     Returns:
-      The difference; 0 where all sequences differ.
+      The difference; 0 where all sequences differ, infinite where a NaN is.
     """
     if not workload.distinct:
         return 0.0
@@ -182,7 +182,9 @@ def difference_of_copies(workload: Workload, measure: str, result: Any) -> float
 def _difference(array, distinct):
     array = array.astype(jnp.float32)
     copies = array.reshape(array.shape[0], -1, distinct, array.shape[-1])
-    return jnp.max(jnp.abs(copies - copies[:, :1])) / jnp.max(jnp.abs(array))
+    difference = jnp.abs(copies - copies[:, :1]) / jnp.max(jnp.abs(copies[:, :1]))
+    # A maximum by XLA may lose NaN.
+    return jnp.max(jnp.where(jnp.isnan(difference), jnp.inf, difference))
 
 
 def _unroll(subject: JaxSubject, workload: Workload) -> Callable[[Any, Any], jax.Array]:

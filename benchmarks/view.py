@@ -34,8 +34,8 @@ class View:
         found: dict[tuple[str, str, str], dict[str, Any]] = {}
         for row in self.document["rows"]:
             key = row["workload"]["name"], row["measure"], row["subject"]
-            # What was tried again, and not measured then, stays as it was.
-            if key not in found or row.get("seconds") or not found[key].get("seconds"):
+            # What was to be measured again, and was not, stays as it was; what failed then, failed.
+            if key not in found or row["status"] != "not measured":
                 found[key] = row
         return found
 

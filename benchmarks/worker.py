@@ -40,7 +40,7 @@ class Bench:
         except Exception as error:
             reason = one_line(error)
             if do != "machine" and not self.side.healthy():
-                # Another process finds the device as it was.
+                # Only a new process can use the device again.
                 print(reason, file=sys.stderr, flush=True)
                 os._exit(1)
             return {"status": "failed", "reason": reason}

@@ -4,6 +4,7 @@ import pathlib
 import sys
 import time
 from dataclasses import asdict, replace
+from functools import partial
 
 import jax
 import jax.experimental.pallas.tpu  # its interpreter's setting counts in what JAX has compiled
@@ -123,9 +124,9 @@ def test_wrong_results_are_found():
         hs = right.unroll(cell, xs)
         return hs * jax.pure_callback(noise, jax.ShapeDtypeStruct((), "float32"), hs[0, 0, 0])
 
-    def one_sequence(cell, xs):
+    def one_sequence(cell, xs, by=0.1):
         # The second of sixteen, of which the reference is compared with 1, 6, 11 and 16.
-        return right.unroll(cell, xs).at[:, 1].add(0.1)
+        return right.unroll(cell, xs).at[:, 1].add(by)
 
     right = naive.batched()
     worker = bench(kernel=lambda: replace(right, unroll=noisy))
@@ -139,6 +140,8 @@ def test_wrong_results_are_found():
     worker = bench(kernel=lambda: replace(right, unroll=one_sequence))
     found = prepare(worker, "kernel", FORWARD)
     assert found["status"] == "ready" and found["errors"]["copies"] == pytest.approx(0.1, rel=0.2)
+    worker = bench(kernel=lambda: replace(right, unroll=partial(one_sequence, by=np.nan)))
+    assert prepare(worker, "kernel", FORWARD)["errors"]["copies"] == np.inf
     exact = found | {"errors": dict.fromkeys(found["errors"], 0.0)}
     assert doubt(found, exact, FORWARD, "float32").startswith("copies is off by")
 
@@ -472,6 +475,9 @@ def test_what_was_not_measured_again_stays_as_it_was():
     assert won(made) == (entry((64, 256), (16, 128)),)
     made["rows"] = [*again, *made["rows"][:-1]]
     assert won(made) == (entry((64, 256), (16, 128)),)
+    # What failed the second time is not trusted for the first.
+    made["rows"].append({**again[0], "status": "failed"})
+    assert won(made) != (entry((64, 256), (16, 128)),)
 
 
 def sleeping(kind, device, **how):
