@@ -7,6 +7,7 @@ between: inputs `[T, *batch, D]`, states `[T, *batch, H]`. Final state first, as
 """
 
 from jaxrnn import convert as convert
+from jaxrnn import text as text
 from jaxrnn import textbook as textbook
 from jaxrnn._activation import Activation as Activation
 from jaxrnn._bptt import CellGradients as CellGradients
@@ -22,14 +23,14 @@ from jaxrnn._layers import unroll_layers as unroll_layers
 from jaxrnn._loss import cross_entropy as cross_entropy
 from jaxrnn._loss_and_grads import Gradients as Gradients
 from jaxrnn._loss_and_grads import loss_and_grads as loss_and_grads
-from jaxrnn._sample import generate as generate
 from jaxrnn._step import apply_readout as apply_readout
 from jaxrnn._step import step as step
-from jaxrnn._text import Vocabulary as Vocabulary
-from jaxrnn._text import one_hot as one_hot
 from jaxrnn._unroll import unroll as unroll
 from jaxrnn.convert import from_flax as from_flax
 from jaxrnn.convert import from_haiku as from_haiku
 from jaxrnn.convert import from_keras as from_keras
 from jaxrnn.convert import from_torch as from_torch
 from jaxrnn.convert import to_torch as to_torch
+from jaxrnn.text import Vocabulary as Vocabulary
+from jaxrnn.text import generate as generate
+from jaxrnn.text import one_hot as one_hot

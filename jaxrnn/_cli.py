@@ -10,7 +10,7 @@ from importlib.metadata import version
 from typing import ClassVar, NoReturn
 
 from jaxrnn._checks import InputError
-from jaxrnn._sample import LEAST_TEMPERATURE
+from jaxrnn.text import LEAST_TEMPERATURE
 
 EXIT_DIFFERENT, EXIT_BAD_INPUT = 1, 2
 

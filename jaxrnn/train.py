@@ -25,7 +25,6 @@ from jaxrnn._fit import fit as fit
 from jaxrnn._layers import first_states, unroll_layers
 from jaxrnn._loss import cross_entropy
 from jaxrnn._step import apply_readout
-from jaxrnn._text import streams as streams
 from jaxrnn._update import Figures as Figures
 from jaxrnn._update import Loss as Loss
 from jaxrnn._update import TrainState as TrainState
@@ -33,6 +32,7 @@ from jaxrnn._update import init_state as init_state
 from jaxrnn._update import make_checked_update as make_checked_update
 from jaxrnn._update import make_update as make_update
 from jaxrnn._update import start_over as start_over
+from jaxrnn.text import streams as streams
 
 # Steps of held-out text that are read at once, so that memory does not grow with it.
 EVALUATION_WINDOW = 1024

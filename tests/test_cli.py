@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from commands import SMALL, TEXT, here, in_terminal, jaxrnn, start, wait_for
 
-from jaxrnn import _sample, init_params
+from jaxrnn import init_params
+from jaxrnn import text as text_module
 from jaxrnn._training.directory import read_metrics
 
 # Not UTF-8 wherever one begins to read.
@@ -152,23 +153,23 @@ def test_sampling(trained, capsys):
 def test_blocks_are_what_is_drawn_at_once(temperature):
     params = init_params(jax.random.key(3), 7, 8, 7, layers=2)
     key, prompt = jax.random.key(5), jax.numpy.array([1, 6, 0])
-    programs = _sample._draw._cache_size()
+    programs = text_module._draw._cache_size()
     for length in (0, 1, 16, 17, 50):
-        blocks = list(_sample.stream_ids(params, key, prompt, length, temperature))
+        blocks = list(text_module.stream_ids(params, key, prompt, length, temperature))
         assert [len(block) for block in blocks[:-1]] == [16] * (len(blocks) - 1)
         drawn = [int(n) for block in blocks for n in block]
-        assert drawn == _sample.generate(params, key, prompt, length, temperature).tolist()
-    assert len(set(drawn)) > 1 and _sample._draw._cache_size() == programs + 1
+        assert drawn == text_module.generate(params, key, prompt, length, temperature).tolist()
+    assert len(set(drawn)) > 1 and text_module._draw._cache_size() == programs + 1
 
 
 def test_samples_are_printed_while_they_are_drawn(trained, capsys, monkeypatch):
     drawn = []
 
-    def draw(*args, _draw=_sample._draw, **how):
+    def draw(*args, _draw=text_module._draw, **how):
         drawn.append(len(capsys.readouterr().out))
         return _draw(*args, **how)
 
-    monkeypatch.setattr(_sample, "_draw", draw)
+    monkeypatch.setattr(text_module, "_draw", draw)
     here(capsys, "sample", trained[0], "--length", "100")
     printed = list(itertools.accumulate(drawn))
     # Two blocks are under way before the first is there.

@@ -17,12 +17,12 @@ import pytest
 
 from jaxrnn import Vocabulary
 from jaxrnn._checks import InputError
-from jaxrnn._text import streams
 from jaxrnn._training import directory, id_file, ngram
 from jaxrnn._training import encode as encoding
 from jaxrnn._training.corpus import Corpus, open_corpus
 from jaxrnn._training.encode import Text, encode
 from jaxrnn._training.levels import Decoder, to_ids
+from jaxrnn.text import streams
 
 BYTES = tuple(map(chr, range(256)))
 

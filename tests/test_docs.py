@@ -29,7 +29,7 @@ def test_docstring_examples_run(name):
 
 
 def test_examples_are_found():
-    assert {"_step", "_unroll", "_layers", "_loss_and_grads", "_text", "worked_example"} <= set(
+    assert {"_step", "_unroll", "_layers", "_loss_and_grads", "text", "worked_example"} <= set(
         EXAMPLES
     )
 

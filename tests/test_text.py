@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrnn import Vocabulary, one_hot
-from jaxrnn._text import streams
+from jaxrnn.text import streams
 
 
 def test_section_1():

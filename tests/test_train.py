@@ -9,9 +9,8 @@ from helpers import assert_close, naive_unroll
 
 import jaxrnn
 from jaxrnn import train
-from jaxrnn._sample import generate
-from jaxrnn._text import streams
 from jaxrnn._training.ngram import bigram_bits, unigram_bits
+from jaxrnn.text import generate, streams
 
 T, B, D, H, K = 5, 3, 7, 6, 4
 

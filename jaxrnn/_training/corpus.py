@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from jaxrnn import _checks
-from jaxrnn._text import Vocabulary, streams
 from jaxrnn._training.encode import Text
 from jaxrnn._training.id_file import checksum, chunks, open_ids, release
 from jaxrnn._training.levels import UNITS
 from jaxrnn._training.ngram import bigram_bits, unigram_bits
+from jaxrnn.text import Vocabulary, streams
 
 # Streams of the held-out text are at least this long: each starts without context.
 HELD_OUT_STREAM = 4096

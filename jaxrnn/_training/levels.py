@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from jaxrnn import _checks
-from jaxrnn._text import Vocabulary
+from jaxrnn.text import Vocabulary
 
 UNITS = {"char": "character", "byte": "byte"}
 

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 
 from jaxrnn import train
-from jaxrnn._text import streams
 from jaxrnn._training import directory, processes
 from jaxrnn._training.checkpoints import Checkpoints, SaveError
 from jaxrnn._training.config import Config, initial_state, make_optimizer
@@ -20,6 +19,7 @@ from jaxrnn._training.encode import Text
 from jaxrnn._training.memory import evaluation_window
 from jaxrnn._training.saved import check_identity, identity, load_state
 from jaxrnn._training.signals import stop_requests
+from jaxrnn.text import streams
 
 REPORT_EVERY = 25
 

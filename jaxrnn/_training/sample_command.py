@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrnn import _checks
-from jaxrnn._sample import stream_ids
-from jaxrnn._text import Vocabulary
 from jaxrnn._training import saved
 from jaxrnn._training.levels import Decoder, to_ids, visible
+from jaxrnn.text import Vocabulary, stream_ids
 
 TEMPERATURE = 0.8
 

@@ -7,12 +7,12 @@ from typing import Any
 import jax
 
 from jaxrnn import _checks, train
-from jaxrnn._text import Vocabulary
 from jaxrnn._training import directory
 from jaxrnn._training.checkpoints import Checkpoints
 from jaxrnn._training.config import CHOICES, FREE, Config, initial_state, read_config
 from jaxrnn._training.devices import Placement
 from jaxrnn._training.encode import Text
+from jaxrnn.text import Vocabulary
 
 
 @dataclass(frozen=True)
