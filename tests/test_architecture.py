@@ -37,9 +37,7 @@ FLOORS = [
     ["_layers", "_bptt"],
     ["_loss_and_grads"],
     ["textbook", "convert", "text", "_example_training"],
-    ["worked_example", "_update"],
-    ["_fit"],
-    ["train"],
+    ["worked_example", "train"],
     ["_example_report", "_training"],
     ["_cli"],
     ["__main__"],
@@ -123,14 +121,10 @@ def test_import_brings_in_nothing_beyond_jax_and_optax():
     assert brought - {"jax"} == {"jaxrnn"}
 
 
-# Whose functions `jaxrnn.train` shows as its own.
-OF_TRAIN = ("jaxrnn._update", "jaxrnn._fit")
-
-
 def public_functions():
     for home in (jaxrnn, convert, text, textbook, train, worked_example):
         for name, value in vars(home).items():
-            own = home is jaxrnn or getattr(value, "__module__", "") in (home.__name__, *OF_TRAIN)
+            own = home is jaxrnn or getattr(value, "__module__", "") == home.__name__
             if own and inspect.isfunction(value) and not name.startswith("_"):
                 yield f"{home.__name__}.{name}", value
 

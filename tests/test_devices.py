@@ -329,7 +329,7 @@ def memory_of(config, alphabet, streams, placement):
         4 * math.prod(x.sharding.shard_shape(x.shape))
         for x in jax.tree.leaves(state.optimizer_state)
     )
-    evaluation = kept + needed(train._total, state.params, ids, ids, h, loss=train._loss)
+    evaluation = kept + needed(train._total, state.params, ids, ids, h, loss=None)
     return memory.memory(config, corpus, placement), update, evaluation
 
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import jaxrnn
-from jaxrnn import _fit, train
+from jaxrnn import train
 
 T, B, K, H = 4, 3, 5, 6
 OPTIMIZER = optax.adam(1e-2)
@@ -210,7 +210,7 @@ def test_few_updates_are_under_way(monkeypatch):
     (report,) = train.fit(make_state(), update, reader(), 100, every=1000)
     assert (report.step, report.loss) == (100, 1.0)
     # The next one is begun before the oldest is waited for.
-    assert 1 < most <= _fit.AHEAD + 1 < 10
+    assert 1 < most <= train.AHEAD + 1 < 10
 
 
 def test_windows_of_an_evaluation_are_waited_for(monkeypatch):

@@ -191,14 +191,14 @@ MUTANTS = {
         "members_run_side_by_side and TPU",
     ),
     "an update by a sum instead of a mean": (
-        "_update.py", "g / jnp.asarray(size, g.dtype)", "g", "is_the_sources_update",
+        "train.py", "g / jnp.asarray(size, g.dtype)", "g", "is_the_sources_update",
     ),
     "gradients of one's own loss added up over devices twice": (
-        "_update.py", "params = varying_like(params, inputs)", "pass",
+        "train.py", "params = varying_like(params, inputs)", "pass",
         "ones_own_is_split",
     ),
     "a window that forgets the one before": (
-        "_update.py", "targets, h0=h)", "targets)", "the_carried_state and rmsprop",
+        "train.py", "targets, h0=h)", "targets)", "the_carried_state and rmsprop",
     ),
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxrnn import _checks
-from jaxrnn._update import DATA as DATA
+from jaxrnn.train import DATA as DATA
 
 # The other axis of the mesh, over which hidden units are split.
 MODEL = "model"
