@@ -9,14 +9,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jaxrnn import _checks, _printed, worked_example
+from jaxrnn import _checks, worked_example
 from jaxrnn._cell import Params
-from jaxrnn._example_training import by_member
 from jaxrnn._plots import new_figure, save_png
-from jaxrnn.worked_example import Comparison, agreeing, four_digits
+from jaxrnn.worked_example import PRINTED, Comparison, agreeing, four_digits
 
-EPOCHS = max(_printed.TOTALS)
-IRREPRODUCIBLE = _printed.TOTALS[EPOCHS]
+TOTALS = PRINTED["totals"]
+EPOCHS = max(TOTALS)
+IRREPRODUCIBLE = TOTALS[EPOCHS]
 
 
 def run(
@@ -103,8 +103,8 @@ def _writable(name, path):
 
 
 def _all_epochs(losses):
-    losses = by_member(losses)
-    if losses.shape[0] != EPOCHS + 1:
+    losses = np.asarray(losses)
+    if losses.ndim != 2 or losses.shape[0] != EPOCHS + 1 or losses.size == 0:
         _checks.bad_value("losses", f"shape [{EPOCHS + 1}, members]", list(losses.shape))
     return losses
 
@@ -221,10 +221,10 @@ def _draw(axes, losses):
     if parting is not None:
         axes.axvline(parting, color="gray", linestyle=":", label=f"they part: epoch {parting}")
     axes.plot(
-        list(_printed.TOTALS), list(_printed.TOTALS.values()),
+        list(TOTALS), list(TOTALS.values()),
         "o", color="tab:red", zorder=3, label="printed by the source",
     )  # fmt: skip
-    for epoch, total in _printed.TOTALS.items():
+    for epoch, total in TOTALS.items():
         axes.annotate(
             four_digits(total), (epoch, total), xytext=(7, 5), textcoords="offset points",
             color="tab:red", annotation_clip=True,

@@ -1,7 +1,8 @@
 """The source's example worked by hand, sections 4 to 6, beside every number that it prints.
 
 A network of one unit reads "hell" and is to say "ello": h_0 = 0 at every epoch, plain gradient
-descent of the summed loss, η = 0.1, all in float64 whatever JAX's global setting is.
+descent of the summed loss, η = 0.1. All is float64 whatever JAX's global setting is, and leaves
+that setting alone.
 
 * The printed start is rounded to 4 digits; `recovered_params` is the unrounded one, and from it
   every printed number agrees that can: all but the total loss of epoch 1000.
@@ -11,36 +12,236 @@ descent of the summed loss, η = 0.1, all in float64 whatever JAX's global setti
   is 6.0337.
 """
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+from jax import lax
 
-from jaxrnn import _checks, _printed
-from jaxrnn._cell import Params
-from jaxrnn._example_training import OPTIMIZER, TARGETS, XS, check_example, run, update
-from jaxrnn._example_training import QUANTILES as QUANTILES
-from jaxrnn._example_training import descend as descend
-from jaxrnn._example_training import end_quantiles as end_quantiles
-from jaxrnn._example_training import ensemble as ensemble
-from jaxrnn._example_training import fraction_below as fraction_below
-from jaxrnn._example_training import parting_epoch as parting_epoch
-from jaxrnn._example_training import printed_params as printed_params
-from jaxrnn._example_training import recovered_params as recovered_params
-from jaxrnn._example_training import starts as starts
+from jaxrnn import _checks
+from jaxrnn._cell import Cell, Ids, Params, Readout, check_params
 from jaxrnn._loss import cross_entropy, output_error
+from jaxrnn._loss_and_grads import loss_and_grads
 from jaxrnn._step import apply_readout
 from jaxrnn._unroll import unroll
+from jaxrnn.text import Vocabulary
+
+# What the source prints, in its own order and notation; typed from it, not computed. Section 4 has
+# the start, 5.1 to 5.4 the steps, one for each t, 6.1 the output deltas ŷ_t − y_t, 6.2 to 6.6 the
+# updates, 6.7 epoch 1, after one update; the totals Σ L_t by epoch are of 5.4 and 6.7.
+PRINTED = json.loads(Path(__file__).with_suffix(".json").read_bytes())
+PRINTED["totals"] = {int(epoch): total for epoch, total in PRINTED["totals"].items()}
+
+# NumPy, which every setting of JAX takes alike.
+_encode: Any = Vocabulary(PRINTED["vocabulary"]).encode
+XS, TARGETS = Ids(_encode(PRINTED["inputs"])), _encode(PRINTED["targets"])
+OPTIMIZER = optax.sgd(PRINTED["eta"])
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 # The first group is the 68: the four steps, the gradients and the updated parameters. The
 # others repeat or follow from them.
-GROUPS = FIRST_UPDATE, OUTPUT_DELTAS, EPOCH_1, TOTALS = (
-    "first update",
-    "output deltas",
-    "epoch 1",
-    "totals",
-)
+GROUPS = ("first update", "output deltas", "epoch 1", "totals")
+FIRST_UPDATE, OUTPUT_DELTAS, EPOCH_1, TOTALS = GROUPS
+
+
+def printed_params() -> Params:
+    """The start as section 4 prints it, rounded to 4 digits.
+
+    Returns:
+      `Params` of float64 NumPy arrays, which keep their precision under any JAX setting.
+
+    Source: section 4.
+    """
+    return _params(**PRINTED["start"])
+
+
+def recovered_params() -> Params:
+    """The unrounded start, which rounds to the printed one.
+
+    The source does not say how it drew its numbers; they were recovered by search. NumPy's
+    legacy generator with seed 124, drawing U = 0.5 randn(1, 4), W = 0.4 randn(1, 1) and
+    V = 0.3 randn(4, 1) in this order, gives all nine. Its stream is frozen for good, unlike
+    that of NumPy's newer generators.
+
+    Returns:
+      `Params` of float64 NumPy arrays, as `printed_params`; b = c = 0.
+
+    Source: section 4, before rounding.
+    """
+    generator = np.random.RandomState(124)
+    U = 0.5 * generator.randn(1, 4)
+    W = 0.4 * generator.randn(1, 1)
+    V = 0.3 * generator.randn(4, 1)
+    return _params(U, W, np.zeros(1), V, np.zeros(4))
+
+
+def starts(members: int, seed: int = 0) -> Params:
+    """Starts drawn uniformly inside the rounding of the printed U, W and V, ±0.5e-4 each.
+
+    Args:
+      members: how many.
+      seed: of NumPy's generator.
+
+    Returns:
+      `Params` of float64 NumPy arrays with a leading axis `[members]`; b = c = 0 exactly.
+
+    Raises:
+      TypeError, ValueError: fewer than one member, or a negative seed.
+    """
+    _checks.positive("members", members)
+    _checks.whole("seed", seed)
+    generator = np.random.default_rng(seed)
+
+    def near(printed):
+        return printed + generator.uniform(-0.5e-4, 0.5e-4, (members, *np.shape(printed)))
+
+    U, W, V = (near(PRINTED["start"][letter]) for letter in "UWV")
+    return _params(U, W, np.zeros((members, 1)), V, np.zeros((members, 4)))
+
+
+def _params(U, W, b, V, c):
+    leaves: Any = [np.array(leaf, np.float64) for leaf in (U, W, b, V, c)]
+    U, W, b, V, c = leaves
+    return Params(Cell(U, W, b), Readout(V, c))
+
+
+def descend(params: Params, epochs: int) -> np.ndarray:
+    """The total loss by epoch, of plain gradient descent as the source does it.
+
+    Args:
+      params: the start, of one unit and four characters.
+      epochs: how many updates.
+
+    Returns:
+      Float64 `[epochs + 1]`, in nats: the loss of epoch e is the loss after e updates.
+
+    Raises:
+      TypeError, ValueError: params of another shape than the printed ones; fewer than one
+        epoch.
+
+    Source: section 6.7; the update by `optax.sgd`, η = 0.1.
+    """
+    _checks.positive("epochs", epochs)
+    with jax.enable_x64(True):
+        return np.asarray(_run(_check_example(params), epochs))
+
+
+def ensemble(members: int = 512, epochs: int = 1000, seed: int = 0) -> np.ndarray:
+    """The total losses of many runs whose starts all round to the printed one.
+
+    Args:
+      members: how many runs, descended together under `jax.vmap`.
+      epochs: how many updates.
+      seed: as in `starts`.
+
+    Returns:
+      Float64 `[epochs + 1, members]`, in nats: the loss of epoch e is the loss after e updates.
+
+    Raises:
+      TypeError, ValueError: as `starts`; fewer than one epoch.
+
+    Numerics: past `parting_epoch` a single run says nothing: another compiler may order
+    additions otherwise and gets another loss. The middle quantiles of many runs hardly move.
+    """
+    _checks.positive("epochs", epochs)
+    params = starts(members, seed)
+    with jax.enable_x64(True):
+        return np.asarray(_run_together(params, epochs))
+
+
+def end_quantiles(losses: np.ndarray) -> dict[float, float]:
+    """The quantiles of the last epoch's losses.
+
+    Args:
+      losses: `[epochs + 1, members]`, from `ensemble`.
+
+    Returns:
+      The loss at each of `QUANTILES`: 0 is the smallest, 0.5 the median, 1 the largest.
+
+    Raises:
+      ValueError: another shape.
+    """
+    values = np.quantile(_by_member(losses)[-1], QUANTILES)
+    return dict(zip(QUANTILES, values.tolist(), strict=True))
+
+
+def fraction_below(losses: np.ndarray, total: float = PRINTED["totals"][1000]) -> float:
+    """The fraction of members whose last loss is below a total, the printed 1.3455 by default.
+
+    Args:
+      losses: `[epochs + 1, members]`, from `ensemble`.
+      total: in nats.
+
+    Returns:
+      From 0 to 1.
+
+    Raises:
+      ValueError: another shape.
+    """
+    return float(np.mean(_by_member(losses)[-1] < total))
+
+
+def parting_epoch(losses: np.ndarray, spread: float = 0.01) -> int | None:
+    """The first epoch at which the largest loss exceeds the smallest by more than `spread`.
+
+    Args:
+      losses: `[epochs + 1, members]`, from `ensemble`.
+      spread: in nats.
+
+    Returns:
+      The epoch, or None where the runs stay together.
+
+    Raises:
+      ValueError: another shape.
+    """
+    parted = np.flatnonzero(np.ptp(_by_member(losses), axis=1) > spread)
+    return int(parted[0]) if parted.size else None
+
+
+def _check_example(params: Params) -> Params:
+    """Require params of the example's shape; return them in float64."""
+    params = check_params(params)
+    _checks.shaped("params.cell.U", params.cell.U, (1, 4))
+    _checks.shaped("params.readout.V", params.readout.V, (4, 1))
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
+
+
+def _update(params: Any, state: Any) -> tuple:
+    """One update: (new params, new state of the optimizer), the loss before it, its gradients."""
+    loss, gradients = loss_and_grads(params, XS, TARGETS)
+    gradients: Any = gradients.params
+    updates, state = OPTIMIZER.update(gradients, state, params)
+    return (optax.apply_updates(params, updates), state), loss, gradients
+
+
+@partial(jax.jit, static_argnames="epochs")
+def _run(params, epochs):
+    def body(carry, _):
+        carry, loss, _ = _update(*carry)
+        return carry, loss
+
+    # Each loss is that before an update, so the last one costs one update more.
+    return lax.scan(body, (params, OPTIMIZER.init(params)), length=epochs + 1)[1]
+
+
+@partial(jax.jit, static_argnames="epochs")
+def _run_together(params, epochs):
+    return jax.vmap(partial(_run, epochs=epochs), out_axes=1)(params)
+
+
+def _by_member(losses: np.ndarray) -> np.ndarray:
+    """Require losses as `ensemble` returns them."""
+    losses = np.asarray(losses)
+    if losses.ndim != 2 or losses.size == 0:
+        _checks.bad_value("losses", "shape [epochs + 1, members]", list(losses.shape))
+    return losses
 
 
 @dataclass(frozen=True)
@@ -113,7 +314,7 @@ def compare(params: Params) -> list[Comparison]:
     (68, 68)
     """
     with jax.enable_x64(True):
-        found = jax.device_get(_follow(check_example(params)))
+        found = jax.device_get(_follow(_check_example(params)))
     return [
         Comparison(section, quantity, i if np.size(computed) > 1 else None, p, float(q), group)
         for group, section, quantity, printed, computed in _side_by_side(*found)
@@ -142,8 +343,8 @@ def agreeing(comparisons: Iterable[Comparison], group: str) -> tuple[int, int]:
 @jax.jit
 def _follow(params):
     """What `_side_by_side` takes: a pass, its gradients, the update, a second pass, training."""
-    (updated, _), _, gradients = update(params, OPTIMIZER.init(params))
-    return _steps(params), gradients, updated, _steps(updated), run(params, 100)
+    (updated, _), _, gradients = _update(params, OPTIMIZER.init(params))
+    return _steps(params), gradients, updated, _steps(updated), _run(params, 100)
 
 
 def _steps(params):
@@ -161,26 +362,26 @@ def _steps(params):
 def _side_by_side(first, gradients, updated, second, losses):
     """(group, section, quantity, printed, computed), vector by vector in the source's order."""
     symbols = {"h": "h", "omega": "Ω", "yhat": "ŷ", "L": "L"}
-    for t, step in enumerate(_printed.STEPS):
+    for t, step in enumerate(PRINTED["steps"]):
         for letter, printed in step.items():
             name = f"{symbols[letter]}_{t + 1}"
             yield FIRST_UPDATE, f"5.{t + 1}", name, printed, first[letter][t]
     name = "Σ L_t of epoch 0, each L_t rounded"
     total = sum(float(four_digits(loss)) for loss in first["L"])
-    yield TOTALS, "5.4", name, (_printed.TOTALS[0],), total
-    for t, printed in enumerate(_printed.OUTPUT_DELTAS):
+    yield TOTALS, "5.4", name, (PRINTED["totals"][0],), total
+    for t, printed in enumerate(PRINTED["output_deltas"]):
         yield OUTPUT_DELTAS, "6.1", f"ŷ_{t + 1}−y_{t + 1}", printed, first["delta"][t]
-    for number, (letter, (gradient, new)) in enumerate(_printed.UPDATES.items(), start=2):
+    for number, (letter, printed) in enumerate(PRINTED["updates"].items(), start=2):
         layer = "readout" if letter in "Vc" else "cell"
-        for name, printed, params in (
-            (f"∂L/∂{letter}", gradient, gradients),
-            (f"{letter}_new", new, updated),
+        for name, key, params in (
+            (f"∂L/∂{letter}", "gradient", gradients),
+            (f"{letter}_new", "new", updated),
         ):
             computed = getattr(getattr(params, layer), letter)
-            yield FIRST_UPDATE, f"6.{number}", name, printed, computed
-    for t, step in enumerate(_printed.EPOCH_1):
+            yield FIRST_UPDATE, f"6.{number}", name, printed[key], computed
+    for t, step in enumerate(PRINTED["epoch_1"]):
         for letter, printed in step.items():
             yield EPOCH_1, "6.7", f"{symbols[letter]}_{t + 1}", printed, second[letter][t]
     for epoch in (1, 100):
         name = f"Σ L_t of epoch {epoch}"
-        yield TOTALS, "6.7", name, (_printed.TOTALS[epoch],), losses[epoch]
+        yield TOTALS, "6.7", name, (PRINTED["totals"][epoch],), losses[epoch]

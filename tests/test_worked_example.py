@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 import jaxrnn
-from jaxrnn import _example_report, _example_training, _printed, worked_example
+from jaxrnn import _example_report, worked_example
 from jaxrnn.worked_example import EPOCH_1, FIRST_UPDATE, GROUPS, OUTPUT_DELTAS, TOTALS, agreeing
 
 
@@ -77,11 +77,11 @@ def test_the_double_sum_agrees_too():
     params = worked_example.recovered_params()
     xs, targets = jaxrnn.Ids(np.array([0, 1, 2, 2])), np.array([1, 2, 2, 3])
     _, gradients = jaxrnn.textbook.loss_and_grads(params, xs, targets)
-    for letter, (printed, _) in _printed.UPDATES.items():
+    for letter, printed in worked_example.PRINTED["updates"].items():
         layer = gradients.readout if letter in "Vc" else gradients.cell
         computed = np.ravel(getattr(layer, letter))
         # Adding 0 makes the -0 of an unused input 0.
-        np.testing.assert_array_equal(np.round(computed, 4) + 0, printed, letter)
+        np.testing.assert_array_equal(np.round(computed, 4) + 0, printed["gradient"], letter)
 
 
 def test_one_unit_of_the_last_digit_is_seen(comparisons):
@@ -108,7 +108,7 @@ def test_a_wrong_gradient_is_seen(monkeypatch):
         loss, gradients = jaxrnn.loss_and_grads(*args)
         return loss, jax.tree.map(lambda leaf: 1.001 * leaf, gradients)
 
-    monkeypatch.setattr(_example_training, "loss_and_grads", wrong)
+    monkeypatch.setattr(worked_example, "loss_and_grads", wrong)
     jax.clear_caches()
     try:
         comparisons = worked_example.compare(worked_example.recovered_params())
