@@ -20,7 +20,7 @@ from benchmarks.kernels import MOST_OF_A_BLOCK
 from benchmarks.plans import Plan, Step
 from benchmarks.workers import KERNELS, TORCH, Worker
 from benchmarks.workloads import Workload, untuned
-from jaxrnn._target import Device, built_for
+from jaxrnn._backends.target import Device, built_for
 
 KIND = "NVIDIA H100 80GB HBM3"
 # A kernel that is interpreted takes as long for a step as a GPU for thousands.

@@ -9,8 +9,8 @@ from benchmarks.roofline import least_seconds
 from benchmarks.tables import NOTHING, Table, number, ratio
 from benchmarks.view import ROOFLINE, View
 from benchmarks.workloads import Workload
-from jaxrnn._implementation import LARGEST as ALL_LARGEST
-from jaxrnn._implementation import Measured
+from jaxrnn._backends.select import LARGEST as ALL_LARGEST
+from jaxrnn._backends.select import Measured
 
 KERNEL, SCAN, IMPLEMENTATION = "jaxrnn, kernel", "jaxrnn, scan", "mosaic_gpu"
 ASSOCIATIVE = "jaxrnn, associative"
@@ -178,7 +178,7 @@ def boxes(points: set[Range], grid: set[Range]) -> list[tuple[Range, Range]]:
 
 
 def pasted(entries: tuple[Measured, ...]) -> str:
-    """The table of jaxrnn/_implementation.py, as Python."""
+    """The table of jaxrnn/_backends/select.py, as Python."""
     lines = [f"    Measured({', '.join(map(_quoted, entry))}),\n" for entry in entries]
     return f"MEASURED: tuple[Measured, ...] = ({''.join(['', chr(10), *lines]) if lines else ''})"
 

@@ -1,4 +1,4 @@
-"""Measure what is chosen by shape in `jaxrnn/_schedule.py`, or by the user: the alternatives."""
+"""Measure what is chosen by shape in `jaxrnn/schedule.py`, or by the user: the alternatives."""
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +13,7 @@ import numpy as np
 import jaxrnn
 from benchmarks.timing import calibrate, sample
 from benchmarks.workloads import Workload, draw
-from jaxrnn import _schedule
+from jaxrnn._core import schedule
 
 # Shapes (T, B, D, H) around the edges of each rule.
 HOIST = (
@@ -38,12 +38,12 @@ ASSOCIATIVE = (
 @contextmanager
 def choosing(rule: str, answer: Any) -> Iterator[None]:
     """The schedule with one rule that always answers the same."""
-    kept = getattr(_schedule, rule)
-    setattr(_schedule, rule, lambda *shape: answer)
+    kept = getattr(schedule, rule)
+    setattr(schedule, rule, lambda *shape: answer)
     try:
         yield
     finally:
-        setattr(_schedule, rule, kept)
+        setattr(schedule, rule, kept)
 
 
 def _forward(cell, xs, g, **how):
@@ -110,18 +110,18 @@ def main(argv: Sequence[str]) -> int:
     if "hoists_inputs" in wanted:
         print("U x before the loop? (forward)")
         for T, B, D, H in HOIST:
-            chosen = _schedule.hoists_inputs(T, (B,), D, H)
+            chosen = schedule.hoists_inputs(T, (B,), D, H)
             print(line("hoists_inputs", _forward, (T, B, D, H), chosen, (True, False)), flush=True)
     if "puts_weights_left" in wanted:
         print("W on the left of a step's product? (forward)")
         for T, B, D, H in LEFT:
-            chosen = _schedule.puts_weights_left((B,), H, H)
+            chosen = schedule.puts_weights_left((B,), H, H)
             shape = (T, B, D, H)
             print(line("puts_weights_left", _forward, shape, chosen, (True, False)), flush=True)
     if "segment_length" in wanted:
         print("steps of a segment of the backward (forward and backward)")
         for T, B, D, H in SEGMENT:
-            chosen = _schedule.segment_length(T, (B,), H)
+            chosen = schedule.segment_length(T, (B,), H)
             others = [n for n in (T // 64, T // 32, T // 16, T // 8, T // 4, T // 2, T) if n]
             print(line("segment_length", _gradient, (T, B, D, H), chosen, others), flush=True)
     if "implementation" in wanted:

@@ -9,7 +9,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import ClassVar, NoReturn
 
-from jaxrnn._checks import InputError
+from jaxrnn._api.checks import InputError
 from jaxrnn.text import LEAST_TEMPERATURE
 
 EXIT_DIFFERENT, EXIT_BAD_INPUT = 1, 2

@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jaxrnn import _checks, worked_example
-from jaxrnn._cell import Params
+from jaxrnn import worked_example
+from jaxrnn._api import checks
 from jaxrnn._plots import new_figure, save_png
+from jaxrnn._types import Params
 from jaxrnn.worked_example import PRINTED, Comparison, agreeing, four_digits
 
 TOTALS = PRINTED["totals"]
@@ -98,14 +99,14 @@ def plot_ensemble(losses: np.ndarray, path: str | os.PathLike) -> None:
 def _writable(name, path):
     path = Path(path)
     if path.is_dir() or not path.parent.is_dir():
-        raise _checks.InputError(f"{name}: expected a file in a folder that exists, got {path}")
+        raise checks.InputError(f"{name}: expected a file in a folder that exists, got {path}")
     return path
 
 
 def _all_epochs(losses):
     losses = np.asarray(losses)
     if losses.ndim != 2 or losses.shape[0] != EPOCHS + 1 or losses.size == 0:
-        _checks.bad_value("losses", f"shape [{EPOCHS + 1}, members]", list(losses.shape))
+        checks.bad_value("losses", f"shape [{EPOCHS + 1}, members]", list(losses.shape))
     return losses
 
 

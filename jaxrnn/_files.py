@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from jaxrnn import _checks
+from jaxrnn._api import checks
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or error
-        raise _checks.InputError(f"{path}: cannot be written: {reason}") from error
+        raise checks.InputError(f"{path}: cannot be written: {reason}") from error
 
 
 @contextmanager

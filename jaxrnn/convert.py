@@ -1,7 +1,7 @@
 """Elman networks of other libraries as cells of this one, and cells as PyTorch's.
 
-They all compute h_t = φ(U x_t + W h_{t−1} + b), each with weights in a layout of its own. Only
-`to_torch` imports another library. Dtypes stay, float64 where JAX has it enabled.
+All compute h_t = φ(U x_t + W h_{t−1} + b), with weights in layouts of their own. Only `to_torch`
+imports another library. Dtypes stay, float64 where JAX has it enabled.
 """
 
 import re
@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrnn import _checks
-from jaxrnn._activation import NAMED, Activation, resolve
-from jaxrnn._cell import Cell, Cells, check_cell, check_cells, directions
+from jaxrnn._api import checks
+from jaxrnn._api.cell import check_cell, check_cells
+from jaxrnn._base.forms import NAMED, resolve
+from jaxrnn._types import Activation, Cell, Cells, directions
 
 Phi = str | Activation | Callable[[jax.Array], jax.Array]
 KERAS_PHI = {"tanh": "tanh", "relu": "relu", "sigmoid": "sigmoid", "linear": "identity"}
@@ -39,14 +40,14 @@ def from_torch(module: Any, activation: Phi | None = None) -> Cells:
     if _is(module, "torch.nn", "RNN", "RNNCell"):
         state, own = module.state_dict(), module.nonlinearity
     if not isinstance(state, Mapping):
-        _checks.bad_type("module", "a torch.nn.RNN, RNNCell or state_dict", type(module).__name__)
+        checks.bad_type("module", "a torch.nn.RNN, RNNCell or state_dict", type(module).__name__)
     left, phi = dict(state), own if activation is None else activation
     turns = ("", "_reverse") if "weight_ih_l0_reverse" in left else ("",)
     depth = sum(re.fullmatch("weight_ih_l[0-9]+", str(key)) is not None for key in left)
     ends = [[f"_l{n}{turn}" for turn in turns] for n in range(depth)] or [[""]]
     layers = [tuple(_torch_cell(left, end, phi) for end in layer) for layer in ends]
     if left:
-        _checks.bad_value("module", "no keys but those of a torch.nn.RNN", list(left))
+        checks.bad_value("module", "no keys but those of a torch.nn.RNN", list(left))
     cells: Any = tuple(layer if len(layer) == 2 else layer[0] for layer in layers)
     return check_cells("module", cells if depth > 1 or len(turns) > 1 else cells[0])
 
@@ -69,19 +70,17 @@ def to_torch(cells: Cells) -> Any:
     layers = [directions(layer) for layer in ((cells,) if isinstance(cells, Cell) else cells)]
     flat = [cell for layer in layers for cell in layer]
     if any(cell.leak is not None for cell in flat):
-        _checks.bad_value("cells", "no leak, which torch does not have", "a leak")
+        checks.bad_value("cells", "no leak, which torch does not have", "a leak")
     pairs = _same("all or no layers in both directions", [len(layer) == 2 for layer in layers])
     hidden_size = _same("one hidden size", [cell.W.shape[0] for cell in flat])
     phi = _same("one activation", [_named(resolve(cell.activation).function) for cell in flat])
     dtype = _same("one dtype", [leaf.dtype.name for leaf in jax.tree.leaves(flat)])
-    _checks.one_of("activation of cells", phi, ("tanh", "relu"))
-    _checks.one_of("dtype of cells", dtype, ("float16", "bfloat16", "float32", "float64"))
+    checks.one_of("activation of cells", phi, ("tanh", "relu"))
+    checks.one_of("dtype of cells", dtype, ("float16", "bfloat16", "float32", "float64"))
     try:
         import torch
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{error}; pip install 'jaxrnn[peers]'", name=error.name
-        ) from error
+    except ModuleNotFoundError as e:
+        raise ModuleNotFoundError(f"{e}; pip install 'jaxrnn[peers]'", name=e.name) from e
     how = dict(bidirectional=pairs, device="meta", dtype=getattr(torch, dtype))
     module = torch.nn.RNN(flat[0].U.shape[1], hidden_size, len(layers), phi, **how)
     module = module.to_empty(device="cpu")  # On "meta" no weights were drawn.
@@ -100,7 +99,7 @@ def from_flax(params: Any, activation: Phi | None = None) -> Cells:
       params: an `nnx.SimpleCell`, or an `nnx.RNN` or `nnx.Bidirectional` of such; or the state
         of one, or the parameters of a linen one; or a list of these, one for each layer.
         Parameters do not tell whether their cell has `residual`, which is not Elman's.
-      activation: φ; by default the module's, and "tanh" for parameters, which hold none.
+      activation: as in `from_torch`; parameters hold none.
 
     Returns:
       A `Cell` for one cell; for a list a tuple of layers as `unroll_layers` takes it; for a
@@ -129,10 +128,10 @@ def from_haiku(params: Mapping[str, Any], activation: Phi = "relu") -> Cells:
       TypeError, ValueError: other modules, as an LSTM's; weights that do not fit.
     """
     if not isinstance(params, Mapping):
-        _checks.bad_type("params", "an hk.VanillaRNN's parameters", type(params).__name__)
+        checks.bad_type("params", "an hk.VanillaRNN's parameters", type(params).__name__)
     names = {str(key).rpartition("/")[0] for key in params}
     if not names or set(params) != {f"{name}/linear{n}" for name in names for n in ("", "_1")}:
-        _checks.bad_value("params", "an hk.VanillaRNN's linear and linear_1 only", list(params))
+        checks.bad_value("params", "an hk.VanillaRNN's linear and linear_1 only", list(params))
     names = sorted(names, key=lambda name: [s.zfill(9) for s in re.split("([0-9]+)", name)])
     parts = [(f"params of {n}", params[f"{n}/linear"], params[f"{n}/linear_1"]) for n in names]
     cells = tuple(_cell(*part, phi=activation, w="w", b="b") for part in parts)
@@ -148,8 +147,7 @@ def from_keras(layer: Any) -> Cells:
         layer. `go_backwards` does not change the weights and does not travel, nor `dropout`.
 
     Returns:
-      A `Cell` for one cell; for `StackedRNNCells` or a list a tuple of layers as
-      `unroll_layers` takes it; for a `Bidirectional` a stack of one, ((forward, backward),).
+      As `from_flax`; for `StackedRNNCells` a tuple of layers, as for a list.
 
     Raises:
       TypeError, ValueError: another layer, as an LSTM or a GRU; one that is not built; a
@@ -159,18 +157,18 @@ def from_keras(layer: Any) -> Cells:
 
 
 def _torch_cell(left: dict[str, Any], end: str, phi: Phi) -> Cell:
-    U, W, b, c = (_transposed(left.pop(f"{kind}{end}", None)) for kind in TORCH_KINDS)
+    def taken(kind):
+        """A copy: the module's next training step must not reach into the cell."""
+        value: Any = left.pop(f"{kind}{end}", None)
+        if _is(value, "torch", "Tensor"):
+            value, half = value.detach().cpu(), str(value.dtype) == "torch.bfloat16"
+            value = value.float().numpy().astype(jnp.bfloat16) if half else value.numpy()
+        return None if value is None else np.array(value).T
+
+    U, W, b, c = map(taken, TORCH_KINDS)
     # A sum would not keep every bit: −0.0 + 0.0 is 0.0, and XLA may flush denormals to 0.
     inputs, states = dict(weight=U, bias=b), dict(weight=W, bias=c if np.any(c) else None)
     return _cell(f"module, cell{end}", inputs, states, phi, "weight", "bias")
-
-
-def _transposed(value: Any) -> np.ndarray | None:
-    """A copy: the module's next training step must not reach into the cell."""
-    if _is(value, "torch", "Tensor"):
-        bfloat16, value = str(value.dtype) == "torch.bfloat16", value.detach().cpu()
-        value = value.float().numpy().astype(jnp.bfloat16) if bfloat16 else value.numpy()
-    return None if value is None else np.array(value).T
 
 
 def _each(name: str, value: Any, convert: Callable, *how: Any) -> Any:
@@ -184,11 +182,11 @@ def _flax(name: str, value: Any, phi: Phi | None) -> Any:
     found: Any = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
     if found is not value and not _is(value, "flax.nnx", "SimpleCell", "RNN", "Bidirectional"):
         wanted = "an nnx.SimpleCell, an nnx.RNN or nnx.Bidirectional of such, or parameters"
-        _checks.bad_type(name, wanted, type(value).__name__)
+        checks.bad_type(name, wanted, type(value).__name__)
     if found.get("residual"):
-        _checks.bad_value(f"{name}.residual", "False, as in an Elman network", True)
+        checks.bad_value(f"{name}.residual", "False, as in an Elman network", True)
     if "merge_fn" in found and found["merge_fn"] is not getattr(type(value), "merge_fn", 0):
-        _checks.bad_value(f"{name}.merge_fn", "the default, which concatenates", "another")
+        checks.bad_value(f"{name}.merge_fn", "the default, which concatenates", "another")
     for inputs, states in (("i", "h"), ("dense_i", "dense_h")):
         if inputs in found and states in found:
             own = _named(found.get("activation_fn", jnp.tanh))
@@ -198,7 +196,7 @@ def _flax(name: str, value: Any, phi: Phi | None) -> Any:
     # A cell stands under "params", as its RNN's attribute, or alone under a name of its own.
     inner = [key for key in found if key in ("params", "cell") or len(found) == 1]
     if not inner:
-        _checks.bad_value(name, "the parameters of one SimpleCell", list(found))
+        checks.bad_value(name, "the parameters of one SimpleCell", list(found))
     return _flax(f"{name}[{inner[0]!r}]", found[inner[0]], phi)
 
 
@@ -209,12 +207,12 @@ def _keras(name: str, layer: Any) -> Any:
     if _is(layer, "keras.", "Bidirectional"):
         if layer.merge_mode != "concat" or layer.forward_layer.go_backwards:
             wanted = "merge_mode 'concat', and a first layer that reads forward"
-            _checks.bad_value(name, wanted, f"merge_mode {layer.merge_mode!r}")
+            checks.bad_value(name, wanted, f"merge_mode {layer.merge_mode!r}")
         return ((_keras(name, layer.forward_layer), _keras(name, layer.backward_layer)),)
     if not _is(layer, "keras.", "SimpleRNNCell"):
-        _checks.bad_type(name, "a keras SimpleRNN or one of its kin", type(layer).__name__)
+        checks.bad_type(name, "a keras SimpleRNN or one of its kin", type(layer).__name__)
     if not layer.built:
-        _checks.bad_value(name, "a layer that is built", "one that is not")
+        checks.bad_value(name, "a layer that is built", "one that is not")
     phi = layer.activation
     if str(getattr(phi, "__module__", "")).startswith("keras."):
         phi = KERAS_PHI.get(getattr(phi, "__name__", ""), phi)
@@ -227,10 +225,10 @@ def _cell(name: str, inputs: Any, states: Any, phi: Any, w="kernel", b="bias") -
     """The Cell of two linear layers, each with a kernel `[in, out]` and perhaps a bias."""
     layers = [v if isinstance(v, Mapping) else getattr(v, "__dict__", {}) for v in (inputs, states)]
     if any(layer.get(w) is None for layer in layers):
-        _checks.bad_value(name, f"{w!r} for inputs and states", [list(layer) for layer in layers])
-    U, W = (_checks.floating(f"{name}, {w!r}", layer[w], (None, None)).mT for layer in layers)
+        checks.bad_value(name, f"{w!r} for inputs and states", [list(layer) for layer in layers])
+    U, W = (checks.floating(f"{name}, {w!r}", layer[w], (None, None)).mT for layer in layers)
     found = [layer[b] for layer in layers if layer.get(b) is not None]
-    biases = [_checks.floating(f"{name}, {b!r}", value, U.shape[:1]) for value in found]
+    biases = [checks.floating(f"{name}, {b!r}", value, U.shape[:1]) for value in found]
     total = sum(biases[1:], biases[0]) if biases else jnp.zeros(len(U), U.dtype)
     return check_cell(name, Cell(U, W, total, activation=phi))
 
@@ -246,5 +244,5 @@ def _named(function: Callable) -> Phi:
 
 def _same(wanted: str, values: list) -> Any:
     if any(value != values[0] for value in values):
-        _checks.bad_value("cells", wanted, " and ".join(map(str, values)))
+        checks.bad_value("cells", wanted, " and ".join(map(str, values)))
     return values[0]

@@ -1,7 +1,6 @@
 """Text: characters to ids and one-hot rows, a text to parallel streams, and ids drawn one by one.
 
-The first half is section 1 of the source. In the second the network reads a prompt and goes on by
-itself.
+The first half is section 1 of the source; in the second the network reads a prompt and goes on.
 """
 
 import math
@@ -12,12 +11,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from jaxrnn import _checks
-from jaxrnn._cell import Ids, Params, check_forward, check_params, first_cell
-from jaxrnn._layers import step_layers, unroll_layers
-from jaxrnn._step import apply_readout
+from jaxrnn._api import checks
+from jaxrnn._api.cell import check_forward, check_params
+from jaxrnn._api.layers import unroll_layers
+from jaxrnn._api.readout import apply_readout
+from jaxrnn._core import layers
+from jaxrnn._types import Ids, Params, first_cell
 
 # Below it there is no inverse in float32.
 LEAST_TEMPERATURE = 1.2e-38
@@ -27,16 +27,14 @@ BLOCK = 16
 
 @dataclass(frozen=True, init=False)
 class Vocabulary:
-    """The alphabet A: distinct characters, each with its place as its id.
+    """The alphabet A of section 1: distinct characters, each with its place as its id.
 
     Args:
-      characters: a text, whose distinct characters count in the order in which they first
-        appear, or a list of distinct characters.
+      characters: a text, whose distinct characters count in the order in which they first appear,
+        or a list of distinct characters.
 
     Raises:
       ValueError: nothing given, an entry that is not one character, or one given twice.
-
-    Source: section 1.
 
     >>> vocabulary = Vocabulary("hello")
     >>> vocabulary.characters
@@ -52,13 +50,13 @@ class Vocabulary:
     def __init__(self, characters: str | Iterable[str]):
         found = tuple(dict.fromkeys(characters) if isinstance(characters, str) else characters)
         if not found:
-            _checks.bad_value("characters", "at least one character", "none")
+            checks.bad_value("characters", "at least one character", "none")
         for n, character in enumerate(found):
             if not isinstance(character, str) or len(character) != 1:
-                _checks.bad_value("characters", "single characters", f"{character!r} at {n}")
+                checks.bad_value("characters", "single characters", f"{character!r} at {n}")
         if len(set(found)) < len(found):
             twice = next(c for n, c in enumerate(found) if c in found[:n])
-            _checks.bad_value("characters", "distinct characters", f"{twice!r} twice")
+            checks.bad_value("characters", "distinct characters", f"{twice!r} twice")
         object.__setattr__(self, "characters", found)
 
     @classmethod
@@ -76,18 +74,14 @@ class Vocabulary:
         Raises:
           ValueError: a character outside the vocabulary; the message shows it and its position.
         """
-        codes = _code_points("".join(self.characters))
+        encoded = [t.encode("utf-32-le", "surrogatepass") for t in ("".join(self.characters), text)]
+        codes, wanted = (np.frombuffer(points, np.uint32) for points in encoded)
         order = np.argsort(codes)
-        wanted = _code_points(text)
         place = np.searchsorted(codes[order], wanted).clip(max=len(codes) - 1)
         ids = order[place].astype(np.int32)
-        unknown = np.flatnonzero(codes[ids] != wanted)
-        if unknown.size:
-            n = int(unknown[0])
-            _checks.bad_value(
-                "text", f"the {len(self)} characters of the vocabulary",
-                f"{text[n]!r} at position {n}",
-            )  # fmt: skip
+        for n in np.flatnonzero(codes[ids] != wanted)[:1]:
+            expected = f"the {len(self)} characters of the vocabulary"
+            checks.bad_value("text", expected, f"{text[n]!r} at position {n}")
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -98,20 +92,14 @@ class Vocabulary:
         """
         values = np.asarray(ids if hasattr(ids, "__array__") else list(ids))
         if values.ndim != 1:
-            _checks.bad_value("ids", "shape [length]", list(values.shape))
-        wrong = np.flatnonzero((values < 0) | (values >= len(self)))
-        if wrong.size:
-            n = int(wrong[0])
-            _checks.bad_value("ids", f"0 to {len(self) - 1}", f"{values[n]} at position {n}")
+            checks.bad_value("ids", "shape [length]", list(values.shape))
+        for n in np.flatnonzero((values < 0) | (values >= len(self)))[:1]:
+            checks.bad_value("ids", f"0 to {len(self) - 1}", f"{values[n]} at position {n}")
         return "".join(self.characters[int(n)] for n in values)
 
 
-def _code_points(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-
-
 def one_hot(ids: jax.Array, size: int, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
-    """The rows that ids stand for: 1 at the id, 0 elsewhere.
+    """The rows that ids stand for, as in section 1: 1 at the id, 0 elsewhere.
 
     Args:
       ids: integers, `[...]`, 0 ≤ id < size.
@@ -123,18 +111,15 @@ def one_hot(ids: jax.Array, size: int, dtype: jax.typing.DTypeLike = jnp.float32
 
     Raises:
       TypeError: ids that are not integers.
-      ValueError: an id outside 0 … size − 1; under jit, where its value cannot be seen, its
-        row is 0.
-
-    Source: section 1.
+      ValueError: an id outside 0 … size − 1; under jit, where it cannot be seen, its row is 0.
 
     >>> one_hot(Vocabulary("helo").encode("le"), 4)
     Array([[0., 0., 1., 0.],
            [0., 1., 0., 0.]], dtype=float32)
     """
-    _checks.positive("size", size)
-    ids = _checks.integers("ids", ids)
-    _checks.in_range("ids", ids, size)
+    checks.positive("size", size)
+    ids = checks.integers("ids", ids)
+    checks.in_range("ids", ids, size)
     return jax.nn.one_hot(ids, size, dtype=dtype)
 
 
@@ -146,21 +131,18 @@ def streams(ids: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
       count: B, how many streams.
 
     Returns:
-      (inputs, targets), `[L, B]` each, L = (N − 1) // B: stream n is the n-th stretch of the
-      text, and targets[t] is the character after inputs[t]. Fewer than B characters at the end
-      are left out.
+      (inputs, targets), `[L, B]` each, L = (N − 1) // B: stream n is the n-th stretch of the text,
+      targets[t] the character after inputs[t]. Fewer than B characters at the end are left out.
 
     Raises:
       TypeError, ValueError: ids of another shape, or fewer than B + 1; a count below 1.
     """
-    _checks.positive("count", count)
+    checks.positive("count", count)
     ids = np.asarray(ids)
     if ids.ndim != 1 or len(ids) <= count:
-        _checks.bad_value("ids", f"shape [N], N above {count}", list(ids.shape))
-    length = (len(ids) - 1) // count
-    inputs = ids[: length * count].reshape(count, length).T
-    targets = ids[1 : length * count + 1].reshape(count, length).T
-    return inputs, targets
+        checks.bad_value("ids", f"shape [N], N above {count}", list(ids.shape))
+    used = (len(ids) - 1) // count * count
+    return ids[:used].reshape(count, -1).T, ids[1 : used + 1].reshape(count, -1).T
 
 
 def generate(
@@ -209,38 +191,39 @@ def stream_ids(
       TypeError, ValueError: as `generate`, before the first block.
     """
     params, prompt, sharpness = _check_generation(params, key, prompt, length, temperature)
-    return _blocks(params, key, prompt, sharpness, length, temperature == 0, block)
+
+    def blocks():
+        state, drawn = _read(params, prompt), None
+        for start in range(0, length, block):
+            # The last block is drawn whole too, and cut: another length would be another program.
+            places, former = np.arange(start, start + block, dtype=np.uint32), drawn
+            greedy = temperature == 0
+            state, drawn = _draw(params, state, key, places, sharpness, greedy=greedy)
+            if former is not None:
+                yield np.asarray(former)
+        if drawn is not None:
+            yield np.asarray(drawn)[: (length - 1) % block + 1]
+
+    return blocks()
 
 
 def _check_generation(params, key, prompt, length, temperature):
     params = check_params(params)
-    prompt = _checks.integers("prompt", prompt, (None,))
+    prompt = checks.integers("prompt", prompt, (None,))
     if prompt.shape[0] == 0:
-        _checks.bad_value("prompt", "at least one id", "none")
-    _checks.random_key("key", key)
-    _checks.whole("length", length)
-    temperature = _checks.number("temperature", temperature)
+        checks.bad_value("prompt", "at least one id", "none")
+    checks.random_key("key", key)
+    checks.whole("length", length)
+    temperature = checks.number("temperature", temperature)
     if not (temperature == 0 or LEAST_TEMPERATURE <= temperature < math.inf):
         expected = f"0, or a finite number of at least {LEAST_TEMPERATURE}"
-        _checks.bad_value("temperature", expected, temperature)
+        checks.bad_value("temperature", expected, temperature)
     check_forward("params.cell", params.cell)
-    sizes = first_cell(params.cell).U.shape[1], params.readout.V.shape[0]
-    if sizes[0] != sizes[1]:
-        _checks.bad_value("params", "as many outputs as inputs", f"{sizes[1]} and {sizes[0]}")
-    _checks.in_range("prompt", prompt, sizes[0])
+    inputs, outputs = first_cell(params.cell).U.shape[1], len(params.readout.V)
+    if outputs != inputs:
+        checks.bad_value("params", "as many outputs as inputs", f"{outputs} and {inputs}")
+    checks.in_range("prompt", prompt, inputs)
     return params, prompt, jnp.asarray(1.0 / temperature if temperature else 1.0, jnp.float32)
-
-
-def _blocks(params, key, prompt, sharpness, length, greedy, block):
-    state, drawn = _read(params, prompt), None
-    for start in range(0, length, block):
-        # The last block is drawn whole too, and cut: another length would be another program.
-        places, former = np.arange(start, start + block, dtype=np.uint32), drawn
-        state, drawn = _draw(params, state, key, places, sharpness, greedy=greedy)
-        if former is not None:
-            yield np.asarray(former)
-    if drawn is not None:
-        yield np.asarray(drawn)[: (length - 1) % block + 1]
 
 
 @partial(jax.jit, static_argnames=("length", "greedy"))
@@ -268,6 +251,6 @@ def _draw(params, state, key, places, sharpness, *, greedy):
         else:
             drawn = jax.random.categorical(jax.random.fold_in(key, place), logits * sharpness)
         drawn = drawn.astype(jnp.int32)
-        return step_layers(params.cell, Ids(drawn), h), drawn
+        return layers.step(params.cell, Ids(drawn), h), drawn
 
-    return lax.scan(body, state, places)
+    return jax.lax.scan(body, state, places)

@@ -18,23 +18,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxrnn import _checks
-from jaxrnn._activation import resolve, slope
-from jaxrnn._cell import (
-    Cell,
-    Ids,
-    Params,
-    Readout,
-    check_cell,
-    check_inputs,
-    check_params,
-    leading_shape,
-)
-from jaxrnn._dtypes import cast, cast_like, result_dtype, wide
-from jaxrnn._jacobians import previous
-from jaxrnn._loss import check_targets, cross_entropy, output_error
-from jaxrnn._step import apply_readout, preactivation, row_weights
-from jaxrnn._unroll import check_how, unroll
+from jaxrnn._api import checks
+from jaxrnn._api.cell import check_cell, check_inputs, check_params
+from jaxrnn._api.sequences import check_options, check_targets
+from jaxrnn._base.arithmetic import cast, cast_like, preactivation, result_dtype, row_weights, wide
+from jaxrnn._base.forms import output, resolve, slope
+from jaxrnn._base.masking import previous
+from jaxrnn._core import derivative
+from jaxrnn._core.loss import cross_entropy, logits, output_error
+from jaxrnn._types import Cell, Ids, Params, Readout, leading_shape
 
 
 def loss_and_grads(
@@ -49,7 +41,8 @@ def loss_and_grads(
 
     dL/dW = Σ_{t=1}^T Σ_{k=1}^t (ŷ_t − y_t)ᵀ V (Π_{j=k}^{t−1} ∂h_{j+1}/∂h_j) ∂h_k/∂W
 
-    with h_0 = 0; U and b likewise, V and c as in section 3.2.
+    with h_0 = 0 (in the voltage form V diag(φ'(h_t)) in place of V); U and b likewise, V and c as
+    in section 3.2.
 
     Args:
       params: the `Params`.
@@ -69,7 +62,7 @@ def loss_and_grads(
     Source: sections 3.1 to 3.3.
     """
     args = _checked(params, xs, targets)
-    return _loss_and_grads(*args, how=check_how(args, False, None, truncate, window))
+    return _loss_and_grads(*args, options=_options(args, truncate, window))
 
 
 def contributions(
@@ -100,21 +93,23 @@ def contributions(
     Source: section 3.3.
     """
     args = _checked(params, xs, targets)
-    return _contributions(*args, how=check_how(args, False, None, truncate, window))
+    return _contributions(*args, options=_options(args, truncate, window))
 
 
-@partial(jax.jit, static_argnames="how")
-def _loss_and_grads(params, xs, targets, *, how):
-    loss, hs, error = _forward(params, xs, targets)
-    readout = Readout(V=jnp.einsum("tbk,tbi->ki", error, hs), c=jnp.sum(error, (0, 1)))
-    cell = _double_sum(params, xs, hs, error, how, kept="")
+@partial(jax.jit, static_argnames="options")
+def _loss_and_grads(params, xs, targets, *, options):
+    loss, hs, error = _forward(params, xs, targets, options)
+    readout = Readout(
+        V=jnp.einsum("tbk,tbi->ki", error, output(params.cell, hs)), c=jnp.sum(error, (0, 1))
+    )
+    cell = _double_sum(params, xs, hs, error, options, kept="")
     return loss, cast_like(Params(cell, readout), params)
 
 
-@partial(jax.jit, static_argnames="how")
-def _contributions(params, xs, targets, *, how):
-    _, hs, error = _forward(params, xs, targets)
-    return cast_like(_double_sum(params, xs, hs, error, how, kept="tk"), params.cell)
+@partial(jax.jit, static_argnames="options")
+def _contributions(params, xs, targets, *, options):
+    _, hs, error = _forward(params, xs, targets, options)
+    return cast_like(_double_sum(params, xs, hs, error, options, kept="tk"), params.cell)
 
 
 def _checked(params, xs, targets):
@@ -123,19 +118,24 @@ def _checked(params, xs, targets):
     xs = check_inputs("xs", xs, size, time=True)
     steps = leading_shape(xs)
     if isinstance(xs, Ids):
-        _checks.in_range("xs.ids", xs.ids, size)
+        checks.in_range("xs.ids", xs.ids, size)
         rows = jax.nn.one_hot(wide(xs.ids), size, dtype=result_dtype(params.cell))
         # An invalid id has no row; traced, it is not seen above and gives NaN.
         xs = jnp.where(jnp.sum(rows, axis=-1, keepdims=True) == 1, rows, jnp.nan)
     return params, xs, check_targets(targets, (*steps, params.readout.V.shape[0]), None)
 
 
-def _forward(params, xs, targets):
+def _options(args, truncate, window):
+    params, xs, _ = args
+    return check_options((params.cell, xs), False, None, truncate, window, "scan", None)
+
+
+def _forward(params, xs, targets, options):
     """The loss, the states `[T, B, H]` and ŷ_t − y_t `[T, B, K]` in the dtype of sums."""
-    _, hs = unroll(params.cell, xs)
-    logits = apply_readout(params.readout, hs)
-    loss = jnp.sum(cross_entropy(logits, targets))
-    error = output_error(logits, targets)
+    _, hs = derivative.unroll(params.cell, xs, None, None, None, None, options=options)
+    Omega = logits(params.readout, output(params.cell, hs))
+    loss = jnp.sum(cross_entropy(Omega, targets))
+    error = output_error(Omega, targets)
     return loss, _one_batch_axis(hs).astype(error.dtype), _one_batch_axis(error)
 
 
@@ -143,51 +143,59 @@ def _one_batch_axis(x):
     return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
 
 
-def _double_sum(params, xs, hs, error, how, kept):
+def _double_sum(params, xs, hs, error, options, kept):
     """The sum of 3.3 over batch, t and k, or (`kept` = "tk") its terms `[T, T, *leaf]`."""
     dtype = error.dtype
     cell, V = cast(params.cell, dtype), params.readout.V.astype(dtype)
     xs = _one_batch_axis(xs).astype(dtype)
+    hs = hs.astype(dtype)
     time, batch, size = hs.shape
     h_prev = previous(hs, jnp.zeros((batch, size), dtype), reverse=False)[:time]
-    a = preactivation(row_weights(cell, xs), xs, h_prev)
-    activation = resolve(cell.activation)
-    phi = activation.function(a)
+    activation, s_prev = resolve(cell.activation), output(cell, h_prev)
+    a = preactivation(row_weights(cell, xs), xs, s_prev)
     alpha = jnp.ones((), dtype) if cell.leak is None else cell.leak
-    alpha = jnp.broadcast_to(alpha, (size,))
-    # ∂h_k/∂a_k and ∂h_{k+1}/∂h_k = (1 − α) I + diag(∂h/∂a) W; tanh: 1 − h².
-    dh_da = jnp.einsum("i,tbi->tbi", alpha, slope(activation, phi, a))
-    through_a = jnp.einsum("tbi,ij->tbij", dh_da, cell.W)
+    alpha = jnp.broadcast_to(alpha.astype(dtype), hs.shape)
+    if cell.form == "rate":
+        moved = activation.function(a)  # h_k = (1 − α) h_{k−1} + α φ(a_k); tanh' = 1 − φ²
+        p, q = alpha * slope(activation, moved, a), jnp.ones_like(hs)
+        q_last = jnp.ones_like(hs)
+    else:
+        moved, p = a, alpha  # h_k = (1 − α) h_{k−1} + α a_k
+        q = slope(activation, s_prev, h_prev)
+        q_last = slope(activation, output(cell, hs), hs)
+    # ∂h_k/∂h_{k−1} = diag(p_k) W diag(q_{k−1}) + (1 − α) I.
+    through_a = jnp.einsum("tbi,ij,tbj->tbij", p, cell.W, q)
     steps = jnp.arange(time)
-    if how.truncate is not None:
-        cut = (steps > 0) & (steps % how.truncate == 0)
+    if options.truncate is not None:
+        cut = (steps > 0) & (steps % options.truncate == 0)
         through_a = jnp.where(cut[:, None, None, None], 0, through_a)
-    jacobians = jnp.diag(1 - alpha)[None, None] + through_a
+    jacobians = jnp.einsum("tbi,ij->tbij", 1 - alpha, jnp.eye(size, dtype=dtype)) + through_a
 
     def multiply(products, now):
         # Row t holds (ŷ_t − y_t)ᵀ V Π_{j=k}^{t−1} ∂h_{j+1}/∂h_j; row k starts here.
-        k, jacobian, error = now
+        k, jacobian, error, q = now
         products = jnp.einsum("tbi,bij->tbj", products, jacobian)
-        own = jnp.einsum("bo,oi->bi", error, V)[None]
+        own = (jnp.einsum("bo,oi->bi", error, V) * q)[None]
         products = jnp.where((steps == k)[:, None, None], own, products)
-        if how.window is not None:
-            products = jnp.where((steps - k < how.window)[:, None, None], products, 0)
+        if options.window is not None:
+            products = jnp.where((steps - k < options.window)[:, None, None], products, 0)
         return products, products
 
     later = jnp.concatenate([jacobians[1:], jnp.zeros_like(jacobians[:1])])
-    start = jnp.zeros_like(dh_da)
-    products = lax.scan(multiply, start, (steps, later, error), reverse=True)[1].swapaxes(0, 1)
+    every = (steps, later, error, q_last)
+    products = lax.scan(multiply, jnp.zeros_like(hs), every, reverse=True)[1].swapaxes(0, 1)
 
     # Times the immediate derivatives ∂h_k/∂θ, with h_{k−1} held fixed.
-    delta = jnp.einsum("tkbi,kbi->tkbi", products, dh_da)
+    delta = jnp.einsum("tkbi,kbi->tkbi", products, p)
     leak = None
     if cell.leak is not None:
         per_unit = "i" if cell.leak.ndim else ""
-        leak = jnp.einsum(f"tkbi,kbi->{kept}{per_unit}", products, phi - h_prev)
+        leak = jnp.einsum(f"tkbi,kbi->{kept}{per_unit}", products, moved - h_prev)
     return Cell(
         U=jnp.einsum(f"tkbi,kbj->{kept}ij", delta, xs),
-        W=jnp.einsum(f"tkbi,kbj->{kept}ij", delta, h_prev),
-        b=jnp.einsum(f"tkbi->{kept}i", delta),
+        W=jnp.einsum(f"tkbi,kbj->{kept}ij", delta, s_prev),
+        b=None if cell.b is None else jnp.einsum(f"tkbi->{kept}i", delta),
         leak=leak,
         activation=cell.activation,
+        form=cell.form,
     )

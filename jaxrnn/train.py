@@ -1,11 +1,9 @@
 """Training on a text: parallel contiguous streams, truncated backpropagation, any optimiser.
 
-A text is cut into B streams that are read side by side, T characters at a time. The state
-after one window is the first state of the next (truncated BPTT: values go on, gradients
-stop at the edge of a window).
-
-Where arrays are is the caller's choice: a state and windows that are placed on a mesh of devices
-stay there, and XLA splits the work as they lie.
+A text is cut into B streams that are read side by side, T characters at a time. The state after one
+window is the first state of the next (truncated BPTT: values go on, gradients stop at the edge of a
+window). A state and windows that the caller places on a mesh of devices stay there, and XLA splits
+the work as they lie.
 """
 
 import math
@@ -13,30 +11,29 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count
+from itertools import count, islice
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 
-from jaxrnn import _checks
-from jaxrnn._cell import Ids, check_forward, check_params
-from jaxrnn._layers import first_states, unroll_layers
-from jaxrnn._loss import cross_entropy
-from jaxrnn._loss_and_grads import loss_and_grads
-from jaxrnn._sharding import varying_like
-from jaxrnn._step import apply_readout
+from jaxrnn._api import checks
+from jaxrnn._api.cell import check_forward, check_params
+from jaxrnn._api.gradients import loss_and_grads
+from jaxrnn._api.layers import unroll_layers
+from jaxrnn._api.readout import apply_readout, cross_entropy
+from jaxrnn._core.layers import first_states
+from jaxrnn._jax.sharding import varying_like
+from jaxrnn._types import Ids
 from jaxrnn.text import streams as streams
 
 # The axis of a mesh over which the batch is split.
 DATA = "data"
-# So many updates are under way at most. With some dozens that several devices share, XLA's CPU runs
-# into a deadlock.
+# Updates under way at most: some dozens that devices share run XLA's CPU into a deadlock.
 AHEAD = 8
 # Steps of held-out text that are read at once, so that memory does not grow with it.
 EVALUATION_WINDOW = 1024
@@ -47,14 +44,9 @@ EVALUATION_WINDOW = 1024
 class TrainState:
     """All that changes in training.
 
-    Args:
-      params: the `Params`.
-      optimizer_state: what optax keeps.
-      h: the state carried from window to window, `[B, H]`; of a stack one for each layer.
-      step: how many updates have been made, int32.
-      key: a random key for a loss of one's own; None if nothing is random. It does not change:
-        each update folds its step into it.
-
+    The `params`; what optax keeps; `h`, carried from window to window, `[B, H]`, of a stack one for
+    each layer; `step`, how many updates have been made, int32; a random `key` for a loss of one's
+    own, None if nothing is random, which does not change: each update folds its step into it.
     For a model of one's own `params` is any pytree of arrays, and `h` too.
     """
 
@@ -70,35 +62,30 @@ Loss = Callable[[Any, Any, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
 
 def init_state(
-    params: Any,
-    optimizer: optax.GradientTransformation,
-    batch_size: int | None = None,
-    key: Any = None,
-    *,
-    h: Any = None,
-) -> TrainState:
+    params: Any, optimizer: optax.GradientTransformation, batch_size: int | None = None,
+    key: Any = None, *, h: Any = None,
+) -> TrainState:  # fmt: skip
     """The state before the first update.
 
     Args:
-      params: initial `Params`; of a model of one's own any pytree of arrays.
+      params: as in `TrainState`.
       optimizer: from optax.
       batch_size: B, how many streams are read side by side.
-      key: a random key, for a loss of one's own that draws.
+      key: as in `TrainState`, where that loss draws.
       h: of a model of one's own, instead of B: what it carries, any pytree of zeros.
 
     Returns:
       A `TrainState` with h = 0 and step = 0, of copies: an update consumes it.
 
     Raises:
-      TypeError, ValueError: params that do not fit, a batch size below 1, both or neither of
-        batch size and h.
+      TypeError, ValueError: bad params, a batch size below 1, both or neither of that and h.
     """
     if (batch_size is None) == (h is None):
-        _checks.bad_value("batch_size", "either that or h", "both" if h is not None else "neither")
+        checks.bad_value("batch_size", "either that or h", "both" if h is not None else "neither")
     if batch_size is not None:
         params = check_params(params)
         check_forward("params.cell", params.cell)  # a state from the end is not carried on
-        _checks.positive("batch_size", batch_size)
+        checks.positive("batch_size", batch_size)
         h = first_states(params.cell, (batch_size,))
     params, h = jax.tree.map(jnp.array, (params, h))
     return TrainState(params, optimizer.init(params), h, jnp.zeros((), jnp.int32), key)
@@ -114,46 +101,41 @@ def start_over(state: TrainState) -> TrainState:
       It with h = 0.
 
     Raises:
-      TypeError: no `TrainState`.
+      TypeError: another state.
     """
-    _checks.instance("state", state, TrainState)
+    checks.instance("state", state, TrainState)
     return replace(state, h=jax.tree.map(jnp.zeros_like, state.h))
 
 
 def make_update(
     optimizer: optax.GradientTransformation, loss: Loss | None = None, *, mesh: Mesh | None = None
-) -> Callable[
-    [TrainState, jax.typing.ArrayLike, jax.typing.ArrayLike], tuple[TrainState, jax.Array]
-]:
-    """One update of truncated BPTT as one jitted call.
+) -> Callable[[TrainState, ArrayLike, ArrayLike], tuple[TrainState, jax.Array]]:
+    """One update of truncated BPTT as one jitted call; the source's "Parameter updates".
 
     θ ← θ + optimizer(∂/∂θ of the mean loss of the window), h_0 ← h_T
 
     Args:
       optimizer: from optax; `optax.sgd(η)` is the source's θ ← θ − η ∂L/∂θ, of the mean.
-      loss: of a model of one's own, (params, h, inputs, targets, key) -> (the loss summed over all
-        targets, the last h); by default that of `jaxrnn.loss_and_grads`, by hand.
+      loss: a `Loss` of a model of one's own; by default `jaxrnn.loss_and_grads`, by hand.
       mesh: has an axis "data" over which the batch is split, axis 0 of each array of h. Each device
-        there forms the gradients of its own sequences, and after all loops one all-reduce adds
-        them up; left to itself, XLA may do that in every segment of a long sequence. B is a
-        multiple of that axis. Where it has several devices, a loss of one's own gets another key
-        on each, and can ask for its `jax.lax.axis_index`.
+        there forms the gradients of its own sequences, and after all loops one all-reduce adds them
+        up; left to itself, XLA may do that in every segment of a long sequence. B is a multiple of
+        that axis. Where it has several devices, a loss of one's own gets another key on each, and
+        can ask for its `jax.lax.axis_index`.
 
     Returns:
-      A function (state, inputs, targets) -> (state, loss): ids `[T, B]` each, loss in mean
-      nats per character before the update. It consumes the state that it is given.
+      A function (state, inputs, targets) -> (state, loss): ids `[T, B]` each, loss in mean nats per
+      character before the update. It consumes the state that it is given.
 
     Raises:
       ValueError: a mesh without that axis.
       TypeError, ValueError: the function returned, as `jaxrnn.loss_and_grads`.
-
-    Source: "Parameter updates".
     """
-    summed = _split(loss, mesh)
+    whole = partial(_update, optimizer, _split(loss, mesh))
 
     @partial(jax.jit, donate_argnums=0)
     def update(state: TrainState, inputs: jax.Array, targets: jax.Array):
-        return _update(optimizer, summed, state, inputs, targets)[:2]
+        return whole(state, inputs, targets)[:2]
 
     return update
 
@@ -172,32 +154,30 @@ def _update(optimizer, summed, state, inputs, targets):
 def _split(loss, mesh):
     """(params, h, inputs, targets, key) -> ((the summed loss, its gradient), the last h)."""
     if mesh is not None and DATA not in mesh.shape:
-        _checks.bad_value("mesh", f"an axis {DATA!r}", list(mesh.shape))
+        checks.bad_value("mesh", f"an axis {DATA!r}", list(mesh.shape))
+
+    def summed(params, h, inputs, targets, key):
+        if loss is None:
+            total, found = loss_and_grads(params, Ids(inputs), targets, h0=h)
+            return (total, found.params), found.h_last
+        run = jax.value_and_grad(loss, has_aux=True)
+        (total, h), gradient = run(params, h, inputs, targets, key)
+        return (total, gradient), h
+
     if mesh is None or mesh.shape[DATA] == 1:
-        return partial(_summed, loss)
+        return summed
 
     def share(params, h, inputs, targets, key):
         if loss is not None:
             # Else JAX itself would add gradients up over the devices, wherever they are formed.
             params = varying_like(params, inputs)
-            key = None if key is None else jax.random.fold_in(key, lax.axis_index(DATA))
-        sums, h = _summed(loss, params, h, inputs, targets, key)
-        return lax.psum(sums, DATA), h
+            key = None if key is None else jax.random.fold_in(key, jax.lax.axis_index(DATA))
+        sums, h = summed(params, h, inputs, targets, key)
+        return jax.lax.psum(sums, DATA), h
 
-    batch = P(None, DATA)
-    return jax.shard_map(
-        share, mesh=mesh, axis_names={DATA},
-        in_specs=(P(), P(DATA), batch, batch, P()), out_specs=(P(), P(DATA)),
-    )  # fmt: skip
-
-
-def _summed(loss, params, h, inputs, targets, key):
-    if loss is None:
-        total, gradients = loss_and_grads(params, Ids(inputs), targets, h0=h)
-        return (total, gradients.params), gradients.h_last
-    differentiated = jax.value_and_grad(loss, has_aux=True)
-    (total, h), gradient = differentiated(params, h, inputs, targets, key)
-    return (total, gradient), h
+    whole, rows, batch = jax.P(), jax.P(DATA), jax.P(None, DATA)
+    specs = {"in_specs": (whole, rows, batch, batch, whole), "out_specs": (whole, rows)}
+    return jax.shard_map(share, mesh=mesh, axis_names={DATA}, **specs)
 
 
 @jax.tree_util.register_dataclass
@@ -205,11 +185,9 @@ def _summed(loss, params, h, inputs, targets, key):
 class Figures:
     """What a checked update says of itself; it stays on the device until someone looks.
 
-    Args:
-      loss: in mean nats per character, before the update.
-      gradient_norm: of the mean's gradient, all parameters together, before the optimiser.
-      parameter_norm: likewise, before the update.
-      finite: whether loss, gradient, and the new parameters and optimiser state all are.
+    The loss in mean nats per character and the norms of its gradient, before the optimiser, and of
+    the parameters, each of all together and before the update; and whether loss, gradient, and the
+    new parameters and optimiser state are all finite.
     """
 
     loss: jax.Array
@@ -220,12 +198,12 @@ class Figures:
 
 def make_checked_update(
     optimizer: optax.GradientTransformation, loss: Loss | None = None, *, mesh: Mesh | None = None
-) -> Callable[[TrainState, jax.typing.ArrayLike, jax.typing.ArrayLike], tuple[TrainState, Figures]]:
+) -> Callable[[TrainState, ArrayLike, ArrayLike], tuple[TrainState, Figures]]:
     """An update that changes nothing where a number of it is not finite.
 
     Parameters and optimiser state are then as before, h = 0 as at the start of a stream, and the
-    step counts. `optax.apply_if_finite` looks at gradients only: neither at the carried state nor
-    at what overflows although the gradient did not.
+    step counts. `optax.apply_if_finite` sees neither the carried state nor what overflows although
+    the gradient did not.
 
     Args:
       optimizer: as in `make_update`.
@@ -233,31 +211,26 @@ def make_checked_update(
       mesh: as in `make_update`.
 
     Returns:
-      A function (state, inputs, targets) -> (state, `Figures`), which `fit` takes. It consumes the
-      state that it is given.
+      A function as that of `make_update`, but with `Figures` for the loss; `fit` takes it.
 
     Raises:
       TypeError, ValueError: as `make_update`, and what that returns.
     """
-    summed = _split(loss, mesh)
+    whole = partial(_update, optimizer, _split(loss, mesh))
 
     @partial(jax.jit, donate_argnums=0)
     def update(state: TrainState, inputs: jax.Array, targets: jax.Array):
-        new, mean, gradient = _update(optimizer, summed, state, inputs, targets)
+        new, mean, gradient = whole(state, inputs, targets)
         # Not h: it is split as the batch is, and a loss is finite only where its states are.
         leaves = jax.tree.leaves((mean, gradient, new.params, new.optimizer_state))
         finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
-        norms = _norm(gradient), _norm(state.params)
+        squares = [jax.tree.map(jnp.square, tree) for tree in (gradient, state.params)]
+        norms = [jnp.sqrt(sum(map(jnp.sum, jax.tree.leaves(tree)))) for tree in squares]
         kept = replace(start_over(state), step=new.step)
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, kept)
-        return new, Figures(mean, *norms, finite)
+        return new, Figures(mean, norms[0], norms[1], finite)
 
     return update
-
-
-def _norm(tree):
-    # optax renames its own.
-    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
 
 
 class DivergedError(Exception):
@@ -271,13 +244,11 @@ class Report:
     Args:
       state: the `TrainState`; the next update consumes it.
       step: how many updates it has seen.
-      loss: the mean over the updates since the last report, in nats per character; NaN where all
-        of them were skipped.
+      loss: the mean over these updates, in nats per character; NaN where all were skipped.
       gradient_norm: of the last update.
       parameter_norm: of the last update, before it.
-      skipped: how many updates since the last report were not finite.
-      updates_per_second: since the last report; without the first update, which compiles. NaN
-        where that was the only one.
+      skipped: how many of these updates were not finite.
+      updates_per_second: without the very first, which compiles; NaN where that was the only one.
     """
 
     state: TrainState
@@ -290,15 +261,10 @@ class Report:
 
 
 def fit(
-    state: TrainState,
-    update: Callable[[TrainState, Any, Any], tuple[TrainState, Figures]],
-    windows: Iterable[tuple[Any, Any, bool]],
-    steps: int,
-    *,
-    every: int | Iterable[int] = 25,
-    skip_nonfinite: bool = False,
-    stop: Callable[[int], bool] = lambda step: False,
-) -> Iterator[Report]:
+    state: TrainState, update: Callable[[TrainState, Any, Any], tuple[TrainState, Figures]],
+    windows: Iterable[tuple[Any, Any, bool]], steps: int, *, every: int | Iterable[int] = 25,
+    skip_nonfinite: bool = False, stop: Callable[[int], bool] = lambda step: False,
+) -> Iterator[Report]:  # fmt: skip
     """The loop: update after update, with a word now and then.
 
     Args:
@@ -315,17 +281,15 @@ def fit(
       devices are a few updates behind.
 
     Raises:
-      TypeError, ValueError: steps or every that are no whole numbers, no `TrainState`, an update
-        that makes no `Figures`.
+      TypeError, ValueError: steps or every that are no whole numbers, another state or update.
       DivergedError: an update was not finite; the step and the norms are in its message.
     """
     intervals = tuple(every) if isinstance(every, Iterable) else (every,)
     for n in intervals:
-        _checks.positive("every", n)
-    _checks.whole("steps", steps)
-    _checks.instance("state", state, TrainState)
-    windows, step = iter(windows), int(state.step)
-    since, timed, unseen = 0.0, 0, []
+        checks.positive("every", n)
+    checks.whole("steps", steps)
+    checks.instance("state", state, TrainState)
+    begun, since, timed, unseen = int(state.step), 0.0, 0, []
 
     def report():
         figures = jax.device_get(unseen)
@@ -335,26 +299,25 @@ def fit(
         norms = float(figures[-1].gradient_norm), float(figures[-1].parameter_norm)
         return Report(state, step, loss, *norms, len(figures) - len(finite), pace)
 
-    done = step >= steps
-    while not done and (window := next(windows, None)) is not None:
-        inputs, targets, first = window
+    wanted = islice(windows, max(steps - begun, 0))
+    for step, (inputs, targets, first) in enumerate(wanted, begun + 1):
         state, figures = update(start_over(state) if first else state, inputs, targets)
         if not isinstance(figures, Figures):
-            _checks.bad_type("update", "that of make_checked_update", "another function")
+            checks.bad_type("update", "that of make_checked_update", "another function")
         unseen.append(figures)
         if len(unseen) > AHEAD:
             unseen[-1 - AHEAD].loss.block_until_ready()
-        step += 1
+        timed += since > 0
         if not since:
             figures.loss.block_until_ready()
             since = time.perf_counter()
-        else:
-            timed += 1
-        done = stop(step) or step == steps
-        if done or any(step % n == 0 for n in intervals):
+        stopped = stop(step)
+        if any(step % n == 0 for n in intervals):
             yield report()
             since, timed, unseen = time.perf_counter(), 0, []
-    if unseen:  # the windows came to an end
+        if stopped:
+            break
+    if unseen:
         yield report()
 
 
@@ -363,12 +326,11 @@ def _finite_losses(figures, last, skip):
     for step, each in enumerate(figures, last - len(figures) + 1):
         if each.finite or skip:
             continue
+        what = "the update made a number that is not finite"
         if not math.isfinite(each.loss):
             what = f"the loss became {each.loss}"
         elif not math.isfinite(each.gradient_norm):
             what = f"the norm of the gradient became {each.gradient_norm}"
-        else:
-            what = "the update made a number that is not finite"
         norms = f"gradient norm {each.gradient_norm:.4g}, parameter norm {each.parameter_norm:.4g}"
         raise DivergedError(f"{what} at step {step} ({norms})")
     return [float(each.loss) for each in figures if each.finite]
@@ -386,17 +348,16 @@ def windows(
       start: how many windows have been read before, as a run that goes on.
 
     Yields:
-      (inputs, targets, first): `[T, B]` each, and whether the streams start over, so that the
-      carried state must be 0.
+      (inputs, targets, first): `[T, B]` each; whether the streams, and so h from 0, start over.
 
     Raises:
       TypeError, ValueError: streams shorter than one window; a start below 0.
     """
-    _checks.positive("seq_length", seq_length)
-    _checks.whole("start", start)
+    checks.positive("seq_length", seq_length)
+    checks.whole("start", start)
     inputs, targets = _streams(inputs, targets)
     if len(inputs) < seq_length:
-        _checks.bad_value("inputs", f"at least {seq_length} steps", len(inputs))
+        checks.bad_value("inputs", f"at least {seq_length} steps", len(inputs))
     for n in count(start):
         first = n % (len(inputs) // seq_length) * seq_length
         window = slice(first, first + seq_length)
@@ -404,49 +365,41 @@ def windows(
 
 
 def evaluate(
-    params: Any,
-    inputs: np.ndarray,
-    targets: np.ndarray,
-    *,
-    seq_length: int = EVALUATION_WINDOW,
-    loss: Loss | None = None,
-    h: Any = None,
+    params: Any, inputs: np.ndarray, targets: np.ndarray, *, seq_length: int = EVALUATION_WINDOW,
+    loss: Loss | None = None, h: Any = None,
     put: Callable[[Any, int], Any] = lambda x, axis: x,
-) -> float:
+) -> float:  # fmt: skip
     """The mean cross-entropy of whole streams, read from h = 0 or from the h given.
 
     Args:
       params: the `Params`; of a model of one's own what its loss takes.
       inputs: ids, `[L, B]`.
       targets: ids, `[L, B]`.
-      seq_length: steps read at once: memory grows with it, and the result does not depend on it
-        beyond rounding.
+      seq_length: steps read at once: memory grows with it, and the result changes by rounding only.
       loss: of a model of one's own, as in `make_update`; its key is None.
       h: with that loss, what it starts from, where it shall be computed with.
-      put: (an array of the host, which of its axes is B) -> the same where it shall be computed
-        with; as it is by default.
+      put: (an array of the host, which of its axes is B) -> the same where it is computed with.
 
     Returns:
       Nats per character; divided by ln 2, bits.
 
     Raises:
-      TypeError, ValueError: as `jaxrnn.unroll` and `jaxrnn.cross_entropy`; empty streams, a window
-        of no step, an h without a loss or a loss without an h.
+      TypeError, ValueError: as `jaxrnn.loss_and_grads`; empty streams, a window of no step, one of
+        h and loss alone.
     """
     if (loss is None) != (h is None):
-        _checks.bad_value("h", "one with a loss of your own only", _checks.came(h))
+        checks.bad_value("h", "one with a loss of your own only", checks.came(h))
     inputs, targets = _streams(inputs, targets)
-    _checks.positive("seq_length", seq_length)
-    if np.size(targets) == 0:
-        _checks.bad_value("targets", "at least one character", list(np.shape(targets)))
+    checks.positive("seq_length", seq_length)
+    if targets.size == 0:
+        checks.bad_value("targets", "at least one character", list(targets.shape))
     if loss is None:
         params = check_params(params)
         shapes = jax.eval_shape(lambda: first_states(params.cell, (inputs.shape[1],)))
         h = jax.tree.map(lambda x: put(np.zeros(x.shape, x.dtype), 0), shapes)
     nats = 0.0
     for start in range(0, len(inputs), seq_length):
-        window = slice(start, start + seq_length)
-        x, y = put(inputs[window], 1), put(targets[window], 1)
+        x, y = (put(ids[start : start + seq_length], 1) for ids in (inputs, targets))
         total, h = _total(params, x, y, h, loss=loss)
         nats += float(total)  # waited for, see AHEAD
     return nats / targets.size
@@ -456,9 +409,9 @@ def _streams(inputs, targets):
     """Ids `[L, B]` on the host, of one shape."""
     inputs, targets = np.asarray(inputs), np.asarray(targets)
     if inputs.ndim != 2:
-        _checks.bad_value("inputs", "shape [L, B]", list(inputs.shape))
+        checks.bad_value("inputs", "shape [L, B]", list(inputs.shape))
     if targets.shape != inputs.shape:
-        _checks.bad_value("targets", f"shape {list(inputs.shape)}", list(targets.shape))
+        checks.bad_value("targets", f"shape {list(inputs.shape)}", list(targets.shape))
     return inputs, targets
 
 

@@ -6,10 +6,9 @@ that setting alone.
 
 * The printed start is rounded to 4 digits; `recovered_params` is the unrounded one, and from it
   every printed number agrees that can: all but the total loss of epoch 1000.
-* By epoch 1000 the training is chaotic: additions in another order give another loss.
-  `ensemble` shows the spread among starts that all round to the printed one.
-* The source prints the total of epoch 0 as a sum of four rounded losses, 6.0338; unrounded it
-  is 6.0337.
+* By epoch 1000 the training is chaotic; `ensemble` shows how far starts spread that all round to
+  the printed one.
+* The source prints the total of epoch 0 as a sum of four rounded losses, 6.0338, not 6.0337.
 """
 
 import json
@@ -23,14 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 
-from jaxrnn import _checks
-from jaxrnn._cell import Cell, Ids, Params, Readout, check_params
-from jaxrnn._loss import cross_entropy, output_error
-from jaxrnn._loss_and_grads import loss_and_grads
-from jaxrnn._step import apply_readout
-from jaxrnn._unroll import unroll
+from jaxrnn._api import checks
+from jaxrnn._api.cell import check_params
+from jaxrnn._api.gradients import loss_and_grads
+from jaxrnn._api.readout import apply_readout, cross_entropy
+from jaxrnn._api.unroll import unroll
+from jaxrnn._core.loss import output_error
+from jaxrnn._types import Cell, Ids, Params, Readout
 from jaxrnn.text import Vocabulary
 
 # What the source prints, in its own order and notation; typed from it, not computed. Section 4 has
@@ -45,8 +44,7 @@ XS, TARGETS = Ids(_encode(PRINTED["inputs"])), _encode(PRINTED["targets"])
 OPTIMIZER = optax.sgd(PRINTED["eta"])
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
-# The first group is the 68: the four steps, the gradients and the updated parameters. The
-# others repeat or follow from them.
+# The first is the 68: four steps, gradients, updated parameters. The others follow from them.
 GROUPS = ("first update", "output deltas", "epoch 1", "totals")
 FIRST_UPDATE, OUTPUT_DELTAS, EPOCH_1, TOTALS = GROUPS
 
@@ -56,29 +54,22 @@ def printed_params() -> Params:
 
     Returns:
       `Params` of float64 NumPy arrays, which keep their precision under any JAX setting.
-
-    Source: section 4.
     """
     return _params(**PRINTED["start"])
 
 
 def recovered_params() -> Params:
-    """The unrounded start, which rounds to the printed one.
+    """The start of section 4 before rounding, which rounds to the printed one.
 
-    The source does not say how it drew its numbers; they were recovered by search. NumPy's
-    legacy generator with seed 124, drawing U = 0.5 randn(1, 4), W = 0.4 randn(1, 1) and
-    V = 0.3 randn(4, 1) in this order, gives all nine. Its stream is frozen for good, unlike
-    that of NumPy's newer generators.
+    The source does not say how it drew its numbers; they were recovered by search. NumPy's legacy
+    generator with seed 124 gives all nine: U = 0.5 randn(1, 4), W = 0.4 randn(1, 1) and V = 0.3
+    randn(4, 1), in this order. Its stream is frozen for good, unlike that of newer generators.
 
     Returns:
-      `Params` of float64 NumPy arrays, as `printed_params`; b = c = 0.
-
-    Source: section 4, before rounding.
+      `Params` as `printed_params`; b = c = 0.
     """
-    generator = np.random.RandomState(124)
-    U = 0.5 * generator.randn(1, 4)
-    W = 0.4 * generator.randn(1, 1)
-    V = 0.3 * generator.randn(4, 1)
+    draw = np.random.RandomState(124).randn
+    U, W, V = 0.5 * draw(1, 4), 0.4 * draw(1, 1), 0.3 * draw(4, 1)
     return _params(U, W, np.zeros(1), V, np.zeros(4))
 
 
@@ -90,19 +81,16 @@ def starts(members: int, seed: int = 0) -> Params:
       seed: of NumPy's generator.
 
     Returns:
-      `Params` of float64 NumPy arrays with a leading axis `[members]`; b = c = 0 exactly.
+      `Params` as `printed_params` with a leading axis `[members]`; b = c = 0 exactly.
 
     Raises:
       TypeError, ValueError: fewer than one member, or a negative seed.
     """
-    _checks.positive("members", members)
-    _checks.whole("seed", seed)
+    checks.positive("members", members)
+    checks.whole("seed", seed)
     generator = np.random.default_rng(seed)
-
-    def near(printed):
-        return printed + generator.uniform(-0.5e-4, 0.5e-4, (members, *np.shape(printed)))
-
-    U, W, V = (near(PRINTED["start"][letter]) for letter in "UWV")
+    printed = [np.array(PRINTED["start"][letter]) for letter in "UWV"]
+    U, W, V = (p + generator.uniform(-0.5e-4, 0.5e-4, (members, *p.shape)) for p in printed)
     return _params(U, W, np.zeros((members, 1)), V, np.zeros((members, 4)))
 
 
@@ -113,7 +101,7 @@ def _params(U, W, b, V, c):
 
 
 def descend(params: Params, epochs: int) -> np.ndarray:
-    """The total loss by epoch, of plain gradient descent as the source does it.
+    """The total loss by epoch, of plain gradient descent as in section 6.7: `optax.sgd`, η = 0.1.
 
     Args:
       params: the start, of one unit and four characters.
@@ -123,12 +111,9 @@ def descend(params: Params, epochs: int) -> np.ndarray:
       Float64 `[epochs + 1]`, in nats: the loss of epoch e is the loss after e updates.
 
     Raises:
-      TypeError, ValueError: params of another shape than the printed ones; fewer than one
-        epoch.
-
-    Source: section 6.7; the update by `optax.sgd`, η = 0.1.
+      TypeError, ValueError: params of another shape than the printed ones; fewer than one epoch.
     """
-    _checks.positive("epochs", epochs)
+    checks.positive("epochs", epochs)
     with jax.enable_x64(True):
         return np.asarray(_run(_check_example(params), epochs))
 
@@ -136,24 +121,24 @@ def descend(params: Params, epochs: int) -> np.ndarray:
 def ensemble(members: int = 512, epochs: int = 1000, seed: int = 0) -> np.ndarray:
     """The total losses of many runs whose starts all round to the printed one.
 
+    Past `parting_epoch` a single run says nothing: another compiler may order additions otherwise
+    and gets another loss. The middle quantiles of many runs hardly move.
+
     Args:
       members: how many runs, descended together under `jax.vmap`.
-      epochs: how many updates.
+      epochs: as in `descend`.
       seed: as in `starts`.
 
     Returns:
-      Float64 `[epochs + 1, members]`, in nats: the loss of epoch e is the loss after e updates.
+      Float64 `[epochs + 1, members]`, each run as `descend` returns it.
 
     Raises:
       TypeError, ValueError: as `starts`; fewer than one epoch.
-
-    Numerics: past `parting_epoch` a single run says nothing: another compiler may order
-    additions otherwise and gets another loss. The middle quantiles of many runs hardly move.
     """
-    _checks.positive("epochs", epochs)
+    checks.positive("epochs", epochs)
     params = starts(members, seed)
     with jax.enable_x64(True):
-        return np.asarray(_run_together(params, epochs))
+        return np.asarray(jax.vmap(partial(_run, epochs=epochs), out_axes=1)(params))
 
 
 def end_quantiles(losses: np.ndarray) -> dict[float, float]:
@@ -176,7 +161,7 @@ def fraction_below(losses: np.ndarray, total: float = PRINTED["totals"][1000]) -
     """The fraction of members whose last loss is below a total, the printed 1.3455 by default.
 
     Args:
-      losses: `[epochs + 1, members]`, from `ensemble`.
+      losses: as in `end_quantiles`.
       total: in nats.
 
     Returns:
@@ -192,7 +177,7 @@ def parting_epoch(losses: np.ndarray, spread: float = 0.01) -> int | None:
     """The first epoch at which the largest loss exceeds the smallest by more than `spread`.
 
     Args:
-      losses: `[epochs + 1, members]`, from `ensemble`.
+      losses: as in `end_quantiles`.
       spread: in nats.
 
     Returns:
@@ -208,15 +193,15 @@ def parting_epoch(losses: np.ndarray, spread: float = 0.01) -> int | None:
 def _check_example(params: Params) -> Params:
     """Require params of the example's shape; return them in float64."""
     params = check_params(params)
-    _checks.shaped("params.cell.U", params.cell.U, (1, 4))
-    _checks.shaped("params.readout.V", params.readout.V, (4, 1))
+    checks.shaped("params.cell.U", params.cell.U, (1, 4))
+    checks.shaped("params.readout.V", params.readout.V, (4, 1))
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
 
 
 def _update(params: Any, state: Any) -> tuple:
     """One update: (new params, new state of the optimizer), the loss before it, its gradients."""
-    loss, gradients = loss_and_grads(params, XS, TARGETS)
-    gradients: Any = gradients.params
+    loss, found = loss_and_grads(params, XS, TARGETS)
+    gradients: Any = found.params
     updates, state = OPTIMIZER.update(gradients, state, params)
     return (optax.apply_updates(params, updates), state), loss, gradients
 
@@ -228,19 +213,14 @@ def _run(params, epochs):
         return carry, loss
 
     # Each loss is that before an update, so the last one costs one update more.
-    return lax.scan(body, (params, OPTIMIZER.init(params)), length=epochs + 1)[1]
-
-
-@partial(jax.jit, static_argnames="epochs")
-def _run_together(params, epochs):
-    return jax.vmap(partial(_run, epochs=epochs), out_axes=1)(params)
+    return jax.lax.scan(body, (params, OPTIMIZER.init(params)), length=epochs + 1)[1]
 
 
 def _by_member(losses: np.ndarray) -> np.ndarray:
     """Require losses as `ensemble` returns them."""
     losses = np.asarray(losses)
     if losses.ndim != 2 or losses.size == 0:
-        _checks.bad_value("losses", "shape [epochs + 1, members]", list(losses.shape))
+        checks.bad_value("losses", "shape [epochs + 1, members]", list(losses.shape))
     return losses
 
 
@@ -248,13 +228,9 @@ def _by_member(losses: np.ndarray) -> np.ndarray:
 class Comparison:
     """One printed number beside the computed one.
 
-    Args:
-      section: of the source, such as "6.2".
-      quantity: in the source's letters, such as "∂L/∂V".
-      index: which element of a vector, counted from 1 as the source counts; None for a scalar.
-      printed: by the source.
-      computed: in float64.
-      group: one of `GROUPS`.
+    The source's section, such as "6.2", and the quantity in its letters, such as "∂L/∂V"; which
+    element of a vector, counted from 1 as the source counts, None for a scalar; the number printed
+    by the source and the one computed in float64; one of `GROUPS`.
     """
 
     section: str
@@ -293,20 +269,17 @@ def four_digits(value: float) -> str:
 def compare(params: Params) -> list[Comparison]:
     """Every number of sections 5 and 6 but the total of epoch 1000, printed and computed.
 
-    Gradients are those of `jaxrnn.loss_and_grads`, the derivation by hand; the update is that
-    of `optax.sgd`; the total of epoch 100 follows 100 such updates.
+    Gradients are those of `jaxrnn.loss_and_grads`, the derivation by hand; the update is that of
+    `optax.sgd`; the total of epoch 100 follows 100 such updates.
 
     Args:
-      params: the start, of one unit and four characters.
+      params: as in `descend`.
 
     Returns:
       `Comparison` records in the source's order.
 
     Raises:
-      TypeError, ValueError: as `jaxrnn.loss_and_grads`; params of another shape than the
-        printed ones.
-
-    Source: sections 5 and 6.
+      TypeError, ValueError: as `jaxrnn.loss_and_grads`; params of another shape than the printed.
 
     >>> from jaxrnn import worked_example
     >>> comparisons = worked_example.compare(worked_example.recovered_params())
@@ -335,7 +308,7 @@ def agreeing(comparisons: Iterable[Comparison], group: str) -> tuple[int, int]:
     Raises:
       ValueError: an unknown group.
     """
-    _checks.one_of("group", group, GROUPS)
+    checks.one_of("group", group, GROUPS)
     agree = [comparison.agrees for comparison in comparisons if comparison.group == group]
     return sum(agree), len(agree)
 
@@ -343,20 +316,15 @@ def agreeing(comparisons: Iterable[Comparison], group: str) -> tuple[int, int]:
 @jax.jit
 def _follow(params):
     """What `_side_by_side` takes: a pass, its gradients, the update, a second pass, training."""
+
+    def steps(params):
+        _, hs = unroll(params.cell, XS)
+        omega = apply_readout(params.readout, hs)
+        L, delta = cross_entropy(omega, TARGETS), output_error(omega, TARGETS)
+        return {"h": hs, "omega": omega, "yhat": jax.nn.softmax(omega), "L": L, "delta": delta}
+
     (updated, _), _, gradients = _update(params, OPTIMIZER.init(params))
-    return _steps(params), gradients, updated, _steps(updated), _run(params, 100)
-
-
-def _steps(params):
-    _, hs = unroll(params.cell, XS)
-    omega = apply_readout(params.readout, hs)
-    return {
-        "h": hs,
-        "omega": omega,
-        "yhat": jax.nn.softmax(omega),
-        "L": cross_entropy(omega, TARGETS),
-        "delta": output_error(omega, TARGETS),
-    }
+    return steps(params), gradients, updated, steps(updated), _run(params, 100)
 
 
 def _side_by_side(first, gradients, updated, second, losses):
@@ -364,24 +332,20 @@ def _side_by_side(first, gradients, updated, second, losses):
     symbols = {"h": "h", "omega": "Ω", "yhat": "ŷ", "L": "L"}
     for t, step in enumerate(PRINTED["steps"]):
         for letter, printed in step.items():
-            name = f"{symbols[letter]}_{t + 1}"
-            yield FIRST_UPDATE, f"5.{t + 1}", name, printed, first[letter][t]
-    name = "Σ L_t of epoch 0, each L_t rounded"
+            name, computed = f"{symbols[letter]}_{t + 1}", first[letter][t]
+            yield FIRST_UPDATE, f"5.{t + 1}", name, printed, computed
     total = sum(float(four_digits(loss)) for loss in first["L"])
-    yield TOTALS, "5.4", name, (PRINTED["totals"][0],), total
+    yield TOTALS, "5.4", "Σ L_t of epoch 0, each L_t rounded", (PRINTED["totals"][0],), total
     for t, printed in enumerate(PRINTED["output_deltas"]):
         yield OUTPUT_DELTAS, "6.1", f"ŷ_{t + 1}−y_{t + 1}", printed, first["delta"][t]
     for number, (letter, printed) in enumerate(PRINTED["updates"].items(), start=2):
-        layer = "readout" if letter in "Vc" else "cell"
-        for name, key, params in (
-            (f"∂L/∂{letter}", "gradient", gradients),
-            (f"{letter}_new", "new", updated),
-        ):
-            computed = getattr(getattr(params, layer), letter)
-            yield FIRST_UPDATE, f"6.{number}", name, printed[key], computed
+        layer, section = "readout" if letter in "Vc" else "cell", f"6.{number}"
+        gradient, new = (getattr(getattr(tree, layer), letter) for tree in (gradients, updated))
+        yield FIRST_UPDATE, section, f"∂L/∂{letter}", printed["gradient"], gradient
+        yield FIRST_UPDATE, section, f"{letter}_new", printed["new"], new
     for t, step in enumerate(PRINTED["epoch_1"]):
         for letter, printed in step.items():
             yield EPOCH_1, "6.7", f"{symbols[letter]}_{t + 1}", printed, second[letter][t]
     for epoch in (1, 100):
-        name = f"Σ L_t of epoch {epoch}"
-        yield TOTALS, "6.7", name, (PRINTED["totals"][epoch],), losses[epoch]
+        printed = (PRINTED["totals"][epoch],)
+        yield TOTALS, "6.7", f"Σ L_t of epoch {epoch}", printed, losses[epoch]

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxrnn._activation import NAMED
-from jaxrnn._kernels import loops
+from jaxrnn._backends.kernels import loops
+from jaxrnn._base.forms import NAMED
 
 
 def draw(loop, T, M, B, H, dtype, *, leak=False, valid=False, cut=False, seed=0, streams=None):

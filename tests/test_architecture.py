@@ -1,4 +1,4 @@
-"""The house: what imports what, what `import jaxrnn` brings in, what the face documents."""
+"""The house: what imports what, how large it is, what `import jaxrnn` brings in and documents."""
 
 import ast
 import inspect
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 
+import counts
 import pytest
 
 import jaxrnn
@@ -15,100 +16,78 @@ from jaxrnn import convert, text, textbook, train, worked_example
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxrnn"
 
-# A file imports only from floors below its own.
-FLOORS = [
-    ["_primitive", "_segments", "_schedule", "_sharding"],
-    ["_fold", "_linear_map"],
-    ["_dtypes"],
-    ["_checks"],
-    ["_activation", "_padding", "_dropout", "_precision", "_files"],
-    ["_cell", "_target", "_plots", "_console"],
-    ["_implementation"],
-    ["_step", "_loss", "_init"],
-    ["_jacobians"],
-    ["_associative", "_kernels"],
-    ["_states", "_recurrence"],
-    ["_linearised"],
-    ["_tangent"],
-    ["_window"],
-    ["_rule"],
-    ["_checkpointed"],
-    ["_unroll"],
-    ["_layers", "_bptt"],
-    ["_loss_and_grads"],
-    ["textbook", "convert", "text"],
-    ["worked_example", "train"],
-    ["_example_report", "_training"],
-    ["_cli"],
-    ["__main__"],
-]
-
-
-def imports(path):
-    """The modules of the package that a file names, wherever in the file."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "jaxrnn":
-            parts = (node.module or "").split(".")[1:]
-            yield from parts[:1] or [alias.name for alias in node.names]
-        elif isinstance(node, ast.Import):
-            for alias in node.names:
-                if alias.name.startswith("jaxrnn."):
-                    yield alias.name.split(".")[1]
-
-
-def test_files_import_from_floors_below_their_own():
-    floor = {name: n for n, names in enumerate(FLOORS) for name in names}
-    files = {path: path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
-    files |= {path: path.parent.name for path in PACKAGE.glob("*/*.py")}
-    assert set(files.values()) == set(floor)
-    for path, name in files.items():
-        for imported in imports(path):
-            inside = path.parent.name == imported
-            assert inside or floor[imported] < floor[name], f"{name} imports {imported}"
-
-
-# Within a room, likewise.
+# A module imports from its own room and from those before it.
 ROOMS = {
-    "_kernels": [
-        ["loops"],
-        ["_tiles"],
-        ["mosaic_gpu_cluster"],
-        ["mosaic_gpu", "mosaic_gpu_tf32", "pallas_tpu"],
-        ["run"],
-    ],
-    "_training": [
-        ["id_file", "levels", "lock", "signals", "kept"],
-        ["config", "devices", "processes", "directory", "checkpoints", "progress", "ngram"],
-        ["sources"],
-        ["encode"],
-        ["corpus", "saved"],
-        ["memory"],
-        ["plan", "prepare", "run", "sample_command", "show_command"],
-        ["train_command"],
-    ],
+    "_types": 0,
+    "_jax": 1,
+    "_base": 2,
+    "_backends": 3,
+    "_core": 4,
+    "_api": 5,
+    **dict.fromkeys(("textbook", "convert", "text", "train", "worked_example", "__init__"), 6),
+    **dict.fromkeys(("_training", "_cli", "__main__", "_console", "_plots"), 7),
+    **dict.fromkeys(("_example_report", "_files"), 7),
 }
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_files_of_rooms_too(room):
-    floor = {name: n for n, names in enumerate(ROOMS[room]) for name in names}
-    files = {path.stem: path for path in PACKAGE.glob(f"{room}/*.py") if path.stem != "__init__"}
-    assert set(files) == set(floor)
-    for name, path in files.items():
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
-                f"jaxrnn.{room}"
-            ):
-                inside = node.module.split(".")[2:] or [alias.name for alias in node.names]
-                assert all(floor[other] < floor[name] for other in inside), f"{name}: {inside}"
+def imports(source):
+    """The rooms of the package that a source names, inside functions too."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, "a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        for package, *rest in (name.split(".") for name in names):
+            if package == "jaxrnn":
+                yield rest[0] if rest and rest[0] in ROOMS else "__init__"
 
 
-def test_the_picture_in_the_readme_is_the_house():
-    blocks = (ROOT / "README.md").read_text().split("```text\n")
-    picture = next(block for block in blocks if block.startswith(" __main__")).split("```")[0]
-    known = {name for names in FLOORS for name in names}
-    drawn = [set(line.split()) & known for line in picture.splitlines()]
-    assert drawn == [set(names) for names in reversed(FLOORS)]
+def imports_against_the_order(room, source):
+    # `_jax` knows nothing of networks: not even their types.
+    allowed = {"_jax"} if room == "_jax" else {r for r in ROOMS if ROOMS[r] <= ROOMS[room]}
+    return set(imports(source)) - allowed
+
+
+def test_imports_run_one_way():
+    files = {path: path.relative_to(PACKAGE).parts[0] for path in PACKAGE.rglob("*.py")}
+    rooms = {path: name.removesuffix(".py") for path, name in files.items()}
+    assert set(rooms.values()) == set(ROOMS)
+    wrong = {path.name: imports_against_the_order(room, path.read_text())
+             for path, room in rooms.items()}  # fmt: skip
+    assert not {name: found for name, found in wrong.items() if found}
+
+
+@pytest.mark.parametrize(
+    ("room", "line", "against"),
+    [
+        ("_base", "def f():\n    from jaxrnn._core import linear", {"_core"}),
+        ("_jax", "from jaxrnn._types import Cell", {"_types"}),
+        ("_core", "from jaxrnn import unroll", {"__init__"}),
+        ("train", "import jaxrnn._training.run", {"_training"}),
+        ("_core", "from jaxrnn import _types, _jax\nimport jax", set()),
+        ("_training", "from jaxrnn import train", set()),
+    ],
+)
+def test_the_reader_of_imports_sees_what_is_against_the_order(room, line, against):
+    assert imports_against_the_order(room, line) == against
+
+
+def test_lines_of_the_core():
+    assert counts.lines_of_core() <= 1500
+
+
+def test_lines_of_the_library():
+    assert counts.lines_of_library() <= 4600
+
+
+@pytest.mark.parametrize("sizes", [counts.SMALL, counts.LONG], ids=str)
+@pytest.mark.parametrize(("gradient", "most"), [(False, 9), (True, 15)])
+def test_frames_between_a_call_and_its_loops(gradient, most, sizes):
+    outer, _ = counts.frames(gradient, sizes)
+    assert 0 < outer <= most
 
 
 def test_import_brings_in_nothing_beyond_jax_and_optax():

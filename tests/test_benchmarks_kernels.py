@@ -24,8 +24,8 @@ from benchmarks.tangents import direction
 from benchmarks.view import View
 from benchmarks.worker import Bench
 from benchmarks.workloads import GRID, MAIN_BATCH, Workload, draw, on_gpu, untuned
-from jaxrnn._implementation import LARGEST, MEASURED, Measured
-from jaxrnn._target import Device, built_for
+from jaxrnn._backends.select import LARGEST, MEASURED, Measured
+from jaxrnn._backends.target import Device, built_for
 
 RESULTS = pathlib.Path(__file__).parent.parent / "benchmarks" / "results"
 TPU = "pallas_tpu", Device("tpu", "TPU v5e", interpret=True), "float32"

@@ -12,7 +12,7 @@ from jax import random
 
 import jaxrnn
 from jaxrnn import Activation, Cell, Ids, Params, Readout
-from jaxrnn._activation import resolve, slope
+from jaxrnn._base.forms import resolve, slope
 
 EPS = 2.0**-52
 D, H, K = 4, 5, 3
@@ -59,7 +59,7 @@ def numpy_step(cell, x, h):
 @pytest.mark.parametrize("leak", [None, 0.3])
 def test_every_dataclass_is_a_pytree(leak):
     params, x, h = case(leak=leak)
-    gradients = jaxrnn.CellGradients(params.cell, x, h, h)
+    gradients = jaxrnn.CellGradients(params.cell, x, h, h, h)
     for tree in (params, Ids(x), gradients, jaxrnn.Gradients(params, h, h)):
         leaves, treedef = jax.tree.flatten(tree)
         again = jax.tree.unflatten(treedef, leaves)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from commands import AS_A_USER, MAY_WRITE_ANYWHERE
 
-from jaxrnn._checks import InputError
+from jaxrnn._api.checks import InputError
 from jaxrnn._training import directory
 from jaxrnn._training.checkpoints import Checkpoints, fingerprint
 from jaxrnn._training.config import Config, initial_state

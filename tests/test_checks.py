@@ -125,7 +125,6 @@ CELLS = [
      "cell.W: expected an array, got a list that makes none"),
     (cell(b=jnp.zeros(D)), ValueError, "cell.b: expected shape [3], got [4]"),
     (cell(b="b"), TypeError, "cell.b: expected an array, got str"),
-    (cell(b=None), TypeError, "cell.b: expected an array, got None"),
     (cell(leak=jnp.zeros(2)), ValueError, "cell.leak: expected shape [] or [3], got [2]"),
     (cell(leak=1), TypeError, "cell.leak: expected a floating dtype, got int64"),
     (cell(leak=True), TypeError, "cell.leak: expected a floating dtype, got bool"),
@@ -424,7 +423,7 @@ OF_PAIRS = [
      "got float64 array of shape [2, 3]"),
 ]
 OF_INIT = [
-    ({"input_size": 0}, ValueError, "input_size: expected at least 1, got 0"),
+    ({"input_size": -1}, ValueError, "input_size: expected at least 0, got -1"),
     ({"hidden_size": 3.0}, TypeError, "hidden_size: expected a whole number, got float"),
     ({"hidden_size": True}, TypeError, "hidden_size: expected a whole number, got bool"),
     ({"recurrent": "haar"}, ValueError, "recurrent: expected one of 'orthogonal', "

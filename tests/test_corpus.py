@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from jaxrnn import Vocabulary
-from jaxrnn._checks import InputError
+from jaxrnn._api.checks import InputError
 from jaxrnn._training import directory, id_file, ngram
 from jaxrnn._training import encode as encoding
 from jaxrnn._training.corpus import Corpus, open_corpus

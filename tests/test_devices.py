@@ -17,8 +17,8 @@ from helpers import assert_close
 
 import jaxrnn
 from jaxrnn import train
-from jaxrnn._checks import InputError
-from jaxrnn._schedule import hoists_inputs, segment_length
+from jaxrnn._api.checks import InputError
+from jaxrnn._core.schedule import hoists_inputs, segment_length
 from jaxrnn._training import memory
 from jaxrnn._training.config import Config, initial_state, make_optimizer
 from jaxrnn._training.devices import DATA, MODEL, Placement

@@ -17,7 +17,11 @@ from jaxrnn._cli import make_parser
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxrnn"
 README = (ROOT / "README.md").read_text()
-EXAMPLES = sorted(path.stem for path in PACKAGE.glob("*.py") if ">>> " in path.read_text())
+EXAMPLES = sorted(
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    for path in PACKAGE.rglob("*.py")
+    if ">>> " in path.read_text()
+)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -29,9 +33,8 @@ def test_docstring_examples_run(name):
 
 
 def test_examples_are_found():
-    assert {"_step", "_unroll", "_layers", "_loss_and_grads", "text", "worked_example"} <= set(
-        EXAMPLES
-    )
+    expected = {"_api.unroll", "_api.layers", "_api.gradients", "text", "worked_example"}
+    assert expected <= set(EXAMPLES)
 
 
 def blocks(language):

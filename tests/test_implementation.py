@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 from helpers import assert_close, random_case, weights
-from test_structure import equations
+from test_structure import lowered, trip_counts
 
 import jaxrnn
-from jaxrnn import _implementation
-from jaxrnn._implementation import Loops, Measured, choose
-from jaxrnn._target import Device, built_for
+from jaxrnn._backends import select
+from jaxrnn._backends.select import Measured, choose
+from jaxrnn._backends.target import Device, built_for
+from jaxrnn._base.options import Options
 
 H200 = Device("gpu", "NVIDIA H200", "9.0")
 TPU = Device("tpu", "TPU v5 lite")
@@ -37,7 +38,7 @@ def loss(unroll, cell, xs, h0):
 
 
 def test_auto_is_the_scan_where_nothing_was_measured():
-    assert choose(Loops(False), matrix_of(64), (16,), jnp.tanh) == "scan"
+    assert choose(Options(False), matrix_of(64), (16,), jnp.tanh) == "scan"
 
 
 @recent
@@ -57,16 +58,16 @@ def test_auto_is_the_scan_where_nothing_was_measured():
 )
 def test_auto_takes_what_was_measured(monkeypatch, kind, dtype, hidden_size, batch, expected):
     entry = Measured("NVIDIA H200", "bfloat16", (64, 128), (16, 64), "mosaic_gpu")
-    monkeypatch.setattr(_implementation, "MEASURED", (entry,))
-    loops = Loops(False, device=Device("gpu", kind, "9.0"))
+    monkeypatch.setattr(select, "MEASURED", (entry,))
+    loops = Options(False, device=Device("gpu", kind, "9.0"))
     assert choose(loops, matrix_of(hidden_size, dtype), batch, jnp.tanh) == expected
 
 
 def test_auto_falls_back_where_its_kernel_cannot_run(monkeypatch):
     # TensorFloat-32 products are not what precision="highest" asks for; φ is not one it has.
     entry = Measured("TPU v5 lite", "float32", (1, 10**6), (1, 64), "pallas_tpu")
-    monkeypatch.setattr(_implementation, "MEASURED", (entry,))
-    loops, W = Loops(False, device=TPU), matrix_of(64, "float32")
+    monkeypatch.setattr(select, "MEASURED", (entry,))
+    loops, W = Options(False, device=TPU), matrix_of(64, "float32")
     assert choose(loops, W, (4,), jnp.tanh) == "pallas_tpu"
     assert choose(loops._replace(precision="high"), W, (4,), jnp.tanh) == "scan"
     assert choose(loops, matrix_of(5000, "float32"), (4,), jnp.tanh) == "scan"
@@ -82,14 +83,14 @@ def test_auto_falls_back_where_its_kernel_cannot_run(monkeypatch):
 )  # fmt: skip
 def test_old_tpus_run_the_kernel_in_float32_only(monkeypatch, kind, dtype, expected):
     entry = Measured(kind, dtype, (1, 64), (1, 64), "pallas_tpu")
-    monkeypatch.setattr(_implementation, "MEASURED", (entry,))
-    loops = Loops(False, device=Device("tpu", kind))
+    monkeypatch.setattr(select, "MEASURED", (entry,))
+    loops = Options(False, device=Device("tpu", kind))
     assert choose(loops, matrix_of(64, dtype), (4,), jnp.tanh) == expected
 
 
 def test_auto_runs_an_activation_that_no_kernel_has(monkeypatch):
     entry = Measured("TPU v5 lite", "float32", (1, 10**6), (1, 64), "pallas_tpu")
-    monkeypatch.setattr(_implementation, "MEASURED", (entry,))
+    monkeypatch.setattr(select, "MEASURED", (entry,))
     params, xs, h0, _ = random_case(dtype=jnp.float32)
     phi = jaxrnn.Activation(
         jax.lax.erf, lambda h: 2 / jnp.pi**0.5 * jnp.exp(-jnp.square(jax.lax.erf_inv(h)))
@@ -111,7 +112,7 @@ def test_derivatives_keep_the_precision_of_the_call():
 def test_what_auto_chose_gives_way_on_another_platform(monkeypatch):
     # Arrays may lie on the CPU of a machine whose accelerator the table names.
     entry = Measured("TPU v5 lite", "float32", (1, 10**6), (1, 64), "pallas_tpu")
-    monkeypatch.setattr(_implementation, "MEASURED", (entry,))
+    monkeypatch.setattr(select, "MEASURED", (entry,))
     params, xs, h0, _ = random_case(dtype=jnp.float32)
     args = params.cell, xs, h0
     gradient = jax.jit(jax.grad(partial(loss, jaxrnn.unroll), (0, 1, 2)))
@@ -125,10 +126,10 @@ def test_what_auto_chose_gives_way_on_another_platform(monkeypatch):
 
 
 def test_the_device_is_looked_at_only_where_something_depends_on_it(monkeypatch):
-    device_for = _implementation.device_for
+    device_for = select.device_for
     assert device_for("auto") is device_for("scan") is device_for("associative") is None
     assert device_for("mosaic_gpu").platform == "cpu"
-    monkeypatch.setattr(_implementation, "MEASURED", (None,))
+    monkeypatch.setattr(select, "MEASURED", (None,))
     assert device_for("auto").platform == "cpu"
     with jax.default_device(jax.devices("cpu")[1]):
         assert device_for("auto").platform == "cpu"
@@ -144,10 +145,12 @@ def test_auto_on_a_cpu_imports_no_pallas():
         "import sys, jax, jax.numpy as jnp, jaxrnn; "
         "cell = jaxrnn.init_cell(jax.random.key(0), 2, 3); "
         "jax.grad(lambda c: jnp.sum(jaxrnn.unroll(c, jnp.ones((4, 2)))[0]))(cell); "
-        "print(sorted(m for m in sys.modules if 'experimental.pallas' in m or '_kernels.' in m))"
+        "print(sorted(m for m in sys.modules if 'experimental.pallas' in m or '.kernels.' in m))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "['jaxrnn._kernels.loops', 'jaxrnn._kernels.run']"
+    assert (
+        run.stdout.strip() == "['jaxrnn._backends.kernels.loops', 'jaxrnn._backends.kernels.run']"
+    )
 
 
 # What a kernel does not take ------------------------------------------------------------------
@@ -259,12 +262,13 @@ def test_the_second_layer_counts_too():
 
 # Precision ------------------------------------------------------------------------------------
 
-HIGHEST = (jax.lax.Precision.HIGHEST,) * 2
+HIGHEST = "HIGHEST", "HIGHEST"
 
 
 def precisions(f, *args):
-    found = equations(jax.make_jaxpr(f)(*args))
-    return [e.params["precision"] for e, _ in found if e.primitive.name == "dot_general"]
+    """Of each product in the lowered program, that of its left operand and of its right."""
+    products = [line for line in lowered(f, *args).splitlines() if "dot_general" in line]
+    return [tuple(re.search(r"precision = \[(\w+), (\w+)\]", p).groups()) for p in products]
 
 
 @pytest.mark.parametrize("which", range(7))
@@ -294,22 +298,17 @@ def test_so_have_those_of_its_derivatives(how):
 # The associative scan -------------------------------------------------------------------------
 
 
-def loops_over_time(f, *args):
-    found = equations(jax.make_jaxpr(f)(*args))
-    return [e.params["length"] for e, _ in found if e.primitive.name == "scan"]
-
-
-def test_linear_loops_are_no_loops_over_time():
+def test_linear_loops_are_no_trip_counts():
     params, xs, h0, _ = random_case(T=16)
     args = params.cell, xs, h0
     by_scan = partial(loss, jaxrnn.unroll)
     associative = partial(loss, partial(jaxrnn.unroll, implementation="associative"))
-    assert loops_over_time(jax.grad(by_scan), *args) == [16, 16]
-    assert loops_over_time(jax.grad(associative), *args) == [16]
-    assert loops_over_time(lambda *a: jax.jvp(associative, a, a), *args) == [16]
+    assert trip_counts(jax.grad(by_scan), *args) == [16, 16]
+    assert trip_counts(jax.grad(associative), *args) == [16]
+    assert trip_counts(lambda *a: jax.jvp(associative, a, a), *args) == [16]
     states = jaxrnn.unroll(*args)[1]
     bptt = partial(jaxrnn.bptt, *args, states, implementation="associative")
-    assert loops_over_time(bptt, states) == []
+    assert trip_counts(bptt, states) == []
 
 
 @pytest.mark.parametrize("T", [1, 2, 37])

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from kernels import draw, every_loop, scanned, tf32
 
-from jaxrnn._kernels import loops, mosaic_gpu, mosaic_gpu_cluster, mosaic_gpu_tf32
-from jaxrnn._kernels._tiles import cut, padded, round_up
+from jaxrnn._backends.kernels import loops, mosaic_gpu, mosaic_gpu_cluster, mosaic_gpu_tf32
+from jaxrnn._backends.kernels._tiles import cut, padded, round_up
 
 if jax.__version_info__ < (0, 11):
     pytest.skip("Pallas interprets GPU kernels from jax 0.11", allow_module_level=True)

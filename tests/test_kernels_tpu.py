@@ -11,8 +11,8 @@ import pytest
 from kernels import draw, every_loop, scanned
 from test_structure import equations
 
-from jaxrnn._activation import NAMED
-from jaxrnn._kernels import loops, pallas_tpu
+from jaxrnn._backends.kernels import loops, pallas_tpu
+from jaxrnn._base.forms import NAMED
 
 DTYPES = ("float32", "bfloat16")
 OPTIONS = ((), ("leak",), ("valid",), ("cut",), ("leak", "valid", "cut"))

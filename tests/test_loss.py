@@ -7,7 +7,7 @@ import pytest
 
 import jaxrnn
 from jaxrnn import Cell, Ids, Params, Readout, textbook
-from jaxrnn._loss import output_error
+from jaxrnn._core.loss import output_error
 
 T, B, K = 4, 3, 5
 EPS = 2.0**-52

@@ -22,7 +22,7 @@ from helpers import assert_close
 
 import jaxrnn
 from jaxrnn import train
-from jaxrnn._checks import InputError
+from jaxrnn._api.checks import InputError
 from jaxrnn._training import processes
 from jaxrnn._training.checkpoints import Checkpoints
 from jaxrnn._training.config import initial_state

@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from jaxrnn import train
-from jaxrnn._checks import InputError
+from jaxrnn._api.checks import InputError
 from jaxrnn._training import directory
 from jaxrnn._training.checkpoints import Checkpoints
 from jaxrnn._training.config import Config

@@ -8,7 +8,7 @@ import pytest
 from helpers import assert_close, naive_unroll, random_case, weights
 
 import jaxrnn
-from jaxrnn import _schedule
+from jaxrnn._core import schedule
 
 T = 7
 CHOICES = {
@@ -25,7 +25,7 @@ CHOICES = {
 @pytest.fixture(params=CHOICES.values(), ids=CHOICES.keys())
 def chosen(request, monkeypatch):
     for rule, answer in request.param.items():
-        monkeypatch.setattr(_schedule, rule, lambda *shape, answer=answer: answer)
+        monkeypatch.setattr(schedule, rule, lambda *shape, answer=answer: answer)
     jax.clear_caches()  # what was traced under another choice
     yield
     jax.clear_caches()
@@ -33,7 +33,7 @@ def chosen(request, monkeypatch):
 
 @pytest.fixture
 def in_pairs(monkeypatch):
-    monkeypatch.setattr(_schedule, "segment_length", lambda *shape: 2)
+    monkeypatch.setattr(schedule, "segment_length", lambda *shape: 2)
     jax.clear_caches()
     yield
     jax.clear_caches()
@@ -267,7 +267,7 @@ def test_half_precision_sums_over_segments_in_float32(monkeypatch):
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (cell, xs, h0))
 
     def gradient(length):
-        monkeypatch.setattr(_schedule, "segment_length", lambda *shape: length)
+        monkeypatch.setattr(schedule, "segment_length", lambda *shape: length)
         jax.clear_caches()
         return jax.grad(lambda *a: jnp.sum(jaxrnn.unroll(*a)[1]))(*half)
 
@@ -280,9 +280,9 @@ def test_schedule_of_sizes_to_come():
         return jax.export.symbolic_shape(sizes)
 
     (time,), (batch,) = symbolic("T"), symbolic("B")
-    assert _schedule.segment_length(time, (batch,), 64) is time
-    assert _schedule.hoists_inputs(time, (batch,), 64, 64) in (True, False)
-    assert _schedule.puts_weights_left((batch,), 512, 512) is False
+    assert schedule.segment_length(time, (batch,), 64) is time
+    assert schedule.hoists_inputs(time, (batch,), 64, 64) in (True, False)
+    assert schedule.puts_weights_left((batch,), 512, 512) is False
 
     params, *_ = random_case(batch=())
     export = jax.export.export(jax.jit(jax.vmap(lambda xs: jaxrnn.unroll(params.cell, xs)[1])))
@@ -294,6 +294,6 @@ def test_schedule_of_sizes_to_come():
 
 @pytest.mark.parametrize("shape", [(784, (128,), 128), (100, (128,), 512), (1009, (64,), 64)])
 def test_segments_divide_time_where_they_can(shape):
-    length = _schedule.segment_length(*shape)
+    length = schedule.segment_length(*shape)
     assert 1 < length < shape[0]
     assert (shape[0] % length == 0) == (shape[0] != 1009)

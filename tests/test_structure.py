@@ -1,6 +1,7 @@
 """What the compiled programs do, counted: products in loops, arrays, temporaries, compilations."""
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -11,7 +12,8 @@ import pytest
 from helpers import naive_unroll, random_case
 
 import jaxrnn
-from jaxrnn import _schedule, textbook
+from jaxrnn import textbook
+from jaxrnn._core import schedule
 
 T, B, D, H = 20, 6, 16, 24
 
@@ -27,9 +29,9 @@ def loss(unroll):
 
 
 def equations(jaxpr):
-    """Every equation, those of inner programs too, as (equation, the loops it stands in).
+    """Every equation, those of inner programs too, as (equation, the loops it is in).
 
-    A loop is named by a number: one inner program can be called from two places.
+    A loop is a number: one inner program can be called from two places.
     """
     numbers = itertools.count()
 
@@ -40,6 +42,9 @@ def equations(jaxpr):
                 inner = (*loops, next(numbers))
             elif eqn.primitive.name == "custom_linear_solve":
                 params = {"solve": params["jaxprs"].solve}  # the others do not run
+            elif eqn.primitive.name == "linear_map":  # traced where it is lowered, as here
+                run = functools.partial(eqn.primitive.impl, **params)
+                params = {"run": jax.make_jaxpr(run)(*(var.aval for var in eqn.invars))}
             yield eqn, inner
             for leaf in jax.tree.leaves(list(params.values())):
                 body = getattr(leaf, "jaxpr", leaf)
@@ -49,18 +54,18 @@ def equations(jaxpr):
     return list(walk(jaxpr.jaxpr, ()))
 
 
-def products_per_loop(f, *args):
-    found = equations(jax.make_jaxpr(f)(*args))
-    loops = {number: 0 for _, inside in found for number in inside}
-    for eqn, inside in found:
-        for number in inside:
-            loops[number] += eqn.primitive.name == "dot_general"
-    return sorted(loops.values())
+def lowered(f, *args):
+    """The program in StableHLO, before XLA removes anything."""
+    return jax.jit(f).lower(*args).as_text()
+
+
+def optimised(f, *args):
+    return jax.jit(f).lower(*args).compile().as_text()
 
 
 def compiled_products(f, *args):
     """Products in the optimised HLO, following fusions and calls: (outside loops, in each loop)."""
-    text = jax.jit(f).lower(*args).compile().as_text()
+    text = optimised(f, *args)
     bodies = {}
     for block in re.split(r"\n\n", text):
         head = re.match(r"\s*(?:ENTRY )?%?([\w.\-]+) \(", block)
@@ -77,21 +82,47 @@ def compiled_products(f, *args):
     return count(entry), sorted(count(name) for name in re.findall(r"body=%?([\w.\-]+)", text))
 
 
-def products_per_compiled_loop(f, *args):
+def products_per_loop(f, *args):
     return compiled_products(f, *args)[1]
 
 
-def test_walkers_see_the_naive_backward(case):
+def trip_counts(f, *args):
+    """How many steps each loop of the compiled program has."""
+    found = re.findall(r" while\(.*known_trip_count\D+(\d+)", optimised(f, *args))
+    return sorted(map(int, found))
+
+
+def shapes(text):
+    """Of every array in a StableHLO text."""
+    found = re.findall(r"tensor<([\dx]*)[a-z]\w*>", text)
+    return [tuple(map(int, sizes.split("x")[:-1])) for sizes in found]
+
+
+def carried(f, *args):
+    """The shapes that the loops of the program hand on from step to step, sorted."""
+    found = []
+    for values, types in re.findall(r"stablehlo\.return (.*) : (.*)", lowered(f, *args)):
+        # A loop hands on unchanged what its body only reads.
+        names = [name.strip() for name in values.split(",")]
+        if any(name.startswith("%iterArg") for name in names):
+            found += [shape for name, shape in zip(names, shapes(types), strict=True)
+                      if not name.startswith("%iterArg")]  # fmt: skip
+    return sorted(found)
+
+
+def test_the_readers_see_the_naive_backward(case):
     # A plain scan's backward recomputes nothing here but forms dW, dU and two products back.
-    assert products_per_loop(jax.grad(loss(naive_unroll), (0, 1, 2)), *case)[-1] >= 4
-    assert products_per_compiled_loop(jax.grad(loss(naive_unroll), (0, 1, 2)), *case)[-1] >= 3
+    gradient = jax.grad(loss(naive_unroll), (0, 1, 2))
+    assert products_per_loop(gradient, *case)[-1] >= 3
+    assert trip_counts(gradient, *case) == [T, T]
+    assert (H, H) in carried(gradient, *case)
 
 
 def test_loops_of_the_gradient(case):
     """Each loop has one product; none accumulates a gradient."""
     gradient = jax.grad(loss(jaxrnn.unroll), (0, 1, 2))
     assert products_per_loop(gradient, *case) == [1, 1]
-    assert products_per_compiled_loop(gradient, *case) == [1, 1]
+    assert trip_counts(gradient, *case) == [T, T]
 
 
 def test_loops_of_bptt(case):
@@ -113,21 +144,12 @@ def test_second_order_needs_four_loops_and_no_more(case, mixture):
             return jax.grad(lambda *a: jax.jvp(f, a, args)[1], (0, 1, 2))(*args)
 
     assert products_per_loop(product, *case) == [1, 1, 1, 1]
+    assert trip_counts(product, *case) == [T] * 4
 
 
-@pytest.mark.parametrize(("unroll", "held"), [(jaxrnn.unroll, False), (naive_unroll, True)])
-def test_no_carry_holds_a_gradient_of_the_weights(case, unroll, held):
-    found = equations(jax.make_jaxpr(jax.grad(loss(unroll)))(*case))
-    bodies = [eqn.params["jaxpr"] for eqn, _ in found if eqn.primitive.name == "scan"]
-    # What a body puts out is a carry or one step of [T, B, H];
-    carried = [var.aval.shape for body in bodies for var in getattr(body, "jaxpr", body).outvars]
-    assert (B, H) in carried
-    assert ((H, H) in carried) == held
-
-
-def shapes(f, *args):
-    return {var.aval.shape for eqn, _ in equations(jax.make_jaxpr(f)(*args)) for var in eqn.outvars
-            if hasattr(var.aval, "shape")}  # fmt: skip
+def test_no_carry_holds_a_gradient_of_the_weights(case):
+    found = carried(jax.grad(loss(jaxrnn.unroll)), *case)
+    assert (B, H) in found and (H, H) not in found and (H, D) not in found
 
 
 def test_no_array_holds_a_jacobian_or_a_gradient_per_sequence(case):
@@ -137,10 +159,9 @@ def test_no_array_holds_a_jacobian_or_a_gradient_per_sequence(case):
         return jax.vmap(lambda x, h: jaxrnn.unroll(cell, x, h), (1, 0), (0, 1))(xs, h0)
 
     for unroll in (jaxrnn.unroll, vmapped):
-        seen = shapes(jax.grad(loss(unroll), (0, 1, 2)), cell, xs, h0)
+        seen = shapes(lowered(jax.grad(loss(unroll), (0, 1, 2)), cell, xs, h0))
         assert (H, H) in seen
-        assert not [s for s in seen if s[-2:] == (H, H) and len(s) > 2]
-        assert not [s for s in seen if s[-2:] == (H, D) and len(s) > 2]
+        assert not [s for s in seen if len(s) > 2 and s[-2:] in ((H, H), (H, D))]
 
 
 def test_vmap_runs_the_same_loops_as_the_batch(case):
@@ -149,27 +170,10 @@ def test_vmap_runs_the_same_loops_as_the_batch(case):
     def vmapped(cell, xs, h0):
         return jax.vmap(lambda x, h: jaxrnn.unroll(cell, x, h), (0, 0), (0, 0))(xs, h0)
 
-    first = jnp.moveaxis(xs, 1, 0)
-    gradient = jax.grad(loss(vmapped), (0, 1, 2))
-    assert products_per_compiled_loop(gradient, cell, first, h0) == [1, 1]
-    # Folded loops carry the batch: the states are written where the batch stands.
-    found = [eqn.outvars for eqn, _ in equations(jax.make_jaxpr(gradient)(cell, first, h0))
-             if eqn.primitive.name == "scan"]  # fmt: skip
-    assert [tuple(var.aval.shape for var in out) for out in found] == [
-        ((B, H), (B, T, H)),
-        ((B, H), (T, B, H)),
-    ]
-
-
-def test_gradients_nobody_asked_for_are_not_computed(case):
-    everything = equations(jax.make_jaxpr(jax.grad(loss(jaxrnn.unroll), (0, 1, 2)))(*case))
-    only_cell = equations(jax.make_jaxpr(jax.grad(loss(jaxrnn.unroll)))(*case))
-
-    def dots(found):
-        return sum(eqn.primitive.name == "dot_general" for eqn, _ in found)
-
-    # dx is one product; dh_0 is what the backward loop ends with.
-    assert dots(only_cell) == dots(everything) - 1
+    args = cell, jnp.moveaxis(xs, 1, 0), h0
+    of_batch, gradient = (jax.grad(loss(f), (0, 1, 2)) for f in (jaxrnn.unroll, vmapped))
+    assert products_per_loop(gradient, *args) == [1, 1]
+    assert carried(gradient, *args) == carried(of_batch, *case)
 
 
 def test_the_compiled_program_has_no_gradient_that_nobody_asked_for(case):
@@ -243,28 +247,27 @@ def test_temporaries(sizes, arrays, leaner):
     """The states; of a segment eight arrays more; weights and their like."""
     T, B, D, H = sizes
     state = 4 * B * H
-    length = _schedule.segment_length(T, (B,), H)
+    length = schedule.segment_length(T, (B,), H)
     rest = 8 * length * state * (length < T) + 4 * 8 * H * (H + D)
     limit = arrays * T * state + rest
     assert temporaries(jaxrnn.unroll, *sizes) <= limit
-    # In one piece the states and g are turned around for the backward; of one sequence too,
-    # which then are copies and no more.
-    turned = 2 * T * state * (length == T or B == 1)
-    assert temporaries(jaxrnn.unroll, *sizes, axis=0) <= limit + turned
+    # A mapped axis is moved behind time: of inputs, states and g at most two are copied for it.
+    assert temporaries(jaxrnn.unroll, *sizes, axis=0) <= limit + 2 * T * state
     assert not leaner or temporaries(jaxrnn.unroll, *sizes) < temporaries(naive_unroll, *sizes)
 
 
-def test_no_whole_array_is_transposed_or_copied():
+@pytest.mark.parametrize(("axis", "most"), [(1, 0), (0, 1)])
+def test_no_whole_array_is_transposed_or_copied(axis, most):
+    """Of a batch; of an axis that is mapped before time, g is moved once."""
     T, B, D, H = SIZES["in segments"][0]
-    for axis in (0, 1):
-        text = compiled(jaxrnn.unroll, T, B, D, H, axis=axis).as_text()
-        made = re.findall(r"= f32\[([\d,]+)\]\S* (\w+)\(.*(?:calls=%(\S*))?", text)
-        whole = [
-            (name, calls) for sizes, name, calls in made
-            if math.prod(map(int, sizes.split(","))) == T * B * H
-        ]  # fmt: skip
-        moved = [w for w in whole if w[0] in ("copy", "transpose") or "transpose" in w[1]]
-        assert whole and not moved, moved
+    text = compiled(jaxrnn.unroll, T, B, D, H, axis=axis).as_text()
+    made = re.findall(r"= f32\[([\d,]+)\]\S* (\w+)\(.*(?:calls=%(\S*))?", text)
+    whole = [
+        (name, calls) for sizes, name, calls in made
+        if math.prod(map(int, sizes.split(","))) == T * B * H
+    ]  # fmt: skip
+    moved = [w for w in whole if w[0] in ("copy", "transpose") or "transpose" in w[1]]
+    assert whole and len(moved) <= most, moved
 
 
 def test_loss_and_grads_keeps_no_more_than_the_states():
@@ -279,7 +282,7 @@ def test_loss_and_grads_keeps_no_more_than_the_states():
     ids = shape(T, B, dtype=jnp.int32)
     run = jax.jit(lambda params, ids, y: jaxrnn.loss_and_grads(params, jaxrnn.Ids(ids), y))
     found = run.lower(params, ids, ids).compile().memory_analysis().temp_size_in_bytes
-    length = _schedule.segment_length(T, (B,), H)
+    length = schedule.segment_length(T, (B,), H)
     assert length < T
     assert found <= 4 * B * (T * (H + 2) + length * (4 * H + 3 * K)) + 4 * 8 * H * (H + D + K)
 

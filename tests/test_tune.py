@@ -7,15 +7,15 @@ import pytest
 from helpers import assert_close
 
 from benchmarks import tune
-from jaxrnn import _schedule
+from jaxrnn._core import schedule
 
 
 def test_a_choice_is_forced_and_given_back():
-    rule = _schedule.segment_length
+    rule = schedule.segment_length
     with pytest.raises(ZeroDivisionError), tune.choosing("segment_length", 3):
-        assert _schedule.segment_length(784, (128,), 128) == 3
+        assert schedule.segment_length(784, (128,), 128) == 3
         raise ZeroDivisionError
-    assert _schedule.segment_length is rule
+    assert schedule.segment_length is rule
 
 
 def test_a_line_has_the_choice_in_brackets_and_the_others_beside_it():

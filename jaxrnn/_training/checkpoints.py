@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrnn import _checks
+from jaxrnn._api import checks
 from jaxrnn._training import kept
 from jaxrnn._training.kept import FOLDER
 
@@ -78,7 +78,7 @@ class Checkpoints:
             damaged = [n for n in self.steps() if math.isnan(kept.held_out_bits(out, n))]
             if damaged:
                 raise self._damaged(damaged[0], _line(error)) from error
-            raise _checks.InputError(f"{self.folder}: cannot be used: {_line(error)}") from error
+            raise checks.InputError(f"{self.folder}: cannot be used: {_line(error)}") from error
 
     def _clean(self, *unfinished):
         # Not by orbax: it does so in a thread, which the end of a short process takes by surprise.
@@ -159,7 +159,7 @@ class Checkpoints:
         path = self.folder / str(step)
         older = [str(self.folder / str(other)) for other in self.steps() if other < step]
         way = f"; without it {older[-1]} is the newest" if older else ""
-        return _checks.InputError(f"{path}: the checkpoint cannot be read: {line}{way}")
+        return checks.InputError(f"{path}: the checkpoint cannot be read: {line}{way}")
 
 
 def _held_out_bits(metrics):

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import optax
 
-from jaxrnn import _checks, train
-from jaxrnn._init import init_params
+from jaxrnn import train
+from jaxrnn._api import checks
+from jaxrnn._api.cell import init_params
 
 # These change no number of a run, so that one that goes on may have others.
 FREE = ("checkpoint_every", "skip_nonfinite")
@@ -59,11 +60,11 @@ def read_config(values: Any) -> Config:
         value, kind = getattr(config, field.name), type(field.default)
         whole_number = kind is float and type(value) is int
         if type(value) is not kind and not whole_number:
-            _checks.bad_type(field.name, kind.__name__, type(value).__name__)
+            checks.bad_type(field.name, kind.__name__, type(value).__name__)
         if kind is int:
-            _checks.whole(field.name, value, LEAST.get(field.name, 1))
+            checks.whole(field.name, value, LEAST.get(field.name, 1))
         if kind is str:
-            _checks.one_of(field.name, value, CHOICES[field.name])
+            checks.one_of(field.name, value, CHOICES[field.name])
     return config
 
 
@@ -86,7 +87,7 @@ def go_on_with(begun: Config, given: Mapping[str, Any], run: object) -> Config:
     for name, value in given.items():
         if name not in FREE and value != (before := asdict(begun)[name]):
             expected = f"{before}, as {run} was begun with"
-            raise _checks.InputError(f"{flag(name)}: expected {expected}, got {value}")
+            raise checks.InputError(f"{flag(name)}: expected {expected}, got {value}")
     return replace(begun, **given)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxrnn import _checks
+from jaxrnn._api import checks
 from jaxrnn._training.encode import Text
 from jaxrnn._training.id_file import checksum, chunks, open_ids, release
 from jaxrnn._training.levels import UNITS
@@ -86,15 +86,15 @@ def open_corpus(
     """
     ids = open_ids(path, text.length, len(text.characters))
     if verify and checksum(ids) != text.checksum:
-        raise _checks.InputError(f"{path}: expected the ids of {text.name}, got others")
+        raise checks.InputError(f"{path}: expected the ids of {text.name}, got others")
     unit = f"{UNITS[text.level]}s"
     only = _only_one(ids, text)
     if only is not None:
-        raise _checks.InputError(f"{text.name}: expected two distinct {unit}, got only {only}")
+        raise checks.InputError(f"{text.name}: expected two distinct {unit}, got only {only}")
     kept = max(2, round(text.length * held_out))
     needed = batch_size * seq_length + 1
     if text.length - kept < needed:
-        raise _checks.InputError(
+        raise checks.InputError(
             f"{text.name}: expected at least {needed:,} {unit} for training, "
             f"{batch_size} streams of one window of {seq_length}, "
             f"got {max(0, text.length - kept):,}; lower --batch-size, --seq-length or --held-out"

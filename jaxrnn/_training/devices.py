@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxrnn import _checks
+from jaxrnn._api import checks
 from jaxrnn.train import DATA as DATA
 
 # The other axis of the mesh, over which hidden units are split.
@@ -56,15 +56,15 @@ class Placement:
         devices, processes = jax.devices(), jax.process_count()
         if len(devices) % model:
             expected = f"a divisor of the {len(devices)} devices"
-            raise _checks.InputError(f"--model-devices: expected {expected}, got {model}")
+            raise checks.InputError(f"--model-devices: expected {expected}, got {model}")
         if hidden_size % model:
             expected = f"a divisor of --hidden-size {hidden_size}"
-            raise _checks.InputError(f"--model-devices: expected {expected}, got {model}")
+            raise checks.InputError(f"--model-devices: expected {expected}, got {model}")
         data = len(devices) // model
         if processes == 1:
             data = math.gcd(batch_size, data)
         elif batch_size % data:
-            raise _checks.InputError(
+            raise checks.InputError(
                 f"--batch-size: expected a multiple of {data}, over so many devices it is split, "
                 f"got {batch_size}"
             )

@@ -14,7 +14,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from jaxrnn import _checks
+from jaxrnn._api import checks
 from jaxrnn._files import partial, whole_file, writing
 from jaxrnn._training.lock import locked
 
@@ -41,15 +41,15 @@ def claimed(out: Path, config: dict[str, Any], held: ExitStack) -> Iterator[None
         out.mkdir(parents=True, exist_ok=True)
         names = [path.name for path in out.iterdir()]
         if CONFIG in names:
-            raise _checks.InputError(
+            raise checks.InputError(
                 f"--out: expected an empty or new directory, got {out}, which is a run; "
                 f"to go on with it: {shlex.join(['jaxrnn', 'train', '--resume', str(out)])}"
             )
         # What a start that was killed leaves behind is nobody's work.
         if not all(fnmatch(name, partial(out / CONFIG, ".*").name) for name in names):
-            raise _checks.InputError(f"--out: expected an empty or new directory, got {out}")
+            raise checks.InputError(f"--out: expected an empty or new directory, got {out}")
     except OSError as error:
-        raise _checks.InputError(f"--out: cannot write to {out}: {error.strerror}") from error
+        raise checks.InputError(f"--out: cannot write to {out}: {error.strerror}") from error
     begun = False
     try:
         _begin(out / CONFIG, config, held)
@@ -90,7 +90,7 @@ def _utf8(out):
     try:
         str(out.absolute()).encode()
     except UnicodeEncodeError as error:
-        raise _checks.InputError(f"--out: expected a name that is UTF-8, got {out}") from error
+        raise checks.InputError(f"--out: expected a name that is UTF-8, got {out}") from error
 
 
 def is_run(folder: Path) -> bool:
@@ -110,7 +110,7 @@ def check_writable(*folders: Path) -> None:
     """
     for folder in folders:
         if not os.access(folder, os.W_OK | os.X_OK):
-            raise _checks.InputError(f"{folder}: expected a directory that can be written")
+            raise checks.InputError(f"{folder}: expected a directory that can be written")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -136,13 +136,13 @@ def read_json(path: Path, parse: Callable[[Any], Any], what: str) -> Any:
     try:
         return parse(json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError):
-        raise _checks.InputError(
+        raise checks.InputError(
             f"{path.parent}: expected a run directory, got no {path.name} in it"
         ) from None
     except OSError as error:
-        raise _checks.InputError(f"{path}: cannot be read: {error.strerror}") from error
+        raise checks.InputError(f"{path}: cannot be read: {error.strerror}") from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise _checks.InputError(f"{path}: expected {what}: {error}") from error
+        raise checks.InputError(f"{path}: expected {what}: {error}") from error
 
 
 def append_metrics(out: Path, row: dict[str, Any]) -> None:
@@ -165,7 +165,7 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
-        raise _checks.InputError(f"{path}: cannot be read: {error}") from error
+        raise checks.InputError(f"{path}: cannot be read: {error}") from error
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
@@ -175,7 +175,7 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
             if number == len(lines) and not line.endswith("\n"):
                 break
             got = f"{line.strip()[:40]!r} in line {number}"
-            raise _checks.InputError(f"{path}: expected a row of metrics, got {got}") from None
+            raise checks.InputError(f"{path}: expected a row of metrics, got {got}") from None
         rows.append(row)
     return rows
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxrnn import _checks
+from jaxrnn._api import checks
 from jaxrnn._training import sources as texts
 from jaxrnn._training.config import CHOICES
 from jaxrnn._training.id_file import checksum, id_dtype, new_file, open_ids
@@ -60,7 +60,7 @@ def encode(
       InputError: a source that cannot be read or is empty, no UTF-8, a file that cannot be
         written.
     """
-    _checks.one_of("level", level, CHOICES["level"])
+    checks.one_of("level", level, CHOICES["level"])
     name, found = texts.find(sources)
     sizes = [source.size for source in found]
     total = None if None in sizes else sum(size for size in sizes if size)
@@ -122,7 +122,7 @@ class _Utf8:
         except UnicodeDecodeError as error:
             # What was decoded is this chunk, after the bytes that the last one left over.
             offset = self._read - len(error.object) + error.start
-            raise _checks.InputError(
+            raise checks.InputError(
                 f"{self._name}: expected UTF-8, got byte 0x{error.object[error.start]:02x} at "
                 f"offset {offset} ({error.reason}); --level byte takes any bytes"
             ) from error

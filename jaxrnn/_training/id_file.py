@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from jaxrnn import _checks
+from jaxrnn._api import checks
 from jaxrnn._files import whole_file, writing
 
 # Ids that are looked at at a time.
@@ -103,13 +103,13 @@ def open_ids(path: Path, length: int, size: int) -> np.ndarray:
         # Unlike np.load it takes nothing but a single array.
         ids = np.lib.format.open_memmap(path, mode="r")
     except OSError as error:
-        raise _checks.InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise checks.InputError(f"{path}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # the header is read as Python, and errs as that may
         line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise _checks.InputError(f"{path}: expected the ids of a text, got {line}") from error
+        raise checks.InputError(f"{path}: expected the ids of a text, got {line}") from error
     if ids.shape != (length,) or ids.dtype != id_dtype(size):
         wanted = f"{id_dtype(size)} array of shape [{length}]"
-        raise _checks.InputError(f"{path}: expected {wanted}, got {_checks.came(ids)}")
+        raise checks.InputError(f"{path}: expected {wanted}, got {checks.came(ids)}")
     return np.asarray(ids)  # the same memory, without the methods of a file
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from jaxrnn import _checks
+from jaxrnn._api import checks
 from jaxrnn.text import Vocabulary
 
 UNITS = {"char": "character", "byte": "byte"}
@@ -29,7 +29,7 @@ def to_ids(vocabulary: Vocabulary, level: str, prompt: str) -> np.ndarray:
         content = prompt.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError as error:
         at = f"{prompt[error.start]!r} at position {error.start}"
-        _checks.bad_value("text", "characters that UTF-8 has", at)
+        checks.bad_value("text", "characters that UTF-8 has", at)
     return np.frombuffer(content, np.uint8).astype(np.int32)
 
 

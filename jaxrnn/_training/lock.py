@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from jaxrnn import _checks
+from jaxrnn._api import checks
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def locked(file: Path) -> Iterator[None]:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise _checks.InputError(
+            raise checks.InputError(
                 f"{file.parent}: expected a run that nobody is training, another process is"
             ) from None
         except OSError:

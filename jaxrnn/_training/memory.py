@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from jaxrnn import _schedule
+from jaxrnn._core import schedule
 from jaxrnn._training.config import Config, initial_state
 from jaxrnn._training.corpus import Corpus
 from jaxrnn._training.devices import MODEL, Placement
@@ -50,7 +50,7 @@ def _of_an_update(config, corpus, placement) -> int:
     window = segment = config.seq_length
     if config.layers == 1:
         longest = max(config.hidden_size, alphabet)
-        segment = _schedule.segment_length(window, (sequences,), longest)
+        segment = schedule.segment_length(window, (sequences,), longest)
     units, gathered = _units(config, placement)
     of_a_segment = ARRAYS_OF_ADJOINTS * units + gathered + ARRAYS_OF_LOGITS * alphabet
     return sequences * (window * ARRAYS_OF_STATES * units + segment * of_a_segment)

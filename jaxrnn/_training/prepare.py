@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxrnn import _checks
+from jaxrnn._api import checks
 from jaxrnn._console import Console
 from jaxrnn._training import directory, kept, processes, progress, saved
 from jaxrnn._training.config import Config, go_on_with
@@ -70,14 +70,14 @@ def make_ready(asked: Asked, console: Console, held: ExitStack) -> Ready:
                 if processes.are_several():
                     directory.put_mark(asked.out)
                     marked.callback(directory.remove_mark, asked.out)
-        except _checks.InputError as error:
+        except checks.InputError as error:
             problem = error
         processes.wait_for_all("text")
         try:
             if problem is None:
                 ready = _read(asked)
                 alike = _alike(asked, ready)
-        except _checks.InputError as error:
+        except checks.InputError as error:
             problem = error
         processes.agree(problem, alike)
     return ready
@@ -87,7 +87,7 @@ def _prepare(asked, console, held):
     out, given = asked.out, asked.given
     if asked.resume:
         if asked.files:
-            raise _checks.InputError("--resume: expected no text beside it, the run has its own")
+            raise checks.InputError("--resume: expected no text beside it, the run has its own")
         begun = saved.read_begun(out)
         go_on_with(begun.config, given, out)
         held.enter_context(locked(out / directory.CONFIG))
@@ -105,7 +105,7 @@ def _prepare(asked, console, held):
 def _encode(begun, out, console, names=None):
     config = begun.config
     if names is None and STANDARD_INPUT in begun.sources:
-        raise _checks.InputError(
+        raise checks.InputError(
             f"{out}: its text came from standard input, which is gone; begin again in another place"
         )
     with progress.of_bytes(console, "encoding") as report:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxrnn import _checks
+from jaxrnn._api import checks
 from jaxrnn._training import signals
 
 # A process that has not been heard of for so many seconds is lost, and the others end.
@@ -36,7 +36,7 @@ class LostError(Exception):
         super().__init__(f"another process is gone, or the way to it ({line:.200})")
 
 
-class RefusedError(_checks.InputError):
+class RefusedError(checks.InputError):
     """A run that cannot begin, in all processes alike."""
 
 
@@ -67,7 +67,7 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
             )  # fmt: skip
     except (RuntimeError, ValueError) as error:
         line = str(error).strip().splitlines()[0]
-        raise _checks.InputError(
+        raise checks.InputError(
             f"--coordinator: cannot join the others by {where}: {line}"
         ) from error
     finally:
@@ -89,7 +89,7 @@ def _check_address(coordinator, listens):
         if listens:  # JAX would end in a fault of memory where it cannot
             socket.create_server(("", int(port))).close()
     except (OSError, ValueError) as error:
-        raise _checks.InputError(
+        raise checks.InputError(
             f"--coordinator: expected {expected}, got {coordinator} ({error})"
         ) from error
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrnn import _checks
+from jaxrnn._api import checks
 from jaxrnn._training import saved
 from jaxrnn._training.levels import Decoder, to_ids, visible
 from jaxrnn.text import Vocabulary, stream_ids
@@ -27,7 +27,7 @@ def sample(args: Any) -> int:
     try:
         ids = to_ids(vocabulary, text.level, prompt)
     except ValueError as error:
-        raise _checks.InputError(f"--prompt: {str(error).removeprefix('text: ')}") from error
+        raise checks.InputError(f"--prompt: {str(error).removeprefix('text: ')}") from error
     stream(
         state.params, vocabulary, text.level, ids, args.length, args.temperature, args.seed,
         before=ids if args.prompt else (),

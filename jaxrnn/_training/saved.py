@@ -6,7 +6,8 @@ from typing import Any
 
 import jax
 
-from jaxrnn import _checks, train
+from jaxrnn import train
+from jaxrnn._api import checks
 from jaxrnn._training import directory
 from jaxrnn._training.checkpoints import Checkpoints
 from jaxrnn._training.config import CHOICES, FREE, Config, initial_state, read_config
@@ -54,7 +55,7 @@ def read_text(out: Path) -> tuple[Text, dict[str, float]]:
 
     def parse(values):
         text = Text(**{**values["text"], "characters": tuple(values["text"]["characters"])})
-        _checks.one_of("level", text.level, CHOICES["level"])
+        checks.one_of("level", text.level, CHOICES["level"])
         Vocabulary(text.characters)  # which says what is wrong with them
         return text, {str(name): float(bits) for name, bits in values["references"].items()}
 
@@ -88,7 +89,7 @@ def check_identity(checkpoints: Checkpoints, step: int, config: Config, text: Te
             saved = found.get(name) if isinstance(found, dict) else None
             if saved != value:
                 detail = "" if name == "characters" else f", {saved} instead of {value}"
-                raise _checks.InputError(
+                raise checks.InputError(
                     f"{path}: expected a checkpoint of this run, got one of another {name}{detail}"
                 )
 
@@ -110,7 +111,7 @@ def load_state(
     if int(state.step) != step:
         path = checkpoints.folder / str(step)
         expected = f"expected the state of step {step}, got that of step {state.step}"
-        raise _checks.InputError(f"{path}: {expected}")
+        raise checks.InputError(f"{path}: {expected}")
     return state
 
 
@@ -125,7 +126,7 @@ def load(out: Path, best: bool = False) -> tuple[train.TrainState, Text, Config]
     step = checkpoints.best() if best else max(checkpoints.steps(), default=None)
     if step is None:
         which = "whose held-out loss was measured" if best and checkpoints.steps() else "yet"
-        raise _checks.InputError(f"{out}: expected a run with a checkpoint, got none {which}")
+        raise checks.InputError(f"{out}: expected a run with a checkpoint, got none {which}")
     check_identity(checkpoints, step, config, text)
     placement = Placement(1, config.hidden_size)
     return load_state(checkpoints, step, config, text, placement), text, config

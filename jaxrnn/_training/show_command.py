@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from jaxrnn import _checks
+from jaxrnn._api import checks
 from jaxrnn._console import Console
 from jaxrnn._plots import plot_run, text_plot
 from jaxrnn._training import directory, kept, saved
@@ -68,7 +68,7 @@ def _is_being_trained(out: Path) -> bool:
         # Held for no longer than this line takes.
         with locked(out / directory.CONFIG):
             return False
-    except _checks.InputError:
+    except checks.InputError:
         return True
 
 
@@ -142,6 +142,6 @@ def picture(out: Path, rows: list[dict[str, Any]], references: dict[str, float],
         plot_run(rows, references, path, unit)
     except ModuleNotFoundError:
         return "no picture: matplotlib is missing; pip install 'jaxrnn[plot]'"
-    except _checks.InputError as error:
+    except checks.InputError as error:
         return f"no picture: {error}"
     return f"picture: {path}"

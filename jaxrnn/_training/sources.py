@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jaxrnn import _checks
+from jaxrnn._api import checks
 from jaxrnn._training.directory import is_run
 
 STANDARD_INPUT = "-"
@@ -49,12 +49,12 @@ class Source:
         except OSError as error:
             unreadable(self.name, error)
         if not came:
-            raise _checks.InputError(f"{self.name}: expected text, got {self.empty}")
+            raise checks.InputError(f"{self.name}: expected text, got {self.empty}")
 
 
 def unreadable(name: object, error: OSError) -> NoReturn:
     """Raise the InputError of what cannot be read."""
-    raise _checks.InputError(f"{name}: cannot be read: {error.strerror or error}") from error
+    raise checks.InputError(f"{name}: cannot be read: {error.strerror or error}") from error
 
 
 def find(names: Sequence[str]) -> tuple[str, list[Source]]:
@@ -72,7 +72,7 @@ def find(names: Sequence[str]) -> tuple[str, list[Source]]:
         return source.name, [source]
     if names.count(STANDARD_INPUT) > 1:
         times = names.count(STANDARD_INPUT)
-        raise _checks.InputError(f"standard input: expected at most once, got {times} times")
+        raise checks.InputError(f"standard input: expected at most once, got {times} times")
     called = ["standard input" if name == STANDARD_INPUT else name for name in names]
     few = len(called) <= MOST_NAMES
     title = " ".join(called) if few else f"{called[0]} and {len(called) - 1} more"
@@ -122,7 +122,7 @@ def _below(folder: str) -> list[Source]:
         paths = [Path(where, name) for name in files if not name.startswith(".")]
         found += [(path, size) for path in paths if (size := _size(path))]
     if not found:
-        raise _checks.InputError(f"{folder}: expected text, got a directory without text files")
+        raise checks.InputError(f"{folder}: expected text, got a directory without text files")
     found.sort(key=lambda entry: entry[0].parts)
     return [_file(path, size, str(path)) for path, size in found]
 

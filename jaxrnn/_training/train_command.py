@@ -12,7 +12,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from jaxrnn import _checks
+from jaxrnn._api import checks
 from jaxrnn._console import Console
 from jaxrnn._training import devices, directory, kept, plan, processes, progress, saved
 from jaxrnn._training.config import flag
@@ -79,7 +79,7 @@ def _new_place():
 
 def _end_of_one(error):
     """What one of several processes says, and its exit code, where the others know nothing."""
-    if isinstance(error, _checks.InputError):
+    if isinstance(error, checks.InputError):
         processes.complain(error)
         return EXIT_BAD_INPUT
     if isinstance(error, OSError):
@@ -97,16 +97,16 @@ def _end_of_one(error):
 def _check_processes(args, several):
     by_hand = (args.coordinator, args.processes, args.process)
     if several and args.processes != "auto" and None in by_hand:
-        raise _checks.InputError(
+        raise checks.InputError(
             "--coordinator: expected --processes N and --process I with it, or --processes auto"
         )
     if several and not (args.out or args.resume):
-        raise _checks.InputError("--out: expected a directory that all processes see, got none")
+        raise checks.InputError("--out: expected a directory that all processes see, got none")
     if not several and args.process is not None:
-        raise _checks.InputError("--process: expected --coordinator HOST:PORT with it")
+        raise checks.InputError("--process: expected --coordinator HOST:PORT with it")
     if isinstance(args.processes, int) and (args.process or 0) >= args.processes:
         expected = f"a number from 0 to {args.processes - 1}"
-        raise _checks.InputError(f"--process: expected {expected}, got {args.process}")
+        raise checks.InputError(f"--process: expected {expected}, got {args.process}")
 
 
 def _run(asked, ready, console, sample_length):

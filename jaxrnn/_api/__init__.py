@@ -1,0 +1,1 @@
+"""The public functions: each checks its arguments once and calls the core once."""

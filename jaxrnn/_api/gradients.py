@@ -1,0 +1,157 @@
+"""Gradients by hand: of any loss of the states, and of the source's loss."""
+
+from typing import Any
+
+import jax
+
+from jaxrnn._api import checks
+from jaxrnn._api.cell import check_params
+from jaxrnn._api.sequences import check_layers, check_options, check_sequences, check_targets
+from jaxrnn._base.masking import valid_steps
+from jaxrnn._core import derivative, loss
+from jaxrnn._types import Cell, CellGradients, Gradients, Ids, Params, leading_shape
+
+
+def bptt(
+    cell: Cell,
+    xs: jax.Array | Ids,
+    h0: jax.Array | None,
+    hs: jax.Array,
+    dhs: jax.Array,
+    *,
+    dh_last: jax.Array | None = None,
+    lengths: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    drive: jax.Array | None = None,
+    reverse: bool = False,
+    truncate: int | None = None,
+    window: int | None = None,
+    implementation: str = "auto",
+    precision: Any = None,
+) -> CellGradients:
+    """The gradients of a loss that depends on the states, by backpropagation through time.
+
+    λ_t = g_t + J_{t+1}ᵀ λ_{t+1},  λ_{T+1} = 0        (λ_t = dL/dh_t, g_t = dhs_t)
+    δ_t = p_t λ_t,                                   (δ_t = dL/da_t, p_t = ∂h_t/∂a_t)
+    dL/dU = Σ δ_t x_tᵀ,  dL/dW = Σ δ_t s_{t−1}ᵀ,  dL/db = Σ δ_t
+    dL/dx_t = Uᵀ δ_t,    dL/dh_0 = J_1ᵀ λ_1,      dL/dα = Σ λ_t ∂h_t/∂α
+
+    J_t = diag(p_t) W diag(q_{t−1}) + (1 − α) I:  p = α φ'(a), q = 1, s = h in the rate form;
+    p = α, q = φ'(h), s = φ(h) in the voltage form.
+
+    Args:
+      cell: the `Cell` of the unroll.
+      xs: its inputs.
+      h0: its first state; None for zeros.
+      hs: the states that it returned, `[T, *batch, H]`.
+      dhs: ∂L/∂h_t at fixed later states, `[T, *batch, H]`; ignored on invalid steps.
+      dh_last: ∂L/∂h_last, `[*batch, H]`; None for zeros.
+      lengths: as in `unroll`.
+      mask: as in `unroll`.
+      drive: as in `unroll`.
+      reverse: as in `unroll`.
+      truncate: as in `unroll`.
+      window: as in `unroll`.
+      implementation: as in `unroll`.
+      precision: as in `unroll`.
+
+    Returns:
+      `CellGradients`, each in the dtype of what it is the gradient of.
+
+    Raises:
+      TypeError, ValueError, NotImplementedError: as `unroll`.
+
+    Numerics: the adjoint is float32 or better; so are all sums.
+
+    Inside shard_map each device returns its own share of every gradient.
+
+    Cost: one product a step; then one product over many steps for each of U, W and xs.
+
+    Source: section 3.3, with (ŷ_t − y_t) where the source prints (y_t − ŷ_t), and with the
+    Jacobian of H units, diag(1 − h²) W, where it prints that of one.
+    """
+    args = check_sequences(cell, xs, h0, lengths, mask, drive)
+    cell, xs, h0, lengths, mask, drive = args
+    shape = (*leading_shape(xs), cell.W.shape[0])
+    hs = checks.floating("hs", hs, shape, checks.swapped(shape))
+    dhs = checks.floating("dhs", dhs, shape, checks.swapped(shape))
+    if dh_last is not None:
+        dh_last = checks.floating("dh_last", dh_last, shape[1:])
+    options = check_options(args, reverse, None, truncate, window, implementation, precision)
+    return derivative.bptt(cell, xs, h0, hs, dhs, dh_last, lengths, mask, drive, options=options)
+
+
+def loss_and_grads(
+    params: Params,
+    xs: jax.Array | Ids,
+    targets: jax.Array,
+    *,
+    h0: Any = None,
+    lengths: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    drive: Any = None,
+    reverse: bool = False,
+    checkpoint_every: int | str | None = None,
+    truncate: int | None = None,
+    window: int | None = None,
+    implementation: str = "auto",
+    precision: Any = None,
+) -> tuple[jax.Array, Gradients]:
+    """The summed cross-entropy of the network and its gradients, all of section 3 by hand.
+
+    L = Σ_t L_t,  ∂L/∂Ω_t = ŷ_t − y_t,  dL/dV = Σ (ŷ_t − y_t) s_tᵀ,  dL/dc = Σ (ŷ_t − y_t),
+    g_t = q_t Vᵀ (ŷ_t − y_t), and the rest as in `bptt`; q = 1, s = h in the rate form, q = φ'(h),
+    s = φ(h) in the voltage form.
+
+    Args:
+      params: the `Params`, of one cell or of a stack, through which `unroll_layers` goes.
+      xs: inputs, float `[T, *batch, D]`, or `Ids` of `[T, *batch]`.
+      targets: integer ids `[T, *batch]`, or one-hot floats `[T, *batch, K]`.
+      h0: first state, `[*batch, H]`, of a stack in the structure of its cells; zeros by default.
+      lengths: as in `unroll`; invalid steps have no loss.
+      mask: as in `unroll`; invalid steps have no loss.
+      drive: as in `unroll`, or in `unroll_layers`.
+      reverse: as in `unroll`.
+      checkpoint_every: as in `unroll`: only every k-th state is kept, and readout and loss are
+        formed for k steps at a time.
+      truncate: as in `unroll`.
+      window: as in `unroll`.
+      implementation: as in `unroll`.
+      precision: as in `unroll`; of the products with V too.
+
+    Returns:
+      (loss, `Gradients`): the loss in nats, a scalar summed over steps and batch; the
+      gradients of params and h0, and the final state to go on from.
+
+    Raises:
+      TypeError, ValueError, NotImplementedError: as `unroll` and `cross_entropy`.
+
+    Numerics: the loss is float32 or better.
+
+    Inside shard_map each device returns its own share of the loss and of every gradient.
+
+    Cost: logits, errors and cotangents exist for a segment of the steps at a time; hs is kept.
+      With `checkpoint_every` = k, of a stack too where no layer is a pair, the states between
+      layers, logits and the rest exist for k steps at a time. Otherwise those of a stack, and
+      with `window`, exist for all steps. JAX can differentiate this again.
+
+    Source: sections 3.1 to 3.3. The upper limits S and T printed there are both the length.
+
+    >>> import jax, jaxrnn
+    >>> params = jaxrnn.init_params(jax.random.key(0), 4, 8, 4)
+    >>> xs, targets = jaxrnn.Ids(jax.numpy.array([0, 1, 2, 2])), jax.numpy.array([1, 2, 2, 3])
+    >>> loss, gradients = jaxrnn.loss_and_grads(params, xs, targets)
+    >>> loss.shape, gradients.params.cell.W.shape, gradients.h_last.shape
+    ((), (8, 8), (8,))
+    """
+    params = check_params(params)
+    check = check_sequences if isinstance(params.cell, Cell) else check_layers
+    args = check(params.cell, xs, h0, lengths, mask, drive)
+    cell, xs, h0, lengths, mask, drive = args
+    options = check_options(
+        args, reverse, checkpoint_every, truncate, window, implementation, precision
+    )
+    time, *batch = leading_shape(xs)
+    valid = valid_steps(lengths, mask, time)
+    targets = check_targets(targets, (time, *batch, params.readout.V.shape[0]), valid)
+    return loss.loss_and_grads(params, targets, xs, h0, lengths, mask, drive, options=options)

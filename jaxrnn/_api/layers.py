@@ -1,0 +1,167 @@
+"""More than one layer: stacks, and layers that read in both directions.
+
+A stack is a tuple of layers; a layer is a Cell, or a pair of Cells (forward, backward), of which
+the second reads from the end. Whatever belongs to the layers one by one, first states, final
+states and drives, comes in the structure of the cells.
+"""
+
+from typing import Any
+
+import jax
+
+from jaxrnn._api import checks
+from jaxrnn._api.cell import check_cells
+from jaxrnn._api.sequences import check_inputs_of, check_layers, check_options
+from jaxrnn._core import layers
+from jaxrnn._types import Cell, Cells, Ids, directions, first_cell
+
+
+def unroll_layers(
+    cells: Cells,
+    xs: jax.Array | Ids,
+    h0: Any = None,
+    *,
+    lengths: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    drive: Any = None,
+    reverse: bool = False,
+    checkpoint_every: int | str | None = None,
+    truncate: int | None = None,
+    window: int | None = None,
+    implementation: str = "auto",
+    precision: Any = None,
+    dropout: float = 0.0,
+    key: jax.Array | None = None,
+    residual: bool = False,
+) -> tuple[Any, jax.Array]:
+    """The outputs of a stack: those of each layer are the inputs of the next.
+
+    y_0 = xs,  h^l = unroll(cell_l, drop(y_{l−1})),  y_l = g(h^l), or with `residual` from the
+    second layer on y_l = g(h^l) + y_{l−1}; g(h) is h in the rate form, φ(h) in the voltage form
+
+    Args:
+      cells: a tuple of layers, each a `Cell` or a pair of them (forward, backward), whose
+        outputs stand side by side; or one `Cell`.
+      xs: inputs of the first layer, float `[T, *batch, D]`, or `Ids` of `[T, *batch]`.
+      h0: first states, in the structure of `cells`; zeros by default, for any layer too.
+      lengths: as in `unroll`, for all layers.
+      mask: as in `unroll`, for all layers.
+      drive: as in `unroll`, in the structure of `cells`; None for any layer without.
+      reverse: every layer reads in the other direction.
+      checkpoint_every: as in `unroll`, for all layers.
+      truncate: as in `unroll`, for all layers.
+      window: as in `unroll`, for all layers.
+      implementation: as in `unroll`, for all layers.
+      precision: as in `unroll`, for all layers.
+      dropout: the probability with which each entry of what one layer hands to the next is
+        set to 0; the others are divided by 1 − dropout. 0 ≤ dropout < 1.
+      key: a JAX random key, where dropout is above 0.
+      residual: each layer but the first adds its inputs to its outputs.
+
+    Returns:
+      (h_last, y_L): the final state of every layer, in the structure of `cells`, and the
+      outputs of the last layer, `[T, *batch, H]`; of a pair `[T, *batch, H_forward + H_backward]`; 0 on
+      invalid steps.
+
+    Raises:
+      TypeError, ValueError, NotImplementedError: as `unroll`; layers that do not fit each other;
+        a dropout outside [0, 1), or without a key.
+
+    Cost: as `unroll`, for each layer; the outputs between layers are kept.
+
+    >>> import jax, jaxrnn
+    >>> keys = jax.random.split(jax.random.key(0), 2)
+    >>> cells = jaxrnn.init_cell(keys[0], 4, 3), jaxrnn.init_cell(keys[1], 3, 5)
+    >>> h_last, hs = jaxrnn.unroll_layers(cells, jax.numpy.ones((7, 2, 4)))
+    >>> [h.shape for h in h_last], hs.shape
+    ([(2, 3), (2, 5)], (7, 2, 5))
+    """
+    args = check_layers(cells, xs, h0, lengths, mask, drive)
+    residual = checks.boolean("residual", residual)
+    _check_residual(residual, args[0])
+    dropout = _check_dropout(dropout, key)
+    options = check_options(
+        args, reverse, checkpoint_every, truncate, window, implementation, precision
+    )
+    return layers.unroll(*args, None, key, options=options, dropout=dropout, residual=residual)
+
+
+def bidirectional(
+    forward: Cells,
+    backward: Cells,
+    xs: jax.Array | Ids,
+    h0: Any = None,
+    *,
+    lengths: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    drive: Any = None,
+    checkpoint_every: int | str | None = None,
+    truncate: int | None = None,
+    window: int | None = None,
+    implementation: str = "auto",
+    precision: Any = None,
+) -> tuple[Any, jax.Array]:
+    """The outputs of two networks that read the same inputs from either end.
+
+    Args:
+      forward: a `Cell`, or a stack as in `unroll_layers`, that reads from the first step.
+      backward: one that reads from the last step, with `lengths` from the last valid one.
+      xs: inputs, float `[T, *batch, D]`, or `Ids` of `[T, *batch]`.
+      h0: (first state of forward, of backward), each in the structure of its cells; zeros by
+        default.
+      lengths: as in `unroll`.
+      mask: as in `unroll`.
+      drive: (of forward, of backward), as in `unroll_layers`.
+      checkpoint_every: as in `unroll`.
+      truncate: as in `unroll`, counted in the order in which each reads.
+      window: as in `unroll`, likewise.
+      implementation: as in `unroll`.
+      precision: as in `unroll`.
+
+    Returns:
+      ((h_last of forward, h_last of backward), ys): the state of each after the last step that
+      it reads, and the outputs side by side, 0 on invalid steps, aligned with xs,
+      `[T, *batch, H_forward + H_backward]`.
+
+    Raises:
+      TypeError, ValueError, NotImplementedError: as `unroll_layers`.
+
+    Source: Schuster and Paliwal 1997, "Bidirectional recurrent neural networks".
+
+    >>> import jax, jaxrnn
+    >>> keys = jax.random.split(jax.random.key(0), 2)
+    >>> cells = [jaxrnn.init_cell(key, 4, 3) for key in keys]
+    >>> _, hs = jaxrnn.bidirectional(*cells, jax.numpy.ones((7, 2, 4)))
+    >>> hs.shape
+    (7, 2, 6)
+    """
+    cells = check_cells("forward", forward), check_cells("backward", backward)
+    sizes = [first_cell(cell).U.shape[1] for cell in cells]
+    if sizes[1] != sizes[0]:
+        checks.bad_value("backward", f"a first U of shape [any, {sizes[0]}]", f"[any, {sizes[1]}]")
+    args = cells, *check_inputs_of(cells, xs, h0, lengths, mask, drive)
+    options = check_options(
+        args, False, checkpoint_every, truncate, window, implementation, precision
+    )
+    return layers.unroll_both(*args, options=options)
+
+
+def _check_residual(residual: bool, cells: Any) -> None:
+    if isinstance(cells, Cell):
+        return
+    sizes = [sum(cell.W.shape[0] for cell in directions(layer)) for layer in cells]
+    if residual and len(set(sizes)) > 1:
+        got = "sizes " + ", ".join(map(str, sizes))
+        checks.bad_value("residual", "layers of one size", got)
+
+
+def _check_dropout(rate: float, key: jax.Array | None) -> float:
+    """Require a probability below 1, and a key where it is above 0."""
+    rate = checks.number("dropout", rate)
+    if not 0 <= rate < 1:
+        checks.bad_value("dropout", "a number from 0 to below 1", rate)
+    if rate and key is None:
+        checks.bad_value("key", "a JAX random key, with dropout above 0", None)
+    if rate:
+        checks.random_key("key", key)
+    return rate

@@ -1,0 +1,170 @@
+"""The states of whole sequences, and one step of them."""
+
+from functools import partial
+from typing import Any
+
+import jax
+
+from jaxrnn._api import checks
+from jaxrnn._api.cell import check_cell, check_inputs, check_last_axis
+from jaxrnn._api.sequences import check_options, check_sequences
+from jaxrnn._base.arithmetic import cast, result_dtype, safe_ids
+from jaxrnn._core import derivative, layers
+from jaxrnn._types import Cell, Ids, leading_shape
+
+
+def unroll(
+    cell: Cell,
+    xs: jax.Array | Ids,
+    h0: jax.Array | None = None,
+    *,
+    lengths: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    drive: jax.Array | None = None,
+    reverse: bool = False,
+    checkpoint_every: int | str | None = None,
+    truncate: int | None = None,
+    window: int | None = None,
+    implementation: str = "auto",
+    precision: Any = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The hidden states of whole sequences, final state first.
+
+    rate:     h_t = (1 − α) h_{t−1} + α φ(W h_{t−1} + U x_t + b + drive_t)
+    voltage:  h_t = (1 − α) h_{t−1} + α (W φ(h_{t−1}) + U x_t + b + drive_t)
+
+    for t = 1 … T, h_0 given, α = 1 without a leak. What the voltage form puts out, φ(h), is
+    `outputs(cell, hs)`.
+
+    Differentiable in cell, xs, h0 and drive, in every mode and to every order; under vmap a
+    mapped axis costs what a batch axis does.
+
+    Args:
+      cell: the `Cell`.
+      xs: inputs, float `[T, *batch, D]`, or `Ids` of `[T, *batch]`.
+      h0: first state, `[*batch, H]`; zeros by default.
+      lengths: integers `[*batch]`, 0 … T: how many steps of each sequence are valid.
+      mask: bool `[T, *batch]`: which steps are valid, for gaps anywhere. Not with `lengths`.
+      drive: added to the pre-activation, `[T, *batch, H]`: noise, a perturbation, an input
+        computed elsewhere. Its gradient is delta.
+      reverse: run from t = T down to 1, each sequence from its own length down; hs stays
+        aligned with xs.
+      checkpoint_every: keep only every k-th state for the derivatives, and compute the others
+        again, to every order: k ≥ 1, or "sqrt" for about √T. Where only h_last is used, a
+        gradient then needs memory for T/k + k steps. Not with `window`.
+      truncate: truncated BPTT: no derivative passes from a_{mk+1} to h_{mk}, m ≥ 1, k ≥ 1; a
+        leak and h_0 stay connected. Steps are counted as they are read, invalid ones not.
+      window: derivatives of h_t reach a_{t−k+1} … a_t, k ≥ 1, as if h_t were recomputed by k
+        whole steps, leak included, from an h_{t−k} that does not move: the sum of 3.3 cut off
+        at k terms. Steps are counted likewise. Not with `truncate`.
+      implementation: by what the loops over time are run, forward and in all derivatives. "scan":
+        `jax.lax.scan`. "mosaic_gpu", "pallas_tpu": one kernel for all steps, W kept on the chip;
+        tanh, relu, sigmoid, identity in the rate form. "associative": derivatives by products of Jacobians, in
+        logarithmic depth and memory for T · B · H² numbers; forward a scan.
+        "auto": a kernel where it was measured to be exact and faster on the device, else the scan.
+      precision: of every product, as `jax.numpy.matmul` takes it; None is JAX's default.
+
+    Returns:
+      (h_last, hs): the state after the last valid step (h0 where there is none),
+      `[*batch, H]`, and the states of all steps, `[T, *batch, H]`, 0 on invalid steps. The
+      dtype is what JAX promotes xs (not Ids), h0, cell and drive to.
+
+    Raises:
+      TypeError: a dtype of the wrong kind; bare integers as xs.
+      ValueError: shapes that do not fit, lengths outside 0 … T, two options that exclude each
+        other, an invalid id whose value can be seen (under jit the state becomes NaN),
+        `checkpoint_every` where T is symbolic.
+      NotImplementedError: the implementation asked for cannot run this; it says why.
+
+    Numerics: in bfloat16 and float16 products and pre-activations are float32, each state is
+    rounded once. Invalid steps may hold NaN or inf, their cotangents too: neither reaches
+    anything. phi' is found from the state (tanh: (1 − h)(1 + h)), or for a plain callable
+    from the recomputed pre-activation.
+
+    Cost: two products a step forward, that with U for all steps at once where it pays, and
+    one a step backward; the gradient of each parameter is one product over many steps. Beyond
+    inputs and parameters only hs is kept, and what a segment of the steps needs. With
+    `checkpoint_every` the backward runs the forward again; with `window` = k it takes a product
+    over all steps k times.
+    Outside jit, checking ids and lengths that lie on a device waits for them.
+
+    Source: section 2, equation 1; section 3.3 for its derivative.
+
+    >>> import jax, jaxrnn
+    >>> cell = jaxrnn.init_cell(jax.random.key(0), input_size=4, hidden_size=3)
+    >>> h_last, hs = jaxrnn.unroll(cell, jax.numpy.ones((7, 2, 4)))
+    >>> h_last.shape, hs.shape
+    ((2, 3), (7, 2, 3))
+    """
+    args = check_sequences(cell, xs, h0, lengths, mask, drive)
+    options = check_options(
+        args, reverse, checkpoint_every, truncate, window, implementation, precision
+    )
+    return derivative.unroll(*args, options=options)
+
+
+def step(cell: Cell, x: jax.Array | Ids, h: jax.Array, *, precision: Any = None) -> jax.Array:
+    """One step of the recurrence, the hidden state that follows `h`.
+
+    rate:     h_t = (1 − α) h_{t−1} + α φ(W h_{t−1} + U x_t + b)
+    voltage:  h_t = (1 − α) h_{t−1} + α (W φ(h_{t−1}) + U x_t + b)
+
+    Args:
+      cell: the `Cell`.
+      x: the input x_t, `[*batch, D]`, or `Ids` of shape `[*batch]`.
+      h: the state h_{t−1}, `[*batch, H]`.
+      precision: of the products, as `jax.numpy.matmul` takes it.
+
+    Returns:
+      h_t, `[*batch, H]`, in the result dtype of cell, x and h.
+
+    Raises:
+      TypeError: a dtype that is not floating, or bare integers as x.
+      ValueError: shapes that do not fit, or an invalid id.
+
+    Source: section 2, equation 1.
+
+    >>> import jax, jaxrnn
+    >>> cell = jaxrnn.init_cell(jax.random.key(0), 4, 3)
+    >>> jaxrnn.step(cell, jax.numpy.ones(4), jax.numpy.zeros(3)).shape
+    (3,)
+    """
+    cell = check_cell("cell", cell)
+    checks.precision(precision)
+    hidden_size, input_size = cell.U.shape
+    x = check_inputs("x", x, input_size, time=False)
+    if isinstance(x, Ids):
+        checks.in_range("x.ids", x.ids, input_size)
+    h = checks.floating("h", h, (*leading_shape(x), hidden_size))
+    return _step(cell, x, h, precision=precision)
+
+
+# Compiled, so that the row of NaN for invalid ids is no array that jax_debug_nans could see.
+@partial(jax.jit, static_argnames="precision")
+def _step(cell, x, h, *, precision):
+    if isinstance(x, Ids):
+        x = safe_ids(x.ids, cell.U.shape[1])
+    cell, x, h = cast((cell, x, h), result_dtype(cell, x, h))
+    return layers.step(cell, x, h, precision)[0]
+
+
+def outputs(cell: Cell, hs: jax.Array) -> jax.Array:
+    """What the units put out, given the states that `unroll` returns.
+
+    s_t = h_t in the rate form, s_t = φ(h_t) in the voltage form: what W and a readout multiply.
+
+    Args:
+      cell: the `Cell`.
+      hs: states, `[..., H]`.
+
+    Returns:
+      Outputs, `[..., H]`, in the dtype of hs. On invalid steps hs is 0 and this φ(0); the outputs
+      of `unroll_layers` are 0 there.
+
+    Raises:
+      TypeError: a dtype that is not floating.
+      ValueError: states of another size.
+    """
+    cell = check_cell("cell", cell)
+    hs = check_last_axis("hs", hs, cell.W.shape[0])
+    return layers.outputs(cell, hs)

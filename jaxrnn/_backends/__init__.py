@@ -1,0 +1,1 @@
+"""Other programs for the two loops, which take and return plain arrays."""

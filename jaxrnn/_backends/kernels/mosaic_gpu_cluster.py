@@ -1,0 +1,83 @@
+"""The same loops where M is too large for one block: a cluster of blocks shares it.
+
+Each block holds 64 rows of M. Every step it puts its rows of v into device memory, where they stay
+in the L2 cache, waits for the cluster, and copies the whole of v into its shared memory.
+"""
+
+import jax
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxrnn._backends.kernels._tiles import Exchange, Tile, call, iterate, multiply, store
+from jaxrnn._backends.kernels.loops import Arrays, Loop
+
+# Rows of M in a block.
+ROWS = 64
+# A cluster has at most 16 blocks; above 8 the size is one that not every GPU offers.
+MAX_HIDDEN = 16 * ROWS
+
+
+def cluster(
+    loop: Loop, arrays: Arrays, out_dtype, sequences: int, *, reverse, interpret, slots
+) -> tuple[jax.Array, jax.Array | None]:
+    """Launch a cluster per network and tile, on arrays that lie as `[..., H, B]`, padded."""
+    networks, hidden, batch = arrays.c0.shape
+    dtype = arrays.matrix.dtype
+
+    def kernel(arrays, out, end, shared, m_s, v_s, own_s, loaded, reloaded, published):
+        network = lax.axis_index("network")
+        rows = pl.ds(lax.axis_index("block") * ROWS, ROWS)
+        columns = pl.ds(lax.axis_index("tile") * sequences, sequences)
+        tile = Tile(network, rows, columns, 0)
+
+        plgpu.copy_gmem_to_smem(arrays.matrix.at[network, rows], m_s, loaded)
+        plgpu.copy_gmem_to_smem(arrays.v0.at[network, :, columns], v_s, loaded)
+        plgpu.barrier_wait(loaded)
+
+        def slot(j):
+            return lax.rem(j, np.int32(slots))
+
+        def product(j):
+            return multiply(m_s, v_s)
+
+        def publish(j, v):
+            # Two slots: the copies out of this one are of step j−2, and each had ended before its
+            # block arrived at the barrier of step j−1. own_s is free: the wait below saw to it.
+            store(own_s, v)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(own_s, tile.of(shared, slot(j)))
+            plgpu.wait_smem_to_gmem(0)
+            plgpu.barrier_arrive(published)
+
+        def collect(j):
+            plgpu.barrier_wait(published)
+            # The product that read v_s has ended: this block has one warpgroup.
+            plgpu.copy_gmem_to_smem(shared.at[slot(j), network, :, columns], v_s, reloaded)
+            plgpu.barrier_wait(reloaded)
+
+        iterate(loop, arrays, out, end, tile, Exchange(product, publish, collect), reverse)
+
+    return call(
+        kernel,
+        loop,
+        arrays,
+        out_dtype,
+        {
+            "m_s": plgpu.SMEM((ROWS, hidden), dtype),
+            "v_s": plgpu.SMEM((hidden, sequences), dtype),
+            "own_s": plgpu.SMEM((ROWS, sequences), dtype),
+            "loaded": plgpu.Barrier(num_arrivals=2),
+            "reloaded": plgpu.Barrier(),
+            "published": plgpu.ClusterBarrier(collective_axes=("block",)),
+        },
+        spare=(jax.ShapeDtypeStruct((slots, networks, hidden, batch), dtype),),
+        interpret=interpret,
+        grid=(networks, batch // sequences),
+        grid_names=("network", "tile"),
+        cluster=(hidden // ROWS,),
+        cluster_names=("block",),
+        num_threads=1,
+        thread_name="warpgroup",
+    )

@@ -1,0 +1,226 @@
+"""By which program the two loops over time are run: a scan, a kernel, an associative scan.
+
+None changes what is computed, beyond the rounding of sums; derivatives never see which one ran.
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+from math import prod
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+
+from jaxrnn._backends.target import Device, config_value, target
+from jaxrnn._base.forms import NAMED
+from jaxrnn._base.options import Options
+
+
+class Measured(NamedTuple):
+    """Where a kernel was measured: exact, and faster than the scan.
+
+    Args:
+      kind: the device, as JAX calls it.
+      dtype: of the cell.
+      hidden: the sizes H, (least, most).
+      batch: the sizes B, (least, most).
+      implementation: the kernel.
+    """
+
+    kind: str
+    dtype: str
+    hidden: tuple[int, int]
+    batch: tuple[int, int]
+    implementation: str
+
+
+# What "auto" takes. An entry has a file in benchmarks/results/ that shows it; there is none yet.
+MEASURED: tuple[Measured, ...] = ()
+
+# The largest H of each dtype.
+LARGEST = {
+    "mosaic_gpu": {"bfloat16": 1024, "float16": 1024, "float32": 160},
+    "pallas_tpu": {"bfloat16": 2304, "float32": 1664},
+}
+KERNELS = tuple(LARGEST)
+# Mosaic compiles no product of bfloat16 for them ("Unsupported matmul RHS type").
+FLOAT32_ONLY = ("TPU v2", "TPU v3")
+_PLATFORM = {"mosaic_gpu": "cuda", "pallas_tpu": "tpu"}
+
+
+def device_for(implementation: str) -> Device | None:
+    """The device that programs traced now are for; None where nothing depends on it."""
+    if implementation not in KERNELS and not (implementation == "auto" and MEASURED):
+        return None
+    return target()
+
+
+def with_device(options: Options, time: Any) -> Options:
+    """The same, for the device and the default precision of now: derivatives are traced later.
+
+    Raises:
+      NotImplementedError: a kernel, or products of Jacobians, for a symbolic T.
+    """
+    name, precision = options.implementation, options.precision
+    if precision is None:
+        precision = config_value("jax_default_matmul_precision")
+    if isinstance(time, int):
+        return options._replace(precision=precision, device=device_for(name))
+    if name in (*KERNELS, "associative"):
+        _refuse(name, f"it needs a T that is a number, not {time}")
+    return options._replace(precision=precision)
+
+
+def _refuse(name: str, reason: str) -> NoReturn:
+    raise NotImplementedError(f"implementation={name!r}: {reason}")
+
+
+def choose(
+    options: Options,
+    W: jax.Array | jax.ShapeDtypeStruct,
+    batch: tuple[int, ...],
+    function: Callable[[jax.Array], jax.Array],
+    form: str = "rate",
+) -> str:
+    """What runs a loop: "scan", "associative" or a kernel.
+
+    Args:
+      options: how it is asked for.
+      W: recurrent weights, `[H, H]`.
+      batch: all axes that share them.
+      function: φ, or φ' from what the loop reads.
+      form: of the cell.
+
+    Raises:
+      NotImplementedError: a kernel that was asked for by name cannot run this.
+    """
+    name, given = options.implementation, (options, W, batch, function, form)
+    if name == "auto":
+        won = (m.implementation for m in MEASURED if _won(m, options, W, batch))
+        return next((m for m in won if _unsupported(m, *given) is None), "scan")
+    reason = _unsupported(name, *given) if name in KERNELS else None
+    if reason is not None:
+        _refuse(name, reason)
+    return name
+
+
+def perform(
+    name: str,
+    options: Options,
+    args: tuple,
+    *,
+    scan: Callable[..., Any],
+    kernel: Callable[..., Any],
+    associative: Callable[..., Any] | None = None,
+) -> Any:
+    """What `choose` has named; where a loop is not linear, "associative" is the scan.
+
+    A kernel that "auto" chose gives way to the scan where the program is compiled for another
+    platform: for arrays that lie on the CPU of a machine with a GPU. The derivative of a kernel,
+    where no rule of the library stands around it (in that of `loss_and_grads`), is the scan's.
+    """
+    if name == "associative" and associative is not None:
+        return associative(*args)
+    if name not in KERNELS:
+        return scan(*args)
+
+    @jax.custom_jvp
+    def run(*args):
+        if options.implementation == "auto":
+            return jax.lax.platform_dependent(*args, default=scan, **{_PLATFORM[name]: kernel})
+        return kernel(*args)
+
+    run.defjvp(partial(jax.jvp, scan))
+    return run(*args)
+
+
+def _won(m, options, W, batch) -> bool:
+    device = options.device
+    if device is None or device.kind != m.kind or W.dtype != m.dtype:
+        return False
+    # XLA does not split a kernel over devices.
+    if device.many and set(jax.sharding.get_abstract_mesh().axis_types) != {AxisType.Manual}:
+        return False
+    sizes = ((m.hidden, W.shape[0]), (m.batch, prod(batch)))
+    return all(least <= size <= most for (least, most), size in sizes)
+
+
+def _unsupported(name, options, W, batch, function, form) -> str | None:
+    """Why a kernel cannot run a loop; None where it can."""
+    hidden_size, device, dtype = W.shape[0], options.device, W.dtype.name
+    if form != "rate":
+        return f"it runs the rate form, not the {form} form"
+    if name == "mosaic_gpu" and not (0, 11) <= jax.__version_info__ < (0, 13):
+        return f"it is written for jax 0.11 and 0.12 (Python 3.12), not {jax.__version__}"
+    if device is None or not _runs_on(name, device):
+        wanted = {"mosaic_gpu": "an NVIDIA GPU of compute capability 9.0", "pallas_tpu": "a TPU"}
+        return f"it needs {wanted[name]}, not {_named(device)}"
+    if dtype not in LARGEST[name]:
+        return f"it runs {', '.join(LARGEST[name])}, not {dtype}"
+    if device.kind in FLOAT32_ONLY and dtype != "float32":
+        return f"it runs float32 on {device.kind}, not {dtype}"
+    if not all(isinstance(size, int) for size in (hidden_size, *batch)):
+        return f"it needs sizes that are numbers, not {[*batch, hidden_size]}"
+    if hidden_size > LARGEST[name][dtype]:
+        return f"it takes H up to {LARGEST[name][dtype]} in {dtype}, not {hidden_size}"
+    if prod(batch) * hidden_size == 0:
+        return f"it needs states, not those of shape {[*batch, hidden_size]}"
+    if not any(function in (a.function, a.derivative_from_output) for a in NAMED.values()):
+        return f"it has {', '.join(NAMED)}, not another activation"
+    if _explicit(W):
+        return "it does not run under explicit sharding (shard_map will do)"
+    if meaning(options.precision) not in _multiplies(name, dtype):
+        return f"its products of {dtype} are {_PRODUCTS[name]}, not of {options.precision!r}"
+    return None
+
+
+def _explicit(W) -> bool:
+    meshes = [jax.sharding.get_abstract_mesh()]
+    if isinstance(W, jax.Array):
+        meshes.append(jax.typeof(W).sharding.mesh)
+    return any(AxisType.Explicit in mesh.axis_types for mesh in meshes)
+
+
+def _runs_on(name: str, device: Device) -> bool:
+    if name == "pallas_tpu":
+        return device.platform == "tpu"
+    return device.platform == "gpu" and device.capability == "9.0"
+
+
+def _named(device: Device | None) -> str:
+    return "none" if device is None else f"{device.kind} ({device.platform})"
+
+
+_PRODUCTS = {
+    "mosaic_gpu": "TensorFloat-32, summed in float32",
+    "pallas_tpu": "those of precision 'default' or 'highest'",
+}
+
+
+def _multiplies(name: str, dtype: str) -> tuple:
+    """The precisions that a kernel gives products of a dtype, as `meaning` has them."""
+    default, high, highest = ((p, p) for p in jax.lax.Precision)
+    if dtype != "float32":  # one pass is exact
+        return None, default, high, highest
+    if name == "mosaic_gpu":
+        return None, default, high, jax.lax.DotAlgorithmPreset.TF32_TF32_F32
+    return None, default, highest
+
+
+def meaning(precision: Any) -> Any:
+    """What JAX makes of a precision here and now: None, a pair, or an algorithm.
+
+    Raises:
+      ValueError, TypeError: it is none.
+    """
+    return _meaning(precision, config_value("jax_default_matmul_precision"))
+
+
+@cache
+def _meaning(precision: Any, default: str | None) -> Any:
+    del default  # what None means
+    x = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    product = jax.make_jaxpr(lambda x: jnp.matmul(x, x, precision=precision))(x)
+    (found,) = (e.params["precision"] for e in product.eqns if "precision" in e.params)
+    return found

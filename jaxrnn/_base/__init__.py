@@ -1,0 +1,1 @@
+"""One step of the recurrence: its arithmetic, its forms, masks and options."""

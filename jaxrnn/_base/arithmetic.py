@@ -1,0 +1,144 @@
+"""The arithmetic of one step, which the loops share: products, dtypes of sums, layouts.
+
+The source writes column vectors, `U x + W h + b`. Here features stand last, so that the same
+line serves one vector and any batch: `W h` is written `h @ W.T`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxrnn._jax import sharding
+from jaxrnn._types import Cell, Ids
+
+
+def accumulation_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """The dtype of sums: float32 for the half precisions, else the dtype itself."""
+    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
+
+
+def wide(ids: jax.Array) -> jax.Array:
+    """Ids or lengths in at least 32 bits: a narrow dtype cannot hold the size they are held to."""
+    return ids.astype(jnp.int32) if ids.dtype.itemsize < 4 else ids
+
+
+def result_dtype(*trees: object) -> jnp.dtype:
+    """What JAX promotes all float leaves to; ids and masks do not count."""
+    leaves = [x for x in jax.tree.leaves(trees) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.result_type(*leaves)
+
+
+def cast(tree, dtype: jnp.dtype):
+    """Every float leaf in one dtype; ids and masks as they are."""
+    return jax.tree.map(
+        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+    )
+
+
+def cast_like(tree, template):
+    """Every leaf in the dtype of the leaf of `template` that stands in its place."""
+    return jax.tree.map(lambda x, t: x.astype(t.dtype), tree, template)
+
+
+def product(y: jax.Array, matrix: jax.Array, precision: Any = None) -> jax.Array:
+    """y @ matrix in the matrix's dtype, accumulated in float32 or better."""
+    accumulate = accumulation_dtype(matrix.dtype)
+    contracted = (((y.ndim - 1,), (0,)), ((), ()))
+    return lax.dot_general(
+        y.astype(matrix.dtype), matrix, contracted,
+        precision=precision, preferred_element_type=accumulate,
+    )  # fmt: skip
+
+
+def repeated_product(
+    matrix: jax.Array, precision: Any, weights_left: bool
+) -> Callable[[jax.Array], jax.Array]:
+    """`product` by one matrix for the steps of a loop, in the orientation that is faster."""
+    if not weights_left:
+        return lambda y: product(y, matrix, precision)
+    left, accumulate = matrix.T, accumulation_dtype(matrix.dtype)
+
+    def run(y):
+        contracted = (((1,), (y.ndim - 1,)), ((), ()))
+        y = y.astype(left.dtype)
+        found = lax.dot_general(
+            left, y, contracted, precision=precision, preferred_element_type=accumulate
+        )
+        # Without the barrier, XLA turns the product around to spare the small transpose.
+        return jnp.moveaxis(lax.optimization_barrier(found), 0, -1)
+
+    return run
+
+
+def sum_outer(delta: jax.Array, x: jax.Array, precision: Any) -> jax.Array:
+    """Σ δ_t x_tᵀ over time and batch: one product."""
+    axes, x = tuple(range(delta.ndim - 1)), x.astype(delta.dtype)
+    laid_out = sharding.of_outer(delta, x)
+    contracted = ((axes, axes), ((), ()))
+    return lax.dot_general(delta, x, contracted, precision=precision, out_sharding=laid_out)
+
+
+def like(value: jax.Array, a: jax.Array) -> jax.Array:
+    """A bias or a leak with the dtype and shape of `a`; its transpose sums in that dtype."""
+    return jnp.broadcast_to(value.astype(a.dtype), a.shape)
+
+
+class RowWeights(NamedTuple):
+    """A cell's weights as the products with row vectors want them, formed once, not per step.
+
+    XLA's CPU back end multiplies by a stored transpose faster than by a transposed operand.
+    """
+
+    U_T: jax.Array  # [D, H]; for ids [D + 1, H], with b in each row and NaN in the last
+    W_T: jax.Array  # [H, H]
+    b: jax.Array | None
+    precision: Any  # of the products, static
+
+
+def row_weights(cell: Cell, xs: jax.Array | Ids, precision: Any = None) -> RowWeights:
+    """Transpose a cell's weights, for float inputs or for ids."""
+    U_T = cell.U.T
+    if isinstance(xs, Ids):
+        rows = U_T.astype(accumulation_dtype(U_T.dtype))
+        rows = rows if cell.b is None else rows + like(cell.b, rows)
+        U_T = jnp.concatenate([rows, jnp.full_like(rows, jnp.nan, shape=(1, rows.shape[1]))])
+    return RowWeights(U_T, cell.W.T, cell.b, precision)
+
+
+def from_inputs(
+    weights: RowWeights, x: jax.Array | Ids, drive: jax.Array | None = None
+) -> jax.Array:
+    """U x + b + drive, the part of a that needs no state, for one step or for all."""
+    if isinstance(x, Ids):
+        # The ids have been made safe: an invalid one names the row of NaN.
+        laid_out = sharding.of_rows(weights.U_T, x.ids)
+        a = weights.U_T.at[x.ids].get(mode="promise_in_bounds", out_sharding=laid_out)
+    else:
+        a = product(x, weights.U_T, weights.precision)
+        a = a if weights.b is None else a + like(weights.b, a)
+    return a if drive is None else a + drive.astype(a.dtype)
+
+
+def preactivation(
+    weights: RowWeights, x: jax.Array | Ids, s_prev: jax.Array, drive: jax.Array | None = None
+) -> jax.Array:
+    """a = W s_prev + U x + b + drive, for one step or, as two products, for many at once."""
+    return product(s_prev, weights.W_T, weights.precision) + from_inputs(weights, x, drive)
+
+
+def from_moving_weights(dU: jax.Array, xs: jax.Array | Ids, precision: Any) -> jax.Array:
+    """dU x; its transpose is Σ δ xᵀ, for ids the sum of the δ of each id."""
+    if isinstance(xs, Ids):
+        laid_out = sharding.of_rows(dU.T, xs.ids)
+        return dU.T.at[xs.ids].get(mode="fill", fill_value=0, out_sharding=laid_out)
+    return product(xs, dU.T, precision)
+
+
+def safe_ids(ids: jax.Array, size: int) -> Ids:
+    """Send every invalid id to the row behind the last."""
+    ids = wide(ids)
+    valid = (ids >= 0) & (ids < size)
+    return Ids(jnp.where(valid, ids, 0).astype(jnp.int32) + jnp.where(valid, 0, size))

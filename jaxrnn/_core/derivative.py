@@ -1,0 +1,415 @@
+"""The states of whole sequences and their one derivative rule.
+
+The recurrence, with f and g elementwise over units:
+
+    a_t = W s_{t−1} + U x_t + b + drive_t,    s_{t−1} = g(h_{t−1}),    h_t = f(a_t, h_{t−1})
+
+Its derivative at each step is three diagonals around one matrix,
+
+    p_t = ∂f/∂a,    k_t = ∂f/∂h,    q_{t−1} = g'(h_{t−1}),
+    J_t = ∂h_t/∂h_{t−1} = diag(p_t) W diag(q_{t−1}) + diag(k_t),
+
+(`_base/forms.py` has them for each form), and everything that can happen to a step is in them: an
+invalid one has p = 0 and k = 1, a cut one q = 0. The tangent of the states is then a linear
+recurrence, forward in time,
+
+    dh_t = J_t dh_{t−1} + e_t
+    e_t  = p_t (dW s_{t−1} + dU x_t + U dx_t + db + ddrive_t) + (∂f/∂α) dα
+
+where e is a few products over many steps at once. The transpose of the whole is backpropagation
+through time: the same recurrence transposed, backward in time, and then the products of e
+transposed, one over many steps for the gradient of each parameter:
+
+    λ_t = g_t + J_{t+1}ᵀ λ_{t+1},    δ_t = p_t λ_t            (λ_t = dL/dh_t, δ_t = dL/da_t)
+    dL/dW = Σ δ_t s_{t−1}ᵀ,  dL/dU = Σ δ_t x_tᵀ,  dL/db = Σ δ_t,  dL/dx_t = Uᵀ δ_t
+
+For α: ∂f/∂α is φ(a_t) − h_{t−1} in the rate form, with φ(a) formed again, since divided out of h
+it would be lost at α = 0. In the voltage form it is a_t − h_{t−1}, and a is not needed: with
+G_W = Σ λ_t s_{t−1}ᵀ, G_U = Σ λ_t x_tᵀ and G_b = Σ λ_t, of which dL/dW, dL/dU and dL/db are α times
+the rows,
+
+    dL/dα = rows of (W ∘ G_W) + rows of (U ∘ G_U) + b ∘ G_b + Σ λ_t (drive_t − h_{t−1}).
+
+From top to bottom: the states and how JAX is told, the tangent, its transpose, and the same in
+operations that JAX differentiates by itself, for derivatives of the second order and beyond.
+"""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxrnn._backends.select import choose
+from jaxrnn._base import arithmetic, forms, masking
+from jaxrnn._base.arithmetic import accumulation_dtype, cast, cast_like, like, product
+from jaxrnn._base.masking import previous, select, valid_steps, without_padding
+from jaxrnn._base.options import Options
+from jaxrnn._core import forward, linear, remat, schedule, window
+from jaxrnn._core.forward import Sequences, clean
+from jaxrnn._jax import sharding
+from jaxrnn._jax.batch_axes import run_loop
+from jaxrnn._jax.linear_map import LinearMap
+from jaxrnn._jax.primitive import jvp_of
+from jaxrnn._types import Cell, CellGradients, Ids, leading_shape
+
+
+class Tangents(NamedTuple):
+    """Of what the states depend on: tangents, gradients, or which of them are wanted.
+
+    None for what does not move, or is not wanted. `state` is added to each h_t; its gradient is λ.
+    """
+
+    cell: Any
+    xs: jax.Array | None
+    drive: jax.Array | None
+    h0: jax.Array | None
+    state: jax.Array | None = None
+
+
+# The states. Compiled once per shape: a scan called eagerly would be compiled at every call.
+@partial(jax.jit, static_argnames="options")
+def unroll(cell, xs, h0, lengths, mask, drive, cut=None, *, options: Options):
+    """(h_last, hs) of checked arguments; with `cut` derivatives are cut there."""
+    cell, sequences, h0 = prepared(cell, xs, h0, lengths, mask, drive, options)
+    sequences = sequences if cut is None else sequences._replace(cut=cut)
+    if leading_shape(xs)[0] == 0:
+        return h0, jnp.zeros((0, *h0.shape), h0.dtype)
+    if options.checkpoint_every is None:
+        return _valid_states(cell, sequences, h0, options)
+    if lengths is not None:
+        sequences = sequences._replace(mask=None)  # formed for one segment at a time
+    return run_loop(partial(_checkpointed, options), cell, sequences, (h0, lengths))
+
+
+def _checkpointed(options, cell, sequences, carry):
+    # In the dtype of sums between segments, so that what comes back is added up in it.
+    h0, lengths = carry
+    dtype, wide = h0.dtype, accumulation_dtype(h0.dtype)
+    cell = cast(cell, wide)
+
+    def segment(h, now, first):
+        if lengths is not None:
+            size = leading_shape(now.xs)[0]
+            now = now._replace(mask=valid_steps(lengths, None, size, first))
+        h, hs = _valid_states(cast(cell, dtype), now, h.astype(dtype), options)
+        return h.astype(wide), hs
+
+    every, reverse = options.checkpoint_every, options.reverse
+    h_last, hs = remat.recomputed(segment, h0.astype(wide), sequences, every, reverse=reverse)
+    return h_last.astype(dtype), hs
+
+
+def prepared(cell, xs, h0, lengths, mask, drive, options) -> tuple[Cell, Sequences, jax.Array]:
+    """One dtype, a state to start from, and which steps are valid and cut."""
+    dtype, (time, *batch) = arithmetic.result_dtype(cell, xs, h0, drive), leading_shape(xs)
+    if h0 is None:
+        h0 = jnp.zeros((*batch, cell.W.shape[0]), dtype)
+    cell, xs, h0, drive = cast((cell, xs, h0, drive), dtype)
+    mask = valid_steps(lengths, mask, time)
+    cut = None
+    if options.truncate is not None:
+        cut = masking.cut_steps(mask, (time, *batch), options.truncate, options.reverse)
+    # With the types that states will have: the loops keep what they start from.
+    cell, xs, h0, drive = sharding.varying_like((cell, xs, h0, drive), (xs, mask))
+    if time:
+        h0 = sharding.laid_out_as_state(h0, jax.tree.leaves(xs)[0][0], cell.U)
+    return cell, Sequences(xs, drive, mask, cut), h0
+
+
+def _valid_states(cell, sequences, h0, options):
+    sequences = clean(sequences, cell.U.shape[1])
+    h_last, hs = states(cell, sequences, h0, options)
+    return h_last, without_padding(hs, sequences.mask)
+
+
+def states(cell: Cell, sequences: Sequences, h0: jax.Array, options: Options):
+    """(h_last, states of all steps, frozen where the mask is False): what JAX differentiates.
+
+    Two results, so that what wants the first alone keeps nothing for the others.
+    """
+    run, tangent = partial(forward.states, options), partial(_tangent, options)
+    return run_loop(run, cell, sequences, h0, tangent)
+
+
+def _tangent(options, arguments, results, tangents):
+    """The derivative rule of `states`."""
+    (cell, sequences, h0), (dcell, moved, dh0) = arguments, tangents
+    dxs = None if isinstance(moved.xs, Ids) else moved.xs
+    known = cell, sequences._replace(hs=results[1]), h0
+    return derivative(options, cell)(known, Tangents(dcell, dxs, moved.drive, dh0), like=results)
+
+
+def derivative(options: Options, cell: Cell) -> LinearMap:
+    """(dh_last, dh of all steps), linear in the tangents, with its transpose by hand."""
+    if options.window is not None:
+        ways = _push_in_window, _pull_in_window, _plain_in_window
+    else:
+        ways = _push_forward, _pull_back, _plain
+    interpreted = options.device is not None and options.device.interpret
+    effectful = interpreted or forms.has_effects(cell)
+    return LinearMap(*(partial(way, options) for way in ways), effectful)
+
+
+# The recurrence linearised.
+class At(NamedTuple):
+    """The recurrence linearised at some steps."""
+
+    cell: Cell
+    steps: Sequences
+    h_prev: jax.Array
+    s_prev: jax.Array  # g(h_prev), as a depends on it
+    J: linear.Jacobians
+    phi: jax.Array | None  # φ(a), where it had to be formed or is h itself
+
+
+def linearised(options: Options, cell: Cell, steps: Sequences, h_before: jax.Array) -> At:
+    """The Jacobians of these steps, and what the tangents of the parameters are multiplied by."""
+    xs, drive, mask, cut, hs = steps
+    h_prev = previous(hs, h_before, options.reverse)
+    s_prev = seen = forms.output(cell, h_prev)
+    if cut is not None:
+        # Of the same value: a cut shows where JAX differentiates this.
+        seen = jnp.where(cut[..., None], lax.stop_gradient(s_prev), s_prev)
+    p = q = phi = None
+    if cell.form == "voltage":
+        q = forms.slope_basis(cell, s_prev, h_prev.astype(s_prev.dtype))
+    elif cell.leak is not None or forms.slope_of(cell) is forms.identity:
+        weights = arithmetic.row_weights(cell, xs, options.precision)
+        a = arithmetic.preactivation(weights, xs, seen, drive)
+        phi = forms.resolve(cell.activation).function(a)
+        p = forms.slope_basis(cell, phi, a)
+    else:
+        p = phi = hs
+    J = linear.Jacobians(cell.W, cell.leak, p, q, mask, cut, forms.slope_of(cell), options)
+    return At(cell, steps, h_prev, seen, J, phi)
+
+
+def _tangent_of_a(at: At, tangents: Tangents) -> jax.Array:
+    """dW s_{t−1} + dU x_t + U dx_t + db + ddrive_t: a few products over these steps at once."""
+    dcell, precision = tangents.cell, at.J.options.precision
+    da = jnp.zeros_like(at.steps.hs, accumulation_dtype(at.steps.hs.dtype))
+    if dcell.U is not None:
+        da += arithmetic.from_moving_weights(dcell.U, at.steps.xs, precision)
+    if dcell.W is not None:
+        da += product(at.s_prev, dcell.W.T, precision)
+    if dcell.b is not None:
+        da += like(dcell.b, da)
+    if tangents.xs is not None:
+        da += product(tangents.xs, at.cell.U.T, precision)
+    return da if tangents.drive is None else da + tangents.drive
+
+
+def _sources(at: At, tangents: Tangents) -> jax.Array:
+    """e of these steps."""
+    e = at.J.after_W(_tangent_of_a(at, tangents))
+    if tangents.cell.leak is not None:
+        moved = at.phi
+        if at.cell.form == "voltage":
+            xs, drive, *_ = at.steps
+            weights = arithmetic.row_weights(at.cell, xs, at.J.options.precision)
+            moved = arithmetic.preactivation(weights, xs, at.s_prev, drive)
+        e += like(tangents.cell.leak, e) * (moved - at.h_prev.astype(e.dtype))
+    e = e if tangents.state is None else e + tangents.state
+    return select(at.steps.mask, e, 0)
+
+
+# The tangent, forward in time, segment by segment.
+def _push_forward(options, known, tangents):
+    cell, steps, h0 = known
+    dtype = steps.hs.dtype
+    wide = accumulation_dtype(dtype)
+
+    def segment(dh_before, now, h_before):
+        steps, dxs, ddrive = now
+        at = linearised(options, cell, steps, h_before)
+        moved = cast(Tangents(tangents.cell, dxs, ddrive, None), wide)
+        dhs = linear.tangent_states(at.J, _sources(at, moved), dh_before)
+        return dhs[options.last], dhs.astype(dtype)
+
+    dh0 = jnp.zeros_like(h0, wide) if tangents.h0 is None else tangents.h0.astype(wide)
+    length = segment_length(options, cell, steps.hs, h0)
+    before = remat.starts(steps.hs, h0, length, options.reverse)
+    now = (steps, tangents.xs, tangents.drive)
+    dh_last, dhs = remat.over_segments(
+        segment, dh0, now, before, length, steps.hs, reverse=options.reverse
+    )
+    return dh_last.astype(dtype), dhs
+
+
+def segment_length(options: Options, cell: Cell, hs, h0, widest: int = 0):
+    """How many steps are taken at once: all, but by the scan on a CPU."""
+    time, batch, size = hs.shape[0], h0.shape[:-1], hs.shape[-1]
+    if choose(options, cell.W, batch, forms.slope_of(cell), cell.form) != "scan":
+        return time
+    return schedule.segment_length(time, batch, max(size, widest))
+
+
+# Its transpose: backpropagation through time, segment by segment.
+def _pull_back(options, known, cotangents, wanted):
+    (cell, steps, h0), (g_last, g) = known, cotangents
+    wide = accumulation_dtype(h0.dtype)
+
+    def segment(carry, now, h_before):
+        (steps, g), (from_later, sums) = now, carry
+        g = None if g is None else g.astype(wide)
+        share = segment_gradient(options, cell, steps, h_before, g, from_later, wanted)
+        sums = jax.tree.map(jnp.add, sums, share.cell)
+        return (share.h0, sums), cast_like((share.xs, share.drive, share.state), per_step)
+
+    per_step = wanted.xs, wanted.drive, wanted.state
+    sums = jax.tree.map(jnp.zeros_like, _only(wanted.cell, cell))
+    carry = cast((jnp.zeros_like(h0) if g_last is None else g_last, sums), wide)
+    length = segment_length(options, cell, steps.hs, h0)
+    before = remat.starts(steps.hs, h0, length, options.reverse)
+    (dh0, sums), (dxs, ddrive, dstate) = remat.over_segments(
+        segment, carry, (steps, g), before, length, per_step, reverse=not options.reverse
+    )
+    found = Tangents(sums, dxs, ddrive, None if wanted.h0 is None else dh0, dstate)
+    return cast_like(found, wanted)
+
+
+def segment_gradient(options, cell, steps, h_before, g, from_later, wanted) -> Tangents:
+    """Backpropagation through the steps of one segment: its share of each wanted gradient.
+
+    `h_before` is the state before the segment in scan order, `g` is ∂L/∂h_t at fixed later states
+    (None for 0) and `from_later` what later segments pass back to its last state, both in the dtype
+    of sums, in which all shares come. That of h0 is the gradient of h_before, wanted or not.
+    """
+    at = linearised(options, cell, steps, h_before)
+    both = cell.leak is not None or wanted.state is not None  # λ and δ
+    dh_before, adjoint = linear.adjoint_states(at.J, g, from_later, as_delta=not both)
+    if both:
+        adjoint = select(steps.mask, adjoint, 0)
+    delta = at.J.after_W(adjoint) if both else adjoint
+    leak = cell.leak is not None and wanted.cell.leak is not None
+    dxs = None if isinstance(steps.xs, Ids) else _only(wanted.xs, steps.xs)
+    weights = replace(_only(wanted.cell, cell), leak=None)
+    moving = Tangents(weights, dxs, _only(wanted.drive, delta), None)
+    if leak and cell.form == "voltage":
+        # Of all weights from λ, and then α times the rows: dL/dα is found from them.
+        G = Tangents(replace(cell, leak=None), None, None, None)
+        G = _transposed(at, G, adjoint).cell
+        dcell = jax.tree.map(lambda x: like(cell.leak, x.T).T * x, G)
+        dcell = replace(dcell, leak=_voltage_leak_gradient(at, G, adjoint))
+        found = _transposed(at, moving._replace(cell=Cell(*(None,) * 3)), delta)
+        found = found._replace(cell=_only(wanted.cell, dcell))
+    else:
+        found = _transposed(at, moving, delta)
+        if leak:
+            dalpha = _summed(adjoint * (at.phi - at.h_prev.astype(adjoint.dtype)), cell.leak)
+            found = found._replace(cell=replace(found.cell, leak=dalpha))
+    return found._replace(h0=dh_before, state=_only(wanted.state, adjoint))
+
+
+def _transposed(at, moving, delta):
+    """Products over these steps: Σ δ_t s_{t−1}ᵀ, Σ δ_t x_tᵀ, Σ δ_t, Uᵀ δ_t."""
+    moving = cast(moving, delta.dtype)
+    if not jax.tree.leaves(moving):
+        return moving
+    return jax.linear_transpose(partial(_tangent_of_a, at), moving)(delta)[0]
+
+
+def _voltage_leak_gradient(at, G, adjoint):
+    W, U, b = cast((at.cell.W, at.cell.U, at.cell.b), adjoint.dtype)
+    drive = 0 if at.steps.drive is None else at.steps.drive.astype(adjoint.dtype)
+    rows = jnp.sum(W * G.W, -1) + jnp.sum(U * G.U, -1)
+    rows = rows if b is None else rows + b * G.b
+    beside = _summed(adjoint * (drive - at.h_prev.astype(adjoint.dtype)), at.cell.leak)
+    return beside + (rows if at.cell.leak.ndim else jnp.sum(rows))
+
+
+def _summed(per_step, leak):
+    return jnp.sum(per_step, tuple(range(per_step.ndim - 1)) if leak.ndim else None)
+
+
+def _only(wanted, values):
+    """The values in the places of what is wanted, None in the others."""
+    return jax.tree.map(
+        lambda w, v: None if w is None else v, wanted, values, is_leaf=lambda w: w is None
+    )
+
+
+# The same in operations that JAX differentiates, for the second order and beyond.
+def _plain(options, known, tangents):
+    def solve(at, e, dh0):
+        if dh0 is not None:
+            e = e.at[options.first].add(linear.times_first(at.J, dh0))
+        return linear.solve(at.J, e)
+
+    return _by_all_steps(options, known, tangents, solve)
+
+
+def _by_all_steps(options, known, tangents, solve):
+    cell, steps, h0 = known
+    at = linearised(options, cell, steps, h0)
+    moved = cast(tangents, accumulation_dtype(h0.dtype))
+    dhs = solve(at, _sources(at, moved), moved.h0).astype(h0.dtype)
+    return dhs[options.last], dhs
+
+
+# With a window.
+def _push_in_window(options, known, tangents):
+    def solve(at, e, dh0):
+        dh0 = jnp.zeros_like(known[2], e.dtype) if dh0 is None else dh0
+        return window.tangent_states(at.J, e, dh0)
+
+    return _by_all_steps(options, known, tangents, solve)
+
+
+def _pull_in_window(options, known, cotangents, wanted):
+    (_, steps, h0), (g_last, g) = known, cotangents
+    moving = jax.tree.map(lambda w: w.update(dtype=accumulation_dtype(h0.dtype)), wanted)
+    g_last = jnp.zeros_like(h0) if g_last is None else g_last
+    g = jnp.zeros_like(steps.hs) if g is None else g
+    push = partial(_push_in_window, options, known)
+    return cast_like(jax.linear_transpose(push, moving)((g_last, g))[0], wanted)
+
+
+def _plain_in_window(options, known, tangents):
+    cell, (xs, drive, mask, _, hs), h0 = known
+    held = lax.stop_gradient((hs, h0))
+
+    def recomputed(cell, xs, drive, h0, state):
+        hs = window.recomputed(options, cell, (xs, drive, mask, state), h0, held)
+        return hs[options.last], hs
+
+    if drive is None and tangents.drive is not None:
+        drive = jnp.zeros_like(tangents.drive)
+    state = None if tangents.state is None else jnp.zeros_like(tangents.state)
+    dxs = Ids(None) if isinstance(xs, Ids) else tangents.xs  # pyright: ignore[reportArgumentType]
+    leaves, tree = jax.tree.flatten((cell, xs, drive, h0, state))
+    moved = tree.flatten_up_to((tangents.cell, dxs, *tangents[2:]))
+    return jvp_of(lambda *leaves: recomputed(*jax.tree.unflatten(tree, leaves)), leaves, moved)[1]
+
+
+# The gradients of a loss of the states, by the rule itself.
+@partial(jax.jit, static_argnames="options")
+def bptt(cell, xs, h0, hs, dhs, dh_last, lengths, mask, drive, *, options: Options):
+    """What the public `bptt` returns, of checked arguments."""
+    given = Tangents(cell, None if isinstance(xs, Ids) else xs, drive, h0)
+    cell, sequences, h0 = prepared(cell, xs, h0, lengths, mask, drive, options)
+    sequences = clean(sequences, cell.U.shape[1])
+    g = without_padding(dhs, sequences.mask).astype(h0.dtype)
+    dh_last = jnp.zeros_like(h0) if dh_last is None else dh_last.astype(h0.dtype)
+    if hs.shape[0] == 0:
+        nothing = jax.tree.map(jnp.zeros_like, given)
+        return CellGradients(nothing.cell, nothing.xs, dh_last, g, g)
+    hs = masking.frozen_states(hs.astype(h0.dtype), h0, sequences.mask, options.reverse)
+    all_vary = sharding.varying_like((cell, sequences, h0, hs, g, dh_last), ())
+    cell, sequences, h0, hs, g, dh_last = all_vary
+    dh_last = sharding.laid_out_like(dh_last, h0)
+    # δ is the gradient of a drive, whether there is one or not, and λ that of the states.
+    dxs = None if isinstance(xs, Ids) else sequences.xs
+    wanted = Tangents(cell, dxs, jnp.zeros_like(g), h0, jnp.zeros_like(g))
+    push = partial(derivative(options, cell), (cell, sequences._replace(hs=hs), h0), like=(h0, g))
+    (found,) = jax.linear_transpose(push, wanted)((dh_last, g))
+    return CellGradients(
+        cell=cast_like(found.cell, given.cell),
+        xs=cast_like(found.xs, given.xs),
+        h0=found.h0 if given.h0 is None else found.h0.astype(given.h0.dtype),
+        delta=found.drive if given.drive is None else found.drive.astype(given.drive.dtype),
+        adjoint=found.state,
+    )

@@ -1,0 +1,91 @@
+"""Layers: what each puts out, stacks of them, and pairs that read in both directions."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrnn._base.arithmetic import from_inputs, product, result_dtype, row_weights
+from jaxrnn._base.forms import output, update
+from jaxrnn._base.masking import valid_steps, without_padding
+from jaxrnn._base.options import Options
+from jaxrnn._core import derivative
+from jaxrnn._jax import sharding
+from jaxrnn._types import Cell
+
+
+def outputs(cell: Cell, hs: jax.Array) -> jax.Array:
+    """g(h), in the dtype of h."""
+    return output(cell, hs).astype(hs.dtype)
+
+
+def first_states(cells: Any, batch: tuple[int, ...], given: Any = None) -> Any:
+    """First states `[*batch, H]`: the given ones, and zeros where there is None."""
+    if isinstance(cells, Cell):
+        return jnp.zeros((*batch, cells.W.shape[0]), cells.W.dtype) if given is None else given
+    given = (None,) * len(cells) if given is None else given
+    return tuple(first_states(cell, batch, h) for cell, h in zip(cells, given, strict=True))
+
+
+@partial(jax.jit, static_argnames=("options", "dropout", "residual"))
+def unroll(
+    cells, xs, h0, lengths, mask, drive, cut=None, key=None, *,
+    options: Options, dropout=0.0, residual=False,
+) -> tuple[Any, jax.Array]:  # fmt: skip
+    """(h_last in the structure of the cells, outputs of the last layer), 0 on invalid steps."""
+    if isinstance(cells, Cell):
+        h_last, hs = derivative.unroll(cells, xs, h0, lengths, mask, drive, cut, options=options)
+        if cells.form == "rate":
+            return h_last, hs
+        return h_last, without_padding(outputs(cells, hs), valid_steps(lengths, mask, len(hs)))
+    none = (None,) * len(cells)
+    drops = _dropouts(dropout, key, len(cells))
+    h_last, y = [], xs
+    for layer, h, a, drop in zip(cells, h0 or none, drive or none, drops, strict=True):
+        if isinstance(layer, Cell):
+            last, out = unroll(layer, drop(y), h, lengths, mask, a, cut, options=options)
+        else:
+            last, out = unroll_both(layer, drop(y), h, lengths, mask, a, options=options)
+        y = out + y if residual and h_last else out
+        h_last.append(last)
+    return tuple(h_last), y
+
+
+@partial(jax.jit, static_argnames="options")
+def unroll_both(pair, xs, h0, lengths, mask, drive, *, options: Options):
+    """((h_last, h_last), outputs side by side) of two networks that read from either end."""
+    none = None, None
+    each = zip(pair, h0 or none, drive or none, (options, options.turned()), strict=True)
+    found = [unroll(cells, xs, h, lengths, mask, a, options=how) for cells, h, a, how in each]
+    h_last, ys = zip(*found, strict=True)
+    dtype = result_dtype(ys)
+    return h_last, jnp.concatenate([y.astype(dtype) for y in ys], axis=-1)
+
+
+def step(cells: Any, x: Any, h: Any, precision: Any = None) -> tuple[Any, jax.Array]:
+    """One step of all layers, which read forward: (their states, what the last one puts out)."""
+    if isinstance(cells, Cell):
+        weights = row_weights(cells, x, precision)
+        a = product(output(cells, h), weights.W_T, precision) + from_inputs(weights, x)
+        h = update(cells, a, h)
+        return h, outputs(cells, h)
+    states = []
+    for cell, h_prev in zip(cells, h, strict=True):
+        h_now, x = step(cell, x, h_prev, precision)
+        states.append(h_now)
+    return tuple(states), x
+
+
+def _dropouts(rate: float, key: jax.Array | None, count: int) -> list[Callable]:
+    """What each layer does to its inputs; the first does nothing."""
+    if not rate or key is None:
+        return [lambda y: y] * count
+
+    def drop(y, key):
+        kept = sharding.laid_out_like(jax.random.bernoulli(key, 1 - rate, y.shape), y)
+        return jnp.where(kept, y / jnp.asarray(1 - rate, y.dtype), jnp.zeros_like(y))
+
+    keys = jax.random.split(key, count)
+    return [lambda y: y, *(partial(drop, key=keys[n]) for n in range(1, count))]

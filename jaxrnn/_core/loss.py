@@ -1,0 +1,181 @@
+"""The readout, the loss, and the gradients of both with those of the states: all of section 3."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrnn._base import arithmetic
+from jaxrnn._base.arithmetic import accumulation_dtype, cast, cast_like, product, result_dtype
+from jaxrnn._base.forms import output, resolve, slope
+from jaxrnn._base.masking import cut_steps, valid_steps, without_padding
+from jaxrnn._base.options import Options
+from jaxrnn._core import derivative, layers, remat
+from jaxrnn._core.forward import clean
+from jaxrnn._jax import sharding
+from jaxrnn._types import Cell, Gradients, Params, Readout, leading_shape
+
+
+def logits(readout: Readout, s: jax.Array, precision=None) -> jax.Array:
+    """Ω = V s + c, in the result dtype."""
+    dtype = result_dtype(readout, s)
+    readout, s = cast((readout, s), dtype)
+    found = product(s, readout.V.T, precision)
+    return (found + arithmetic.like(readout.c, found)).astype(dtype)
+
+
+def cross_entropy(logits, targets, where=None):
+    """L_t of each step; 0 where `where` is False, whatever is there in logits and targets."""
+    logits = logits.astype(accumulation_dtype(logits.dtype))
+    # Selected before the logarithm too: NaN on an uncounted step then has no gradient.
+    logits = without_padding(logits, where)
+    if jnp.issubdtype(targets.dtype, jnp.integer):
+        targets, inside = _inside(targets, logits.shape[-1])
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            logits, jnp.where(inside, targets, 0)
+        )
+        losses = jnp.where(inside, losses, jnp.nan)
+    else:
+        losses = optax.softmax_cross_entropy(logits, targets.astype(logits.dtype))
+    return without_padding(losses, where)
+
+
+def output_error(logits, targets, where=None):
+    """∂L_t/∂Ω_t = ŷ_t − y_t, the softmax gradient of section 3.1; 0 where `where` is False.
+
+    A target row that sums to another value s than 1 has s ŷ_t − y_t.
+    """
+    logits = logits.astype(accumulation_dtype(logits.dtype))
+    y_hat = jax.nn.softmax(without_padding(logits, where))
+    if jnp.issubdtype(targets.dtype, jnp.integer):
+        targets, inside = _inside(targets, logits.shape[-1])
+        # Compared, not gathered: XLA fuses the one-hot rows away.
+        error = y_hat - jax.nn.one_hot(targets, logits.shape[-1], dtype=logits.dtype)
+        error = jnp.where(inside[..., None], error, jnp.nan)
+    else:
+        y = targets.astype(logits.dtype)
+        error = y_hat * jnp.sum(y, axis=-1, keepdims=True) - y
+    return without_padding(error, where)
+
+
+def _inside(targets, size):
+    targets = arithmetic.wide(targets)
+    return targets, (targets >= 0) & (targets < size)
+
+
+def loss_and_grads(params, targets, xs, h0, lengths, mask, drive, *, options: Options):
+    """(loss, `Gradients`) as the public function returns them, of checked arguments."""
+    plain = options.window is None and options.checkpoint_every is None
+    run = _by_hand if plain and isinstance(params.cell, Cell) else _by_layers
+    return run(params, targets, xs, h0, lengths, mask, drive, options=options)
+
+
+@partial(jax.jit, static_argnames="options")
+def _by_hand(params, targets, xs, h0, lengths, mask, drive, *, options):
+    """Of one cell: output and backpropagation of a segment after another."""
+    given_h0, precision = h0, options.precision
+    cell, sequences, h0 = derivative.prepared(params.cell, xs, h0, lengths, mask, drive, options)
+    cell, h0 = sharding.varying_like((cell, h0), targets)
+    wide = accumulation_dtype(h0.dtype)
+    sums = cast(jax.tree.map(jnp.zeros_like, Params(cell, params.readout)), wide)
+    carry = jnp.zeros_like(h0, wide), sums, jnp.zeros((), wide)
+    h_last = h0
+    if leading_shape(xs)[0]:
+        sequences = clean(sequences, cell.U.shape[1])
+        h_last, hs = derivative.states(cell, sequences, h0, options)
+        length = derivative.segment_length(options, cell, hs, h0, params.readout.V.shape[0])
+
+        def segment(carry, now, h_before):
+            (now, targets), (from_later, sums, loss) = now, carry
+            s = output(cell, now.hs)
+            Omega = logits(params.readout, s.astype(h0.dtype), precision)
+            loss += jnp.sum(cross_entropy(Omega, targets, now.mask))
+            error = output_error(Omega, targets, now.mask)  # ŷ_t − y_t (3.1)
+            # dL/dV = Σ error s_tᵀ, dL/dc = Σ error (3.2)
+            V, c = (
+                arithmetic.sum_outer(error, s, precision),
+                jnp.sum(error, tuple(range(error.ndim - 1))),
+            )
+            g = product(error, params.readout.V, precision).astype(wide)  # Vᵀ error (3.3)
+            if cell.form == "voltage":
+                g *= slope(resolve(cell.activation), s, now.hs.astype(wide))
+            wanted = derivative.Tangents(sums.cell, None, None, h0)
+            found = derivative.segment_gradient(options, cell, now, h_before, g, from_later, wanted)
+            share = Params(found.cell, Readout(V, c))
+            return (found.h0, jax.tree.map(jnp.add, sums, share), loss), ()
+
+        before = remat.starts(hs, h0, length, options.reverse)
+        steps = sequences._replace(hs=hs), targets
+        back = not options.reverse
+        carry, _ = remat.over_segments(segment, carry, steps, before, length, (), reverse=back)
+    dh0, sums, loss = carry
+    dh0 = dh0.astype(h0.dtype if given_h0 is None else given_h0.dtype)
+    return loss, Gradients(cast_like(sums, params), dh0, h_last)
+
+
+@partial(jax.jit, static_argnames="options")
+def _by_layers(params, targets, xs, h0, lengths, mask, drive, *, options):
+    """Of a stack, or with a window: through the derivative rule, which is the same.
+
+    With `checkpoint_every`, layers, readout and loss are formed for k steps at a time.
+    """
+    cells, time, given_h0, length = params.cell, leading_shape(xs)[0], h0, options.checkpoint_every
+    mask, cut = valid_steps(lengths, mask, time), None
+    pairs = not isinstance(cells, Cell) and tuple in map(type, cells)  # read from both ends
+    if length is None or pairs:
+        length = time
+    else:
+        if options.truncate is not None:  # counted over all steps
+            cut = cut_steps(mask, leading_shape(xs), options.truncate, options.reverse)
+        options = options._replace(checkpoint_every=None, truncate=None)
+
+    def run(cells, h, now):
+        xs, mask, drive, cut = now
+        return layers.unroll(cells, xs, h, None, mask, drive, cut, options=options)
+
+    h0 = layers.first_states(cells, leading_shape(xs)[1:], h0)
+    now = xs, mask, drive, cut
+    params, h0 = sharding.varying_like((params, h0), (now, targets))
+    first = jax.tree.map(lambda s: s[:1], now)
+    traced, (after, ys) = jax.make_jaxpr(run, return_shape=True)(cells, h0, first)
+    types = jax.tree.unflatten(jax.tree.structure((after, ys)), traced.out_avals)
+    dtype = accumulation_dtype(result_dtype(params.readout, ys))
+    if time:
+        # With the types that states have: a scan keeps what it starts from.
+        h0 = jax.tree.map(sharding.laid_out_like, cast_like(h0, after), types[0])
+
+    def segment(params, carry, now, first=0):
+        del first
+        (h, loss), (now, targets) = carry, now
+        h, ys = run(cast_like(params.cell, cells), cast_like(h, after), now)
+        Omega = logits(cast_like(params.readout, given.readout), ys, options.precision)
+        loss += jnp.sum(cross_entropy(Omega, targets, now[1])).astype(dtype)
+        return (_wide(h), loss), ()
+
+    def total(params, h):
+        carry = h, sharding.varying_like(jnp.zeros((), dtype), (h, targets))
+        of_params, every = partial(segment, params), (now, targets)
+        if length >= time:
+            (h, loss), _ = of_params(carry, every)
+        else:
+            how = dict(reverse=options.reverse)
+            (h, loss), _ = remat.recomputed(of_params, carry, every, length, **how)
+        return loss, cast_like(h, after)
+
+    # In the dtype of sums, so that the shares of segments are added up in it.
+    given = params
+    loss, pull, h_last = jax.vjp(total, _wide(params), _wide(h0), has_aux=True)
+    dparams, dh0 = pull(jnp.ones_like(loss))
+    dh0 = cast_like(dh0, _given_or(given_h0, after))
+    return loss, Gradients(cast_like(dparams, params), dh0, h_last)
+
+
+def _given_or(given, default):
+    if isinstance(default, tuple) and given is not None:
+        return tuple(map(_given_or, given, default))
+    return default if given is None else given
+
+
+def _wide(tree):
+    return jax.tree.map(lambda x: x.astype(accumulation_dtype(x.dtype)), tree)

@@ -1,0 +1,103 @@
+"""Time in segments: with states kept only between them, or with what they need kept in cache."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def recomputed(segment: Callable, carry, steps, length: int, *, reverse: bool) -> tuple:
+    """A scan of `jax.checkpoint(segment)`: derivatives keep the carries and compute the rest again.
+
+    Args:
+      segment: (carry, steps, number of the first one) -> (carry, outputs), time in front.
+      carry: what goes from segment to segment.
+      steps: a pytree of `[T, …]`.
+      length: steps of a segment; of the last one maybe less.
+      reverse: whether the last segment comes first.
+
+    Returns:
+      (carry, outputs), outputs of all steps.
+
+    Where `length` divides T nothing is copied; else the steps of the whole segments are.
+    """
+    time = jax.tree.leaves(steps)[0].shape[0]
+    count, rest = divmod(time, length)
+    segment = jax.checkpoint(segment)
+    whole = jax.tree.map(lambda s: s[: time - rest].reshape(count, length, *s.shape[1:]), steps)
+    parts = []
+
+    def run_rest(carry):
+        last = jax.tree.map(lambda s: s[time - rest :], steps)
+        carry, outputs = segment(carry, last, jnp.asarray(time - rest))
+        parts.append(outputs)
+        return carry
+
+    carry = run_rest(carry) if rest and reverse else carry
+    if count:
+        firsts = jnp.arange(0, count * length, length)
+        run = lambda carry, now: segment(carry, *now)  # noqa: E731
+        carry, outputs = lax.scan(run, carry, (whole, firsts), reverse=reverse)
+        parts.append(jax.tree.map(lambda y: y.reshape(time - rest, *y.shape[2:]), outputs))
+    carry = run_rest(carry) if rest and not reverse else carry
+    if len(parts) == 1:
+        return carry, parts[0]
+    parts = parts[::-1] if reverse else parts
+    return carry, jax.tree.map(lambda *p: jnp.concatenate(p), *parts)
+
+
+def starts(hs: jax.Array, h0: jax.Array, length: int, reverse: bool) -> jax.Array:
+    """The state before each segment in scan order, `[segments, *batch, H]`."""
+    time = hs.shape[0]
+    first, end = (length, time) if reverse else (length - 1, time - 1)
+    between = hs[min(first, end) : end : length]
+    return jnp.concatenate([between, h0[None]] if reverse else [h0[None], between])
+
+
+def over_segments(
+    segment: Callable, carry, steps, before, length: int, like: Any, *, reverse: bool
+) -> tuple[Any, Any]:
+    """Run `segment(carry, steps, before) -> (carry, outputs)` along time.
+
+    Nothing is copied: each segment is read, and its outputs are written, in place. So JAX is
+    not to transpose this: a slice in the loop would become a sum of whole arrays.
+
+    Each segment sees its own entry of `before`, a pytree of `[segments, …]`. `like` has arrays of
+    the shapes and dtypes of the outputs of all steps. The rest is as in `recomputed`.
+    """
+    time = jax.tree.leaves(steps)[0].shape[0]
+
+    def entry(n):
+        return jax.tree.map(lambda b: b[n], before)
+
+    if length >= time:
+        return segment(carry, steps, entry(0))
+    count, rest = divmod(time, length)
+
+    def run(carry, start, size, before):
+        now = jax.tree.map(lambda s: lax.dynamic_slice_in_dim(s, start, size), steps)
+        return segment(carry, now, before)
+
+    def write(state, start, size, before):
+        carry, y = run(state[0], start, size, before)
+        put = partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
+        return carry, jax.tree.map(put, state[1], y)
+
+    if jax.typeof(jax.tree.leaves(steps)[0]).sharding.mesh.empty:
+        out = jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), like)
+    else:
+        # Inside shard_map and under explicit sharding a type is more than shape and dtype: it
+        # is taken from a segment that XLA removes again.
+        after, first = run(carry, 0, length, entry(0))
+        carry = jax.tree.map(lambda c, a: c + jnp.zeros_like(a), carry, after)
+        out = jax.tree.map(lambda y: jnp.repeat(jnp.zeros_like(y[:1]), time, 0), first)
+    state, last = (carry, out), count * length
+    if rest and reverse:
+        state = write(state, last, rest, entry(-1))
+    every = (jnp.arange(count) * length, jax.tree.map(lambda b: b[:count], before))
+    body = lambda state, now: (write(state, now[0], length, now[1]), None)  # noqa: E731
+    state, _ = lax.scan(body, state, every, reverse=reverse)
+    return write(state, last, rest, entry(-1)) if rest and not reverse else state

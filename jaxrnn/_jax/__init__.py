@@ -1,0 +1,1 @@
+"""What JAX lacks; it knows nothing of networks."""

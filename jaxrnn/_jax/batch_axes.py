@@ -1,0 +1,116 @@
+"""A loop over time whose mapped axes join its batch, and whose derivative its author wrote.
+
+JAX's own batching of a scan puts the new axis in front of time and transposes whole `[T, B, H]`
+arrays to get there, and it batches a derivative rule operation by operation. A loop that is run
+here takes a mapped axis as one more batch axis before it is differentiated: the choice of how to
+run it, and its derivative, see one larger batch. `jax.custom_batching.custom_vmap` has no reverse
+mode, and `jax.custom_jvp` traces the loop once more for it, so this is a primitive.
+"""
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.interpreters import ad, batching
+
+from jaxrnn._jax.primitive import is_zero, jvp_of, make_primitive, run
+
+_loop_p = make_primitive("recurrence")
+
+# How many members, each with weights of its own, run side by side in the loop being traced.
+members_now: ContextVar[int] = ContextVar("members_now", default=1)
+
+
+def run_loop(
+    loop: Callable, weights: Any, sequences: Any, carry: Any, tangent: Callable | None = None
+) -> tuple[Any, Any]:
+    """Run `loop(weights, sequences, carry) -> (carry, states)`.
+
+    Under vmap with shared weights the mapped axis joins the batch; with weights of their own, each
+    member runs the loop, and axes mapped later still join its batch.
+
+    Args:
+      loop: what runs.
+      weights: a pytree.
+      sequences: a pytree of `[T, *members, *batch, …]`. For each vmap over weights, members pair
+        with an axis of the weights. States are like them.
+      carry: a pytree of `[*members, *batch, …]`, or None as a result.
+      tangent: `tangent(arguments, results, tangents) -> tangents of the results`, where
+        arguments and tangents are (weights, sequences, carry), None for what does not move.
+        Without it JAX differentiates the loop.
+    """
+    leaves, tree = jax.tree.flatten((weights, sequences, carry))
+    return _bind(leaves, loop, tangent, tree, members=0)
+
+
+def _bind(leaves, loop, tangent, tree, members):
+    def flat(*leaves):
+        return loop(*jax.tree.unflatten(tree, leaves))
+
+    call, shape = jax.make_jaxpr(flat, return_shape=True)(*leaves)
+    out_tree = jax.tree.structure(shape)
+    how = dict(loop=loop, tangent=tangent, tree=tree, out_tree=out_tree, members=members)
+    return jax.tree.unflatten(out_tree, _loop_p.bind(*leaves, call=call, **how))
+
+
+def _differentiate(primals, tangents, *, call, loop, tangent, tree, out_tree, members):
+    if tangent is None:
+        return jvp_of(partial(run, call=call), primals, tangents)
+    how = dict(loop=loop, tangent=tangent, tree=tree, out_tree=out_tree, members=members)
+    out = _loop_p.bind(*primals, call=call, **how)
+    moved = [None if is_zero(t) else t for t in tangents]
+    of_results = tangent(
+        jax.tree.unflatten(tree, primals),
+        jax.tree.unflatten(out_tree, out),
+        jax.tree.unflatten(tree, moved),
+    )
+    return out, jax.tree.leaves(of_results)
+
+
+ad.primitive_jvps[_loop_p] = _differentiate
+
+
+def _fold(leaves, axes, *, call, loop, tangent, tree, out_tree, members):
+    del call, out_tree  # of the shapes before
+    (size,) = {x.shape[a] for x, a in zip(leaves, axes, strict=True) if a is not None}
+    of_weights, of_sequences, _ = (part.num_leaves for part in tree.children())
+    own_weights = any(a is not None for a in axes[:of_weights])
+    in_carry = 0 if own_weights else members
+    in_sequence = in_carry + 1
+
+    def placed(n, x, axis):
+        if n < of_weights:
+            return x
+        to = in_sequence if n < of_weights + of_sequences else in_carry
+        if axis is not None:
+            return jnp.moveaxis(x, axis, to)
+        shape = (*x.shape[:to], size, *x.shape[to:])
+        return jnp.broadcast_to(jnp.expand_dims(x, to), shape)
+
+    leaves = [placed(n, x, a) for n, (x, a) in enumerate(zip(leaves, axes, strict=True))]
+    if own_weights:
+        of_each = jax.tree.unflatten(tree, axes)[0], in_sequence, in_carry
+        results = in_carry, in_sequence
+        each = partial(jax.vmap, out_axes=results, axis_size=size)
+        if tangent is not None:
+            tangent = each(tangent, in_axes=(of_each, results, of_each))
+        loop = each(partial(_as_member, size, loop), in_axes=of_each)
+        members += 1
+    carry, states = _bind(leaves, loop, tangent, tree, members)
+    out_axes = [in_carry] * len(jax.tree.leaves(carry))
+    out_axes += [in_sequence] * len(jax.tree.leaves(states))
+    return jax.tree.leaves((carry, states)), out_axes
+
+
+def _as_member(size, loop, *arguments):
+    token = members_now.set(size * members_now.get())
+    try:
+        return loop(*arguments)
+    finally:
+        members_now.reset(token)
+
+
+batching.primitive_batchers[_loop_p] = _fold

@@ -1,0 +1,168 @@
+"""A network's parameters and inputs, as pytrees of arrays.
+
+Nothing is checked here: transformations of JAX build these dataclasses with anything in them.
+
+Axes: T time, B batch, D input, H hidden, K output.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import jax
+
+Elementwise = Callable[[jax.Array], jax.Array]
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A nonlinearity φ and, where there is one, φ' written with the output.
+
+    Args:
+      function: φ, elementwise, `a -> φ(a)`.
+      derivative_from_output: `φ(a) -> φ'(a)`, elementwise, or None: then JAX differentiates
+        `function` at its argument, which is computed again for it.
+
+    Both are static under jit: two Activations are equal when their functions are, and a new
+    lambda at every call compiles at every call. Neither may close over a traced value.
+    """
+
+    function: Elementwise
+    derivative_from_output: Elementwise | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One recurrent layer.
+
+    rate:     h_t = (1 − α) h_{t−1} + α φ(W h_{t−1} + U x_t + b)
+    voltage:  h_t = (1 − α) h_{t−1} + α (W φ(h_{t−1}) + U x_t + b)
+
+    In both α = 1 by default: the rate form is then the Elman network. The rate form carries what
+    units put out, the voltage form what they take in; its output is φ(h).
+
+    Args:
+      U: input weights, `[H, D]`. D = 0 is a network without inputs.
+      W: recurrent weights, `[H, H]`.
+      b: bias, `[H]`; None for none.
+      leak: α, scalar or `[H]`; None is α = 1. It is a parameter like the others.
+      activation: φ: "tanh", "relu", "sigmoid", "identity", an `Activation`, or an elementwise
+        callable. Static under jit, and it travels with the cell.
+      form: "rate" or "voltage". Static likewise.
+
+    A pytree of its arrays. Source: section 2, equation 1, which is the rate form with α = 1.
+    """
+
+    U: jax.Array
+    W: jax.Array
+    b: jax.Array | None
+    leak: jax.Array | None = None
+    activation: str | Activation | Elementwise = field(default="tanh", metadata={"static": True})
+    form: str = field(default="rate", metadata={"static": True})
+
+
+# A cell; or a stack of layers, each a cell or a pair of them that read in both directions.
+Cells: TypeAlias = "Cell | tuple[Cell | tuple[Cell, Cell], ...]"
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Readout:
+    """The output layer Ω_t = V s_t + c, of the cell's output s: h, or φ(h) in the voltage form.
+
+    Args:
+      V: output weights, `[K, H]`.
+      c: bias, `[K]`.
+
+    Source: section 2, equation 2.
+    """
+
+    V: jax.Array
+    c: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Params:
+    """All parameters of the network: the recurrent layer or layers, and the output layer.
+
+    Args:
+      cell: a `Cell`, or a tuple of layers as in `unroll_layers`, the first of which reads the
+        inputs and the last of which the readout reads.
+      readout: a `Readout`.
+    """
+
+    cell: Any  # Cells: a union would have every reader narrow it
+    readout: Readout
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Ids:
+    """Inputs given as ids that stand for one-hot rows, which are never expanded.
+
+    Args:
+      ids: integers, `[T, *batch]` (`[*batch]` for one step), 0 ≤ id < D. U x_t is then a
+        column of U. An invalid id is a ValueError where its value can be seen; under jit,
+        where it cannot, the state becomes NaN.
+    """
+
+    ids: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class CellGradients:
+    """What `bptt` returns: dL/d… of everything that the states depend on.
+
+    Args:
+      cell: a `Cell` of gradients.
+      xs: dL/dx_t, `[T, *batch, D]`; None for `Ids`.
+      h0: dL/dh_0, `[*batch, H]`.
+      delta: δ_t = dL/da_t, `[T, *batch, H]`, a_t the pre-activation; the gradient of `drive` too.
+      adjoint: λ_t = dL/dh_t, `[T, *batch, H]`, through all later states; 0 on invalid steps.
+    """
+
+    cell: Cell
+    xs: jax.Array | None
+    h0: jax.Array
+    delta: jax.Array
+    adjoint: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """What `loss_and_grads` returns beside the loss.
+
+    Args:
+      params: a `Params` of gradients.
+      h0: dL/dh_0, `[*batch, H]`; of a stack in the structure of its cells.
+      h_last: the final state itself (no gradient), likewise, to go on from.
+    """
+
+    params: Params
+    h0: Any
+    h_last: Any
+
+
+def directions(layer: Cell | tuple[Cell, ...]) -> tuple[Cell, ...]:
+    """The cells of one layer."""
+    return (layer,) if isinstance(layer, Cell) else layer
+
+
+def first_cell(cells: Any) -> Cell:
+    """A cell that reads the inputs."""
+    return cells if isinstance(cells, Cell) else first_cell(cells[0])
+
+
+def output_size(cells: Any) -> int:
+    """H of the last layer."""
+    last = cells if isinstance(cells, Cell) else cells[-1]
+    return sum(cell.W.shape[0] for cell in directions(last))
+
+
+def leading_shape(xs: jax.Array | Ids) -> tuple[int, ...]:
+    """All axes but the features: `[T, *batch]`."""
+    return xs.ids.shape if isinstance(xs, Ids) else xs.shape[:-1]
