@@ -1,9 +1,12 @@
-"""The Elman recurrent network as pure JAX functions, with backpropagation through time by hand.
+"""Recurrent networks of one equation as pure JAX functions, with their backpropagation by hand.
 
-h_t = φ(U x_t + W h_{t−1} + b),  Ω_t = V h_t + c
+rate:     h_t = (1 − α) h_{t−1} + α φ(W h_{t−1} + U x_t + b)        α = 1: the Elman network
+voltage:  h_t = (1 − α) h_{t−1} + α (W φ(h_{t−1}) + U x_t + b)      puts out φ(h)
 
 Axes: T time, B batch, D input, H hidden, K output. Time first, features last, any batch axes
 between: inputs `[T, *batch, D]`, states `[T, *batch, H]`. Final state first, as in `lax.scan`.
+
+"The source" in docstrings is "RNN by hand", a worked character RNN, sections 1 to 6.
 """
 
 from jaxrnn import convert as convert

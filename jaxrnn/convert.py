@@ -57,7 +57,8 @@ def to_torch(cells: Cells) -> Any:
 
     Args:
       cells: a `Cell`, or a tuple of layers as in `unroll_layers`: all of one hidden size, dtype
-        and activation, "tanh" or "relu", all or none of them pairs, without leak.
+        and activation, "tanh" or "relu", all or none of them pairs, of the rate
+        form without leak.
 
     Returns:
       The module, on the CPU, `batch_first` False. torch's random numbers are left as they were.
@@ -69,6 +70,8 @@ def to_torch(cells: Cells) -> Any:
     cells = check_cells("cells", cells)
     layers = [directions(layer) for layer in ((cells,) if isinstance(cells, Cell) else cells)]
     flat = [cell for layer in layers for cell in layer]
+    if any(cell.form != "rate" for cell in flat):
+        checks.bad_value("cells", "the rate form, which torch has", "the voltage form")
     if any(cell.leak is not None for cell in flat):
         checks.bad_value("cells", "no leak, which torch does not have", "a leak")
     pairs = _same("all or no layers in both directions", [len(layer) == 2 for layer in layers])
@@ -84,7 +87,10 @@ def to_torch(cells: Cells) -> Any:
     how = dict(bidirectional=pairs, device="meta", dtype=getattr(torch, dtype))
     module = torch.nn.RNN(flat[0].U.shape[1], hidden_size, len(layers), phi, **how)
     module = module.to_empty(device="cpu")  # On "meta" no weights were drawn.
-    values = [leaf for cell in flat for leaf in (cell.U, cell.W, cell.b, jnp.zeros_like(cell.b))]
+    values = []
+    for cell in flat:
+        nothing = jnp.zeros(hidden_size, dtype)
+        values += [cell.U, cell.W, nothing if cell.b is None else cell.b, nothing]
     with torch.no_grad():
         for parameter, value in zip(module.parameters(), values, strict=True):
             # torch does not know NumPy's bfloat16; float64 holds all four dtypes exactly.

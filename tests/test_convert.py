@@ -289,6 +289,7 @@ WIDE = Cell(jnp.zeros((D, H)), jnp.zeros((D, D)), jnp.zeros(D))
     ("cells", "message"),
     [
         (dataclasses.replace(CELL, leak=jnp.ones(())), "cells: expected no leak"),
+        (dataclasses.replace(CELL, form="voltage"), "cells: expected the rate form"),
         (dataclasses.replace(CELL, activation="sigmoid"), "activation of cells: expected one of"),
         (dataclasses.replace(CELL, activation=jnp.sin), "activation of cells: expected one of"),
         ((CELL, dataclasses.replace(NEXT, activation="relu")), "one activation, got tanh and relu"),

@@ -63,7 +63,7 @@ class Tangents(NamedTuple):
     """
 
     cell: Any
-    xs: jax.Array | None
+    xs: Any
     drive: jax.Array | None
     h0: jax.Array | None
     state: jax.Array | None = None
@@ -139,18 +139,18 @@ def _tangent(options, arguments, results, tangents):
     (cell, sequences, h0), (dcell, moved, dh0) = arguments, tangents
     dxs = None if isinstance(moved.xs, Ids) else moved.xs
     known = cell, sequences._replace(hs=results[1]), h0
-    return derivative(options, cell)(known, Tangents(dcell, dxs, moved.drive, dh0), like=results)
+    return derivative(options, cell)(known, Tangents(dcell, dxs, moved.drive, dh0), results)
 
 
 def derivative(options: Options, cell: Cell) -> LinearMap:
     """(dh_last, dh of all steps), linear in the tangents, with its transpose by hand."""
+    push, pull, plain = _push_forward, _pull_back, _plain
     if options.window is not None:
-        ways = _push_in_window, _pull_in_window, _plain_in_window
-    else:
-        ways = _push_forward, _pull_back, _plain
+        push, pull, plain = _push_in_window, _pull_in_window, _plain_in_window
     interpreted = options.device is not None and options.device.interpret
     effectful = interpreted or forms.has_effects(cell)
-    return LinearMap(*(partial(way, options) for way in ways), effectful)
+    push, pull, plain = (partial(f, options) for f in (push, pull, plain))
+    return LinearMap(push, pull, plain, effectful)
 
 
 # The recurrence linearised.
@@ -162,7 +162,7 @@ class At(NamedTuple):
     h_prev: jax.Array
     s_prev: jax.Array  # g(h_prev), as a depends on it
     J: linear.Jacobians
-    phi: jax.Array | None  # φ(a), where it had to be formed or is h itself
+    phi: Any  # φ(a), where it had to be formed or is h itself, else None
 
 
 def linearised(options: Options, cell: Cell, steps: Sequences, h_before: jax.Array) -> At:
@@ -294,7 +294,7 @@ def segment_gradient(options, cell, steps, h_before, g, from_later, wanted) -> T
         G = _transposed(at, G, adjoint).cell
         dcell = jax.tree.map(lambda x: like(cell.leak, x.T).T * x, G)
         dcell = replace(dcell, leak=_voltage_leak_gradient(at, G, adjoint))
-        found = _transposed(at, moving._replace(cell=Cell(*(None,) * 3)), delta)
+        found = _transposed(at, moving._replace(cell=jax.tree.map(lambda _: None, cell)), delta)
         found = found._replace(cell=_only(wanted.cell, dcell))
     else:
         found = _transposed(at, moving, delta)
@@ -398,9 +398,8 @@ def bptt(cell, xs, h0, hs, dhs, dh_last, lengths, mask, drive, *, options: Optio
         nothing = jax.tree.map(jnp.zeros_like, given)
         return CellGradients(nothing.cell, nothing.xs, dh_last, g, g)
     hs = masking.frozen_states(hs.astype(h0.dtype), h0, sequences.mask, options.reverse)
-    all_vary = sharding.varying_like((cell, sequences, h0, hs, g, dh_last), ())
-    cell, sequences, h0, hs, g, dh_last = all_vary
-    dh_last = sharding.laid_out_like(dh_last, h0)
+    given_here = cell, sequences, h0, hs, g, sharding.laid_out_like(dh_last, h0)
+    cell, sequences, h0, hs, g, dh_last = sharding.varying_like(given_here, ())
     # δ is the gradient of a drive, whether there is one or not, and λ that of the states.
     dxs = None if isinstance(xs, Ids) else sequences.xs
     wanted = Tangents(cell, dxs, jnp.zeros_like(g), h0, jnp.zeros_like(g))

@@ -6,7 +6,7 @@ Steps where the mask is False are frozen: h_t = h_{t−1}.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -37,7 +37,7 @@ class Sequences(NamedTuple):
     drive: jax.Array | None
     mask: jax.Array | None
     cut: jax.Array | None
-    hs: jax.Array | None = None
+    hs: Any = None
 
 
 def clean(sequences: Sequences, input_size: int) -> Sequences:

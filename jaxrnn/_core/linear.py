@@ -37,8 +37,7 @@ class Jacobians:
       q: voltage form: what φ'(h_{t−1}) is found from.
       mask: which steps are valid: on the others J_t = I.
       cut: where q_{t−1} = 0, so that the leak alone passes.
-      slope_of: φ' from p or q.
-      options: how the loops are run.
+      slope_of: φ' from p or q. options: how the loops are run.
     """
 
     W: jax.Array
@@ -50,13 +49,14 @@ class Jacobians:
     slope_of: Callable[[jax.Array], jax.Array] = field(metadata={"static": True})
     options: Options = field(metadata={"static": True})
 
-    def steps(self) -> tuple:
+    def steps(self) -> tuple[Any, Any, Any, Any]:
         """What differs from step to step."""
         return self.p, self.q, self.mask, self.cut
 
-    def at(self, steps: tuple) -> "Jacobians":
+    def at(self, steps: tuple[Any, Any, Any, Any]) -> "Jacobians":
         """The same at other steps."""
-        return Jacobians(self.W, self.leak, *steps, self.slope_of, self.options)
+        p, q, mask, cut = steps
+        return Jacobians(self.W, self.leak, p, q, mask, cut, self.slope_of, self.options)
 
     def before_W(self, v: jax.Array) -> jax.Array:
         """diag(q) v, what a tangent of h brings to W; or an adjoint from W to h."""
@@ -143,8 +143,8 @@ def _run(by: dict[str, Callable], J, sequence, carry) -> Any:
     slope_of, options = J.slope_of, J.options  # no array: what the loop closes over outlives it
 
     def loop(weights, sequences, carry):
-        (W, leak), (steps, sequence) = weights, sequences
-        J = Jacobians(W, leak, *steps, slope_of, options)
+        (W, leak), ((p, q, mask, cut), sequence) = weights, sequences
+        J = Jacobians(W, leak, p, q, mask, cut, slope_of, options)
         form = "rate" if J.q is None else "voltage"
         name = backends.choose(options, W, carry.shape[:-1], slope_of, form)
         named = by | dict(kernel=partial(by["kernel"], name=name))

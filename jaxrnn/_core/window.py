@@ -10,6 +10,7 @@ steps are as if they were not there.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax import lax
@@ -27,7 +28,9 @@ def tangent_states(J: Jacobians, e: jax.Array, y0: jax.Array) -> jax.Array:
     return _sweeps(e, lambda y: e + times(J, y), y0, J.mask, J.options)
 
 
-def recomputed(options: Options, cell: Cell, steps, h0: jax.Array, held: tuple) -> jax.Array:
+def recomputed(
+    options: Options, cell: Cell, steps, h0: jax.Array, held: tuple[Any, Any]
+) -> jax.Array:
     """The states by the same sweeps, of operations that JAX differentiates.
 
     `steps` are (xs, drive, mask, what is added to the state); `held` are (h, h_0) that do not move.

@@ -25,7 +25,12 @@ members_now: ContextVar[int] = ContextVar("members_now", default=1)
 
 
 def run_loop(
-    loop: Callable, weights: Any, sequences: Any, carry: Any, tangent: Callable | None = None
+    loop: Callable,
+    weights: Any,
+    sequences: Any,
+    carry: Any,
+    tangent: Callable | None = None,
+    members: int = 0,
 ) -> tuple[Any, Any]:
     """Run `loop(weights, sequences, carry) -> (carry, states)`.
 
@@ -41,12 +46,10 @@ def run_loop(
       tangent: `tangent(arguments, results, tangents) -> tangents of the results`, where
         arguments and tangents are (weights, sequences, carry), None for what does not move.
         Without it JAX differentiates the loop.
+      members: how many vmaps over weights there are already.
     """
     leaves, tree = jax.tree.flatten((weights, sequences, carry))
-    return _bind(leaves, loop, tangent, tree, members=0)
 
-
-def _bind(leaves, loop, tangent, tree, members):
     def flat(*leaves):
         return loop(*jax.tree.unflatten(tree, leaves))
 
@@ -99,7 +102,8 @@ def _fold(leaves, axes, *, call, loop, tangent, tree, out_tree, members):
             tangent = each(tangent, in_axes=(of_each, results, of_each))
         loop = each(partial(_as_member, size, loop), in_axes=of_each)
         members += 1
-    carry, states = _bind(leaves, loop, tangent, tree, members)
+    weights, sequences, carry = jax.tree.unflatten(tree, leaves)
+    carry, states = run_loop(loop, weights, sequences, carry, tangent, members)
     out_axes = [in_carry] * len(jax.tree.leaves(carry))
     out_axes += [in_sequence] * len(jax.tree.leaves(states))
     return jax.tree.leaves((carry, states)), out_axes

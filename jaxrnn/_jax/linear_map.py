@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -150,7 +151,7 @@ def _batch(leaves, axes, *, linear, split, types, call_effects):
 
     of_all = LinearMap(each(linear.forward), transpose, each(linear.plain), linear.effectful)
     if all(t.sharding.mesh.empty for t in types):
-        types = [jax.core.ShapedArray((size, *t.shape), t.dtype) for t in types]
+        types = [ShapedArray((size, *t.shape), t.dtype) for t in types]
     else:  # in shard_map and under explicit sharding a type is more than shape and dtype
         types = jax.make_jaxpr(of_all.forward)(known, given).out_avals
     out = _bind(of_all, known, given, types)

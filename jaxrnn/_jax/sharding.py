@@ -3,11 +3,12 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import ShapedArray
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 
-def _spec(x: jax.Array | jax.core.ShapedArray) -> tuple | None:
+def _spec(x: jax.Array | ShapedArray) -> tuple | None:
     sharding = _type(x).sharding
     explicit = AxisType.Explicit in sharding.mesh.axis_types
     return tuple(sharding.spec) if explicit else None
@@ -27,11 +28,11 @@ def of_outer(left: jax.Array, right: jax.Array) -> P | None:
     return None if specs == (None, None) else P(*((s or (None,))[-1] for s in specs))
 
 
-def _type(x: jax.Array | jax.core.ShapedArray) -> jax.core.ShapedArray:
-    return x if isinstance(x, jax.core.ShapedArray) else jax.typeof(x)
+def _type(x: jax.Array | ShapedArray) -> ShapedArray:
+    return x if isinstance(x, ShapedArray) else jax.typeof(x)
 
 
-def laid_out_like(x: jax.Array, y: jax.Array | jax.core.ShapedArray) -> jax.Array:
+def laid_out_like(x: jax.Array, y: jax.Array | ShapedArray) -> jax.Array:
     """x, placed as y is, an array or the type of one."""
     return x if _spec(y) is None else jax.sharding.reshard(x, _type(y).sharding)
 
