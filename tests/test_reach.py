@@ -347,7 +347,9 @@ def growing(every, of):
 def test_temporaries_grow_like_the_square_root_of_time(of):
     found = list(growing("sqrt", of))
     if of == "vmap":  # the mapped axis is moved behind time: one copy of the inputs
-        found = [n - 4 * time * 8 * 4 for n, time in zip(found, (1_000, 10_000, 100_000))]
+        found = [
+            n - 4 * time * 8 * 4 for n, time in zip(found, (1_000, 10_000, 100_000), strict=True)
+        ]
     # A tenfold T is √10 = 3.17 times the states and the steps of a segment, weights aside. The
     # divisors of T that are next to its root are up to 1.27 times as large.
     assert all(later <= 3.17 * 1.27 * earlier for earlier, later in pairwise(found))

@@ -117,11 +117,7 @@ def init_params(
       hidden_size: H.
       output_size: K.
       layers: how many cells of that hidden size; from two on they are a tuple.
-      recurrent: see `init_cell`.
-      gain: see `init_cell`.
-      activation: see `init_cell`.
-      leak: see `init_cell`.
-      form: see `init_cell`.
+      recurrent, gain, activation, leak, form: as in `init_cell`.
       dtype: of all arrays.
 
     Returns:
@@ -166,10 +162,11 @@ def check_activation(activation: Any) -> None:
     if isinstance(activation, str):
         checks.one_of("activation", activation, tuple(NAMED))
         return
-    if not (isinstance(activation, Activation) or callable(activation)):
+    known = isinstance(activation, Activation) or callable(activation)
+    if not known:
         expected = "a name, a jaxrnn.Activation or a callable"
         checks.bad_type("activation", expected, type(activation).__name__)
-    resolved = resolve(activation)
+    resolved: Activation = resolve(activation)  # pyright: ignore[reportArgumentType]
     for function in (resolved.function, resolved.derivative_from_output):
         if function is None:
             continue

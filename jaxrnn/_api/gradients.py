@@ -46,14 +46,7 @@ def bptt(
       hs: the states that it returned, `[T, *batch, H]`.
       dhs: ∂L/∂h_t at fixed later states, `[T, *batch, H]`; ignored on invalid steps.
       dh_last: ∂L/∂h_last, `[*batch, H]`; None for zeros.
-      lengths: as in `unroll`.
-      mask: as in `unroll`.
-      drive: as in `unroll`.
-      reverse: as in `unroll`.
-      truncate: as in `unroll`.
-      window: as in `unroll`.
-      implementation: as in `unroll`.
-      precision: as in `unroll`.
+      lengths, mask, drive, reverse, truncate, window, implementation, precision: as in `unroll`.
 
     Returns:
       `CellGradients`, each in the dtype of what it is the gradient of.
@@ -108,15 +101,12 @@ def loss_and_grads(
       xs: inputs, float `[T, *batch, D]`, or `Ids` of `[T, *batch]`.
       targets: integer ids `[T, *batch]`, or one-hot floats `[T, *batch, K]`.
       h0: first state, `[*batch, H]`, of a stack in the structure of its cells; zeros by default.
-      lengths: as in `unroll`; invalid steps have no loss.
-      mask: as in `unroll`; invalid steps have no loss.
+      lengths, mask: as in `unroll`; invalid steps have no loss.
       drive: as in `unroll`, or in `unroll_layers`.
       reverse: as in `unroll`.
       checkpoint_every: as in `unroll`: only every k-th state is kept, and readout and loss are
         formed for k steps at a time.
-      truncate: as in `unroll`.
-      window: as in `unroll`.
-      implementation: as in `unroll`.
+      truncate, window, implementation: as in `unroll`.
       precision: as in `unroll`; of the products with V too.
 
     Returns:
@@ -147,7 +137,7 @@ def loss_and_grads(
     params = check_params(params)
     check = check_sequences if isinstance(params.cell, Cell) else check_layers
     args = check(params.cell, xs, h0, lengths, mask, drive)
-    cell, xs, h0, lengths, mask, drive = args
+    xs, h0, lengths, mask, drive = args[1:]
     options = check_options(
         args, reverse, checkpoint_every, truncate, window, implementation, precision
     )

@@ -44,15 +44,10 @@ def unroll_layers(
         outputs stand side by side; or one `Cell`.
       xs: inputs of the first layer, float `[T, *batch, D]`, or `Ids` of `[T, *batch]`.
       h0: first states, in the structure of `cells`; zeros by default, for any layer too.
-      lengths: as in `unroll`, for all layers.
-      mask: as in `unroll`, for all layers.
+      lengths, mask: as in `unroll`, for all layers.
       drive: as in `unroll`, in the structure of `cells`; None for any layer without.
       reverse: every layer reads in the other direction.
-      checkpoint_every: as in `unroll`, for all layers.
-      truncate: as in `unroll`, for all layers.
-      window: as in `unroll`, for all layers.
-      implementation: as in `unroll`, for all layers.
-      precision: as in `unroll`, for all layers.
+      checkpoint_every, truncate, window, implementation, precision: as in `unroll`, for all layers.
       dropout: the probability with which each entry of what one layer hands to the next is
         set to 0; the others are divided by 1 − dropout. 0 ≤ dropout < 1.
       key: a JAX random key, where dropout is above 0.
@@ -60,8 +55,8 @@ def unroll_layers(
 
     Returns:
       (h_last, y_L): the final state of every layer, in the structure of `cells`, and the
-      outputs of the last layer, `[T, *batch, H]`; of a pair `[T, *batch, H_forward + H_backward]`; 0 on
-      invalid steps.
+      outputs of the last layer, `[T, *batch, H]`, 0 on invalid steps; of a pair
+      `[T, *batch, H_forward + H_backward]`.
 
     Raises:
       TypeError, ValueError, NotImplementedError: as `unroll`; layers that do not fit each other;
@@ -109,14 +104,10 @@ def bidirectional(
       xs: inputs, float `[T, *batch, D]`, or `Ids` of `[T, *batch]`.
       h0: (first state of forward, of backward), each in the structure of its cells; zeros by
         default.
-      lengths: as in `unroll`.
-      mask: as in `unroll`.
+      lengths, mask: as in `unroll`.
       drive: (of forward, of backward), as in `unroll_layers`.
-      checkpoint_every: as in `unroll`.
-      truncate: as in `unroll`, counted in the order in which each reads.
-      window: as in `unroll`, likewise.
-      implementation: as in `unroll`.
-      precision: as in `unroll`.
+      checkpoint_every, implementation, precision: as in `unroll`.
+      truncate, window: as in `unroll`, counted in the order in which each reads.
 
     Returns:
       ((h_last of forward, h_last of backward), ys): the state of each after the last step that

@@ -59,8 +59,8 @@ def unroll(
         at k terms. Steps are counted likewise. Not with `truncate`.
       implementation: by what the loops over time are run, forward and in all derivatives. "scan":
         `jax.lax.scan`. "mosaic_gpu", "pallas_tpu": one kernel for all steps, W kept on the chip;
-        tanh, relu, sigmoid, identity in the rate form. "associative": derivatives by products of Jacobians, in
-        logarithmic depth and memory for T · B · H² numbers; forward a scan.
+        tanh, relu, sigmoid, identity in the rate form. "associative": derivatives by products of
+        Jacobians, in logarithmic depth and memory for T · B · H² numbers; forward a scan.
         "auto": a kernel where it was measured to be exact and faster on the device, else the scan.
       precision: of every product, as `jax.numpy.matmul` takes it; None is JAX's default.
 
