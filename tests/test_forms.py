@@ -952,3 +952,45 @@ def test_adjoints_are_gradients_of_what_is_added_to_a_state(form, how):
     found = jaxrnn.bptt(params.cell, xs, h0, hs, dhs, dh_last=jnp.exp(h_last), **how)
     assert_close((found.adjoint, found.delta), wanted)
     assert not np.any(np.where(valid[..., None], 0, found.adjoint))
+
+
+DIFFERENTIATED = {
+    "": {}, "mask": {"mask": GAPS}, "truncate": {"truncate": 3}, "window": {"window": 3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", DIFFERENTIATED.values(), ids=DIFFERENTIATED)
+@pytest.mark.parametrize("form", BOTH)
+def test_all_that_bptt_returns_is_differentiable(form, how):
+    params, xs, h0, _ = network(form, "per unit", "sigmoid")
+    valid = jnp.asarray(how.get("mask", np.ones((T, B), bool)))
+    options = {k: v for k, v in how.items() if k != "mask"}
+    known = valid[..., None]
+
+    def by_hand(cell, xs, h0, dhs):
+        _, hs = jaxrnn.unroll(cell, xs, h0, **how)
+        found = jaxrnn.bptt(cell, xs, h0, hs, dhs, **how)
+        return jax.tree.leaves(found)
+
+    def by_jax(cell, xs, h0, dhs):
+        def states(cell, xs, h0, drive, push):
+            return naive(cell, xs, h0, drive=drive, push=push, valid=valid, **options)[1]
+
+        nothing = jnp.zeros((T, B, H))
+        _, pull = jax.vjp(states, cell, xs, h0, nothing, nothing)
+        return jax.tree.leaves(pull(dhs))
+
+    def derivatives(f):
+        def number(*args):
+            return sum(jnp.sum(jnp.sin(x + n)) for n, x in enumerate(f(*args)))
+
+        args = params.cell, jnp.where(known, xs, 0), h0, jnp.where(known, weights((T, B, H)), 0)
+        tangents = jax.tree.map(jnp.cos, args)
+        moved = jax.jvp(number, args, tangents)[1]
+        # Of dhs alone the map is transposed once more; else JAX differentiates it.
+        of_dhs = jnp.where(known, jax.grad(number, 3)(*args), 0)
+        dcell, _, dh0 = jax.grad(number, (0, 1, 2))(*args)
+        return dcell, dh0, of_dhs, moved
+
+    found, expected = (jax.jit(derivatives, static_argnums=0)(f) for f in (by_hand, by_jax))
+    assert_close(found, expected)

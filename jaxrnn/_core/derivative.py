@@ -223,16 +223,16 @@ def _push_forward(options, known, tangents):
     wide = accumulation_dtype(dtype)
 
     def segment(dh_before, now, h_before):
-        steps, dxs, ddrive = now
+        steps, dxs, ddrive, dstate = now
         at = linearised(options, cell, steps, h_before)
-        moved = cast(Tangents(tangents.cell, dxs, ddrive, None), wide)
+        moved = cast(Tangents(tangents.cell, dxs, ddrive, None, dstate), wide)
         dhs = linear.tangent_states(at.J, _sources(at, moved), dh_before)
         return dhs[options.last], dhs.astype(dtype)
 
     dh0 = jnp.zeros_like(h0, wide) if tangents.h0 is None else tangents.h0.astype(wide)
     length = segment_length(options, cell, steps.hs, h0)
     before = remat.starts(steps.hs, h0, length, options.reverse)
-    now = (steps, tangents.xs, tangents.drive)
+    now = steps, tangents.xs, tangents.drive, tangents.state
     dh_last, dhs = remat.over_segments(
         segment, dh0, now, before, length, steps.hs, reverse=options.reverse
     )
