@@ -12,6 +12,7 @@ to check with. Errata of the printed formulas, mended here:
 """
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -58,11 +59,11 @@ def loss_and_grads(
       TypeError, ValueError: as `jaxrnn.loss_and_grads`.
 
     Cost: T² / 2 products of Jacobians with vectors; memory T · T · B · H.
-
     Source: sections 3.1 to 3.3.
     """
-    args = _checked(params, xs, targets)
-    return _loss_and_grads(*args, options=_options(args, truncate, window))
+    how = _checked(params, xs, targets, truncate, window)
+    loss, readout, cell = _by_section_3(*how, kept="")
+    return loss, Params(cell, readout)
 
 
 def contributions(
@@ -76,11 +77,7 @@ def contributions(
     """The (t, k) terms of the double sum: what the loss at t owes to the step k.
 
     Args:
-      params: the `Params`.
-      xs: inputs, float `[T, *batch, D]`, or `Ids` of `[T, *batch]`.
-      targets: integer ids `[T, *batch]`, or one-hot floats `[T, *batch, K]`.
-      truncate: as in `jaxrnn.unroll`: no term has a factor ∂a_{mk+1}/∂h_{mk}.
-      window: as in `jaxrnn.unroll`: only the terms with k > t − window.
+      params, xs, targets, truncate, window: as in `loss_and_grads`.
 
     Returns:
       A `Cell` whose leaves are `[T, T, *leaf]`, first t, then k; 0 for k > t; summed over the
@@ -92,27 +89,11 @@ def contributions(
 
     Source: section 3.3.
     """
-    args = _checked(params, xs, targets)
-    return _contributions(*args, options=_options(args, truncate, window))
+    how = _checked(params, xs, targets, truncate, window)
+    return _by_section_3(*how, kept="tk")[2]
 
 
-@partial(jax.jit, static_argnames="options")
-def _loss_and_grads(params, xs, targets, *, options):
-    loss, hs, error = _forward(params, xs, targets, options)
-    readout = Readout(
-        V=jnp.einsum("tbk,tbi->ki", error, output(params.cell, hs)), c=jnp.sum(error, (0, 1))
-    )
-    cell = _double_sum(params, xs, hs, error, options, kept="")
-    return loss, cast_like(Params(cell, readout), params)
-
-
-@partial(jax.jit, static_argnames="options")
-def _contributions(params, xs, targets, *, options):
-    _, hs, error = _forward(params, xs, targets, options)
-    return cast_like(_double_sum(params, xs, hs, error, options, kept="tk"), params.cell)
-
-
-def _checked(params, xs, targets):
+def _checked(params, xs, targets, truncate, window):
     params = check_params(params)
     size = check_cell("params.cell", params.cell).U.shape[1]
     xs = check_inputs("xs", xs, size, time=True)
@@ -122,21 +103,23 @@ def _checked(params, xs, targets):
         rows = jax.nn.one_hot(wide(xs.ids), size, dtype=result_dtype(params.cell))
         # An invalid id has no row; traced, it is not seen above and gives NaN.
         xs = jnp.where(jnp.sum(rows, axis=-1, keepdims=True) == 1, rows, jnp.nan)
-    return params, xs, check_targets(targets, (*steps, params.readout.V.shape[0]), None)
+    targets = check_targets(targets, (*steps, params.readout.V.shape[0]), None)
+    options = check_options((params.cell, xs), False, None, truncate, window, "scan", None)
+    return params, xs, targets, options
 
 
-def _options(args, truncate, window):
-    params, xs, _ = args
-    return check_options((params.cell, xs), False, None, truncate, window, "scan", None)
-
-
-def _forward(params, xs, targets, options):
-    """The loss, the states `[T, B, H]` and ŷ_t − y_t `[T, B, K]` in the dtype of sums."""
+@partial(jax.jit, static_argnames=("options", "kept"))
+def _by_section_3(params, xs, targets, options, *, kept):
+    """The loss, the gradients of the readout, and what `_double_sum` says of the cell."""
     _, hs = derivative.unroll(params.cell, xs, None, None, None, None, options=options)
     Omega = logits(params.readout, output(params.cell, hs))
     loss = jnp.sum(cross_entropy(Omega, targets))
-    error = output_error(Omega, targets)
-    return loss, _one_batch_axis(hs).astype(error.dtype), _one_batch_axis(error)
+    error = output_error(Omega, targets)  # ŷ_t − y_t, in the dtype of sums
+    hs, error = _one_batch_axis(hs).astype(error.dtype), _one_batch_axis(error)
+    V = jnp.einsum("tbk,tbi->ki", error, output(params.cell, hs))
+    cell = _double_sum(params, xs, hs, error, options, kept)
+    readout = cast_like(Readout(V, jnp.sum(error, (0, 1))), params.readout)
+    return loss, readout, cast_like(cell, params.cell)
 
 
 def _one_batch_axis(x):
@@ -148,7 +131,6 @@ def _double_sum(params, xs, hs, error, options, kept):
     dtype = error.dtype
     cell, V = cast(params.cell, dtype), params.readout.V.astype(dtype)
     xs = _one_batch_axis(xs).astype(dtype)
-    hs = hs.astype(dtype)
     time, batch, size = hs.shape
     h_prev = previous(hs, jnp.zeros((batch, size), dtype), reverse=False)[:time]
     activation, s_prev = resolve(cell.activation), output(cell, h_prev)
@@ -191,11 +173,10 @@ def _double_sum(params, xs, hs, error, options, kept):
     if cell.leak is not None:
         per_unit = "i" if cell.leak.ndim else ""
         leak = jnp.einsum(f"tkbi,kbi->{kept}{per_unit}", products, moved - h_prev)
-    return Cell(
+    return replace(
+        cell,
         U=jnp.einsum(f"tkbi,kbj->{kept}ij", delta, xs),
         W=jnp.einsum(f"tkbi,kbj->{kept}ij", delta, s_prev),
         b=None if cell.b is None else jnp.einsum(f"tkbi->{kept}i", delta),
         leak=leak,
-        activation=cell.activation,
-        form=cell.form,
     )

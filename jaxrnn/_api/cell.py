@@ -1,5 +1,6 @@
 """Cells and parameters: what a public function asks of them, and random ones for real use."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,17 +11,9 @@ from jax.nn import initializers
 from jaxrnn._api import checks
 from jaxrnn._base.arithmetic import accumulation_dtype
 from jaxrnn._base.forms import FORMS, NAMED, resolve
-from jaxrnn._types import (
-    Activation,
-    Cell,
-    Cells,
-    Ids,
-    Params,
-    Readout,
-    directions,
-    output_size,
-)
+from jaxrnn._types import Activation, Cell, Cells, Ids, Params, Readout, output_size
 
+LECUN = initializers.lecun_normal(in_axis=1, out_axis=0)
 RECURRENT = ("orthogonal", "identity", "normal", "uniform")
 
 
@@ -49,9 +42,7 @@ def init_cell(
         computational neuroscience, chaotic beyond 1 (Sompolinsky et al. 1988);
         "uniform", between ±1/√H, with U drawn so too, as torch draws them.
       gain: factor on W.
-      activation: kept on the cell; see `Cell`.
-      leak: kept on the cell as an array of `dtype`; scalar or `[H]`.
-      form: kept on the cell, "rate" or "voltage".
+      activation, leak, form: kept on the cell, see `Cell`; a leak as an array of `dtype`.
       dtype: of all arrays.
 
     Returns:
@@ -67,32 +58,26 @@ def init_cell(
     checks.one_of("recurrent", recurrent, RECURRENT)
     check_activation(activation)
     checks.one_of("form", form, FORMS)
-    dtype = checks.floating_dtype("dtype", dtype)
+    dtype = jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        checks.bad_type("dtype", "a floating dtype", dtype)
     if leak is not None:
         leak = check_leak("leak", leak, hidden_size).astype(dtype)
     key_U, key_W = jax.random.split(key)
-    square = (hidden_size, hidden_size)
     bound = hidden_size**-0.5
-    U_init = initializers.lecun_normal(in_axis=1, out_axis=0)
-    if input_size == 0:
-        U_init = lambda _, shape, dtype: jnp.zeros(shape, dtype)  # noqa: E731
-    elif recurrent == "uniform":
-        U_init = _uniform(bound)
+    uniform = partial(jax.random.uniform, minval=-bound, maxval=bound)
     W_init = {
         "orthogonal": initializers.orthogonal(),
-        "identity": lambda _, shape, dtype: jnp.eye(shape[0], dtype=dtype),
+        "identity": lambda key, shape, dtype: jnp.eye(*shape, dtype=dtype),
         "normal": initializers.normal(bound),
-        "uniform": _uniform(bound),
+        "uniform": uniform,
     }[recurrent]
+    lecun = LECUN if input_size else initializers.zeros
+    U_init = uniform if recurrent == "uniform" else lecun
     drawn = accumulation_dtype(dtype)
-    return Cell(
-        U_init(key_U, (hidden_size, input_size), drawn).astype(dtype),
-        (jnp.asarray(gain, drawn) * W_init(key_W, square, drawn)).astype(dtype),
-        jnp.zeros(hidden_size, dtype),
-        leak,
-        activation,
-        form,
-    )
+    U = U_init(key_U, (hidden_size, input_size), drawn).astype(dtype)
+    W = jnp.asarray(gain, drawn) * W_init(key_W, (hidden_size, hidden_size), drawn)
+    return Cell(U, W.astype(dtype), jnp.zeros(hidden_size, dtype), leak, activation, form)
 
 
 def init_params(
@@ -112,13 +97,10 @@ def init_params(
     """A cell, or a stack of them, and a readout with random weights.
 
     Args:
-      key: a JAX random key.
-      input_size: D.
-      hidden_size: H.
+      key, input_size, hidden_size: as in `init_cell`.
       output_size: K.
+      recurrent, gain, activation, leak, form, dtype: as in `init_cell`.
       layers: how many cells of that hidden size; from two on they are a tuple.
-      recurrent, gain, activation, leak, form: as in `init_cell`.
-      dtype: of all arrays.
 
     Returns:
       `Params`: the cell of `init_cell`; V has variance 1/H (LeCun), c is 0.
@@ -129,8 +111,8 @@ def init_params(
     checks.random_key("key", key)
     checks.positive("output_size", output_size)
     checks.positive("layers", layers)
-    dtype = checks.floating_dtype("dtype", dtype)
     key_cell, key_V = jax.random.split(key)
+    dtype = jnp.dtype(dtype)
     how: dict[str, Any] = dict(
         recurrent=recurrent, gain=gain, activation=activation, leak=leak, form=form, dtype=dtype
     )
@@ -138,19 +120,8 @@ def init_params(
     if layers > 1:
         keys = jax.random.split(key_cell, layers)[1:]
         cell = cell, *(init_cell(key, hidden_size, hidden_size, **how) for key in keys)
-    V_init = initializers.lecun_normal(in_axis=1, out_axis=0)
-    V = V_init(key_V, (output_size, hidden_size), accumulation_dtype(dtype)).astype(dtype)
+    V = LECUN(key_V, (output_size, hidden_size), accumulation_dtype(dtype)).astype(dtype)
     return Params(cell, Readout(V, jnp.zeros(output_size, dtype)))
-
-
-def _uniform(bound: float):
-    def draw(key, shape, dtype):
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return draw
-
-
-# What a public function asks of them.
 
 
 def check_activation(activation: Any) -> None:
@@ -160,50 +131,33 @@ def check_activation(activation: Any) -> None:
     value for a constant, and under jit the gradient by it would silently be 0.
     """
     if isinstance(activation, str):
-        checks.one_of("activation", activation, tuple(NAMED))
-        return
-    known = isinstance(activation, Activation) or callable(activation)
-    if not known:
+        return checks.one_of("activation", activation, tuple(NAMED))
+    if not isinstance(activation, Activation) and not callable(activation):
         expected = "a name, a jaxrnn.Activation or a callable"
         checks.bad_type("activation", expected, type(activation).__name__)
-    resolved: Activation = resolve(activation)  # pyright: ignore[reportArgumentType]
-    for function in (resolved.function, resolved.derivative_from_output):
-        if function is None:
-            continue
+    resolved = resolve(activation)  # pyright: ignore[reportArgumentType]
+    functions = resolved.function, resolved.derivative_from_output
+    for function in (f for f in functions if f is not None):
         if not callable(function):
             checks.bad_type("activation", "callables in an Activation", type(function).__name__)
         constants = jax.make_jaxpr(function)(jnp.zeros((1, 1))).consts
         if any(isinstance(constant, Tracer) for constant in constants):
-            checks.bad_value(
-                "activation", "a function of a alone", "one that closes over a traced value; "
-                "make it a part of the cell or of the inputs",
-            )  # fmt: skip
+            got = "one that closes over a traced value; make it a part of the cell or of the inputs"
+            checks.bad_value("activation", "a function of a alone", got)
 
 
-def check_cell(name: str, cell: Cell) -> Cell:
+def check_cell(name: str, cell: Cell, input_size: int | None = None) -> Cell:
     """Require a Cell of fitting float arrays; return it with jax arrays."""
-    if isinstance(cell, tuple | list):
-        expected = "a jaxrnn.Cell (a stack goes to unroll_layers)"
-        checks.bad_type(name, expected, checks.came(cell))
-    _check_instance(name, cell, Cell)
-    U = checks.floating(f"{name}.U", cell.U, (None, None))
-    size = U.shape[0]
+    stack = isinstance(cell, tuple | list)
+    checks.instance(name, cell, Cell, " (a stack goes to unroll_layers)" if stack else "")
+    U = checks.floating(f"{name}.U", cell.U, (None, input_size))
+    size, b, leak = U.shape[0], cell.b, cell.leak
     W = checks.floating(f"{name}.W", cell.W, (size, size))
-    b, leak = cell.b, cell.leak
-    if b is not None:
-        b = checks.floating(f"{name}.b", b, (size,))
-    if leak is not None:
-        leak = check_leak(f"{name}.leak", leak, size)
+    b = None if b is None else checks.floating(f"{name}.b", b, (size,))
+    leak = None if leak is None else check_leak(f"{name}.leak", leak, size)
     check_activation(cell.activation)
     checks.one_of(f"{name}.form", cell.form, FORMS)
     return Cell(U, W, b, leak, cell.activation, cell.form)
-
-
-def _check_instance(name: str, value: object, kind: type, *, alternative: str = "") -> None:
-    if not isinstance(value, kind):
-        part = f"; take its {kind.__name__.lower()}" if isinstance(value, Params) else ""
-        expected = f"a jaxrnn.{kind.__name__}{alternative}"
-        checks.bad_type(name, expected, checks.came(value) + part)
 
 
 def check_leak(name: str, leak: Any, hidden_size: int) -> jax.Array:
@@ -216,7 +170,7 @@ def check_leak(name: str, leak: Any, hidden_size: int) -> jax.Array:
 
 def check_readout(name: str, readout: Readout, hidden_size: int | None = None) -> Readout:
     """Require a Readout of fitting float arrays, and return it with jax arrays."""
-    _check_instance(name, readout, Readout)
+    checks.instance(name, readout, Readout)
     V = checks.floating(f"{name}.V", readout.V, (None, hidden_size))
     return Readout(V, checks.floating(f"{name}.c", readout.c, (V.shape[0],)))
 
@@ -224,31 +178,25 @@ def check_readout(name: str, readout: Readout, hidden_size: int | None = None) -
 def check_cells(name: str, cells: Cells) -> Cells:
     """Require a Cell, or layers each of which takes what the one before it puts out."""
     if not isinstance(cells, tuple | list):
-        _check_instance(name, cells, Cell, alternative=" or a tuple of layers")
+        checks.instance(name, cells, Cell, " or a tuple of layers")
         return check_cell(name, cells)
     if not cells:
         checks.bad_value(name, "at least one layer", "none")
     layers: list[Any] = []
-    size = None
+    size, alternative = None, " or a pair (forward, backward)"
     for n, layer in enumerate(cells):
         which = f"{name}[{n}]"
-        names = [which]
-        if isinstance(layer, tuple | list):
-            if len(layer) != 2:
-                came = f"{len(layer)} entries"
-                checks.bad_value(which, "a jaxrnn.Cell or a pair (forward, backward)", came)
-            names = [f"{which}[0]", f"{which}[1]"]
-            for of_cell, cell in zip(names, layer, strict=True):
-                _check_instance(of_cell, cell, Cell)
-            layer = tuple(map(check_cell, names, layer))
+        if not isinstance(layer, tuple | list):
+            checks.instance(which, layer, Cell, alternative)
+            layers.append(check_cell(which, layer, size))
+        elif len(layer) != 2:
+            checks.bad_value(which, f"a jaxrnn.Cell{alternative}", f"{len(layer)} entries")
         else:
-            _check_instance(which, layer, Cell, alternative=" or a pair (forward, backward)")
-            layer = check_cell(which, layer)
-        for of_cell, cell in zip(names, directions(layer), strict=True):
-            size = cell.U.shape[1] if size is None else size
-            checks.shaped(f"{of_cell}.U", cell.U, (None, size))
-        size = sum(cell.W.shape[0] for cell in directions(layer))
-        layers.append(layer)
+            for m, cell in enumerate(layer):
+                checks.instance(f"{which}[{m}]", cell, Cell)
+            forward = check_cell(f"{which}[0]", layer[0], size)
+            layers.append((forward, check_cell(f"{which}[1]", layer[1], forward.U.shape[1])))
+        size = output_size(layers)
     return tuple(layers)
 
 
@@ -277,15 +225,12 @@ def check_inputs(name: str, xs: jax.Array | Ids, input_size: int, time: bool) ->
     value = checks.array(name, xs)
     if jnp.issubdtype(value.dtype, jnp.integer):
         checks.bad_type(name, "floats, or ids wrapped as jaxrnn.Ids(ids)", f"bare {value.dtype}")
-    value = checks.floating(name, value)
-    if value.ndim < 1 + time or value.shape[-1] != input_size:
-        checks.bad_value(name, f"shape [{axes}, {input_size}]", list(value.shape))
-    return value
+    return check_last_axis(name, value, input_size, axes, 1 + time)
 
 
-def check_last_axis(name: str, value: Any, size: int) -> jax.Array:
-    """Require floats `[..., size]`."""
+def check_last_axis(name: str, value: Any, size: int, axes="...", least: int = 1) -> jax.Array:
+    """Require floats `[..., size]`, of at least so many axes."""
     value = checks.floating(name, value)
-    if value.ndim < 1 or value.shape[-1] != size:
-        checks.bad_value(name, f"shape [..., {size}]", list(value.shape))
+    if value.ndim < least or value.shape[-1] != size:
+        checks.bad_value(name, f"shape [{axes}, {size}]", list(value.shape))
     return value

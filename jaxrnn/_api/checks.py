@@ -4,6 +4,8 @@ Every message reads "<argument>: expected <what>, got <what came>". Only public 
 these, never constructors: pytree transformations build the dataclasses with anything.
 """
 
+from contextlib import suppress
+from functools import partial
 from typing import Any, NoReturn, TypeAlias
 
 import jax
@@ -13,6 +15,7 @@ from jax.core import Tracer
 
 from jaxrnn._backends.select import meaning
 from jaxrnn._base.arithmetic import wide
+from jaxrnn._types import Params
 
 Shape: TypeAlias = tuple[int | None, ...]  # None stands for any length
 Hint: TypeAlias = tuple[Shape, str] | None  # what to say of an array of that other shape
@@ -40,10 +43,11 @@ def came(value: object) -> str:
     return f"{traced}{value.dtype} array of shape {list(value.shape)}"
 
 
-def instance(name: str, value: object, kind: type) -> None:
-    """Require an instance of `kind`."""
+def instance(name: str, value: object, kind: type, alternative: str = "") -> None:
+    """Require an instance of `kind`; the alternative is only said."""
     if not isinstance(value, kind):
-        bad_type(name, f"a jaxrnn.{kind.__name__}", came(value))
+        part = f"; take its {kind.__name__.lower()}" if isinstance(value, Params) else ""
+        bad_type(name, f"a jaxrnn.{kind.__name__}{alternative}", came(value) + part)
 
 
 def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -67,9 +71,7 @@ def whole(name: str, value: int, least: int = 0) -> None:
         bad_value(name, f"at least {least}", value)
 
 
-def positive(name: str, value: int) -> None:
-    """Require a whole number of at least 1."""
-    whole(name, value, least=1)
+positive = partial(whole, least=1)
 
 
 def number(name: str, value: Any) -> float:
@@ -78,12 +80,10 @@ def number(name: str, value: Any) -> float:
         real = any(jnp.issubdtype(value.dtype, kind) for kind in (np.floating, np.integer))
     else:
         real = not isinstance(value, bool | complex | str | bytes)
-    if not real or isinstance(value, Tracer) or np.ndim(value):
-        bad_type(name, "a number", came(value))
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        bad_type(name, "a number", came(value))
+    with suppress(TypeError, ValueError):
+        if real and not isinstance(value, Tracer) and not np.ndim(value):
+            return float(value)
+    bad_type(name, "a number", came(value))
 
 
 def random_key(name: str, value: Any) -> None:
@@ -101,53 +101,28 @@ def array(name: str, value: Any) -> jax.Array:
     if isinstance(value, np.ndarray) and value.dtype.kind not in "biufcV":
         bad_type(name, "a numeric or boolean dtype", value.dtype)
     try:
-        return jnp.asarray(_saturated(value))
+        if isinstance(value, np.ndarray | np.integer) and value.dtype.kind in "iu":
+            # JAX without 64 bits would wrap an invalid id to a valid one.
+            kept = np.iinfo(jax.dtypes.canonicalize_dtype(value.dtype))
+            value = value.clip(kept.min, kept.max) if kept.dtype != value.dtype else value
+        return jnp.asarray(value)
     except (TypeError, ValueError, OverflowError) as error:
         what = came(value)
-        if isinstance(value, list | tuple):
-            what = f"a {what} that makes none"
+        what = f"a {what} that makes none" if isinstance(value, list | tuple) else what
         raise TypeError(f"{name}: expected an array, got {what}") from error
 
 
-def _saturated(value: Any) -> Any:
-    """Integers that JAX without 64 bits would wrap, an invalid id to a valid one."""
-    if isinstance(value, np.ndarray | np.integer) and value.dtype.kind in "iu":
-        kept = jax.dtypes.canonicalize_dtype(value.dtype)
-        if kept != value.dtype:
-            return value.clip(np.iinfo(kept).min, np.iinfo(kept).max)
-    return value
-
-
-def floating(name: str, value: Any, shape: Shape | None = None, hint: Hint = None) -> jax.Array:
-    """Make a float array."""
+def _of_kind(kind, expected: str, name: str, value: Any, shape: Shape | None = None, hint=None):
+    """Make an array of a kind of dtype, and of a shape."""
     result = array(name, value)
-    if not jnp.issubdtype(result.dtype, jnp.floating):
-        bad_type(name, "a floating dtype", result.dtype)
+    if not jnp.issubdtype(result.dtype, kind):
+        bad_type(name, expected, result.dtype)
     return shaped(name, result, shape, hint)
 
 
-def floating_dtype(name: str, dtype: Any) -> jnp.dtype:
-    """Require a float dtype."""
-    result = jnp.dtype(dtype)
-    if not jnp.issubdtype(result, jnp.floating):
-        bad_type(name, "a floating dtype", result)
-    return result
-
-
-def integers(name: str, value: Any, shape: Shape | None = None, hint: Hint = None) -> jax.Array:
-    """Make an integer array."""
-    result = array(name, value)
-    if not jnp.issubdtype(result.dtype, jnp.integer):
-        bad_type(name, "an integer dtype", result.dtype)
-    return shaped(name, result, shape, hint)
-
-
-def booleans(name: str, value: Any, shape: Shape | None = None, hint: Hint = None) -> jax.Array:
-    """Make a boolean array."""
-    result = array(name, value)
-    if result.dtype != jnp.bool_:
-        bad_type(name, "dtype bool", result.dtype)
-    return shaped(name, result, shape, hint)
+floating = partial(_of_kind, np.floating, "a floating dtype")
+integers = partial(_of_kind, np.integer, "an integer dtype")
+booleans = partial(_of_kind, np.bool_, "dtype bool")
 
 
 def shaped(name: str, value: jax.Array, shape: Shape | None, hint: Hint = None) -> jax.Array:
@@ -162,9 +137,8 @@ def shaped(name: str, value: jax.Array, shape: Shape | None, hint: Hint = None) 
 
 
 def _fits(value: jax.Array, shape: Shape) -> bool:
-    return len(shape) == value.ndim and all(
-        want is None or want == have for want, have in zip(shape, value.shape, strict=True)
-    )
+    pairs = zip(shape, value.shape, strict=False)
+    return len(shape) == value.ndim and all(want is None or want == have for want, have in pairs)
 
 
 def swapped(shape: Shape) -> Hint:
@@ -190,11 +164,9 @@ def in_range(name: str, ids: jax.Array, size: int, where: jax.Array | None = Non
 
 def precision(value: Any) -> None:
     """Require a precision of products."""
-    if value is None:
-        return
     try:
-        meaning(value)
+        if value is not None:
+            meaning(value)
     except (TypeError, ValueError):
         expected = "None, 'default', 'high', 'highest' or what else jax.numpy.matmul takes"
-        got = repr(value) if isinstance(value, str) else came(value)
-        bad_value("precision", expected, got)
+        bad_value("precision", expected, repr(value) if isinstance(value, str) else came(value))

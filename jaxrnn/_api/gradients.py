@@ -5,8 +5,8 @@ from typing import Any
 import jax
 
 from jaxrnn._api import checks
-from jaxrnn._api.cell import check_params
-from jaxrnn._api.sequences import check_layers, check_options, check_sequences, check_targets
+from jaxrnn._api.cell import check_cell, check_params
+from jaxrnn._api.sequences import check_options, check_sequences, check_targets
 from jaxrnn._base.masking import valid_steps
 from jaxrnn._core import derivative, loss
 from jaxrnn._types import Cell, CellGradients, Gradients, Ids, Params, leading_shape
@@ -40,9 +40,7 @@ def bptt(
     p = α, q = φ'(h), s = φ(h) in the voltage form.
 
     Args:
-      cell: the `Cell` of the unroll.
-      xs: its inputs.
-      h0: its first state; None for zeros.
+      cell, xs, h0: those of the unroll; h0 is None for zeros.
       hs: the states that it returned, `[T, *batch, H]`.
       dhs: ∂L/∂h_t at fixed later states, `[T, *batch, H]`; ignored on invalid steps.
       dh_last: ∂L/∂h_last, `[*batch, H]`; None for zeros.
@@ -55,21 +53,17 @@ def bptt(
       TypeError, ValueError, NotImplementedError: as `unroll`.
 
     Numerics: the adjoint is float32 or better; so are all sums.
-
     Inside shard_map each device returns its own share of every gradient.
-
     Cost: one product a step; then one product over many steps for each of U, W and xs.
-
     Source: section 3.3, with (ŷ_t − y_t) where the source prints (y_t − ŷ_t), and with the
     Jacobian of H units, diag(1 − h²) W, where it prints that of one.
     """
-    args = check_sequences(cell, xs, h0, lengths, mask, drive)
+    args = check_sequences(check_cell("cell", cell), xs, h0, lengths, mask, drive)
     cell, xs, h0, lengths, mask, drive = args
     shape = (*leading_shape(xs), cell.W.shape[0])
     hs = checks.floating("hs", hs, shape, checks.swapped(shape))
     dhs = checks.floating("dhs", dhs, shape, checks.swapped(shape))
-    if dh_last is not None:
-        dh_last = checks.floating("dh_last", dh_last, shape[1:])
+    dh_last = None if dh_last is None else checks.floating("dh_last", dh_last, shape[1:])
     options = check_options(args, reverse, None, truncate, window, implementation, precision)
     return derivative.bptt(cell, xs, h0, hs, dhs, dh_last, lengths, mask, drive, options=options)
 
@@ -98,16 +92,13 @@ def loss_and_grads(
 
     Args:
       params: the `Params`, of one cell or of a stack, through which `unroll_layers` goes.
-      xs: inputs, float `[T, *batch, D]`, or `Ids` of `[T, *batch]`.
       targets: integer ids `[T, *batch]`, or one-hot floats `[T, *batch, K]`.
       h0: first state, `[*batch, H]`, of a stack in the structure of its cells; zeros by default.
-      lengths, mask: as in `unroll`; invalid steps have no loss.
-      drive: as in `unroll`, or in `unroll_layers`.
-      reverse: as in `unroll`.
+      xs, lengths, mask, drive, reverse, truncate, window, implementation: as in `unroll`, a drive
+        also as in `unroll_layers`; invalid steps have no loss.
+      precision: as in `unroll`; of the products with V too.
       checkpoint_every: as in `unroll`: only every k-th state is kept, and readout and loss are
         formed for k steps at a time.
-      truncate, window, implementation: as in `unroll`.
-      precision: as in `unroll`; of the products with V too.
 
     Returns:
       (loss, `Gradients`): the loss in nats, a scalar summed over steps and batch; the
@@ -117,14 +108,11 @@ def loss_and_grads(
       TypeError, ValueError, NotImplementedError: as `unroll` and `cross_entropy`.
 
     Numerics: the loss is float32 or better.
-
     Inside shard_map each device returns its own share of the loss and of every gradient.
-
     Cost: logits, errors and cotangents exist for a segment of the steps at a time; hs is kept.
-      With `checkpoint_every` = k, of a stack too where no layer is a pair, the states between
-      layers, logits and the rest exist for k steps at a time. Otherwise those of a stack, and
-      with `window`, exist for all steps. JAX can differentiate this again.
-
+    With `checkpoint_every` = k, of a stack too where no layer is a pair, the states between
+    layers, logits and the rest exist for k steps at a time. Otherwise those of a stack, and with
+    `window`, exist for all steps. JAX can differentiate this again.
     Source: sections 3.1 to 3.3. The upper limits S and T printed there are both the length.
 
     >>> import jax, jaxrnn
@@ -135,13 +123,10 @@ def loss_and_grads(
     ((), (8, 8), (8,))
     """
     params = check_params(params)
-    check = check_sequences if isinstance(params.cell, Cell) else check_layers
-    args = check(params.cell, xs, h0, lengths, mask, drive)
+    args = check_sequences(params.cell, xs, h0, lengths, mask, drive)
     xs, h0, lengths, mask, drive = args[1:]
-    options = check_options(
-        args, reverse, checkpoint_every, truncate, window, implementation, precision
-    )
-    time, *batch = leading_shape(xs)
-    valid = valid_steps(lengths, mask, time)
-    targets = check_targets(targets, (time, *batch, params.readout.V.shape[0]), valid)
+    how = reverse, checkpoint_every, truncate, window, implementation, precision
+    options, steps = check_options(args, *how), leading_shape(xs)
+    valid = valid_steps(lengths, mask, steps[0])
+    targets = check_targets(targets, (*steps, params.readout.V.shape[0]), valid)
     return loss.loss_and_grads(params, targets, xs, h0, lengths, mask, drive, options=options)

@@ -11,9 +11,9 @@ import jax
 
 from jaxrnn._api import checks
 from jaxrnn._api.cell import check_cells
-from jaxrnn._api.sequences import check_inputs_of, check_layers, check_options
+from jaxrnn._api.sequences import check_options, check_sequences
 from jaxrnn._core import layers
-from jaxrnn._types import Cell, Cells, Ids, directions, first_cell
+from jaxrnn._types import Cell, Cells, Ids, first_cell, output_size
 
 
 def unroll_layers(
@@ -44,10 +44,10 @@ def unroll_layers(
         outputs stand side by side; or one `Cell`.
       xs: inputs of the first layer, float `[T, *batch, D]`, or `Ids` of `[T, *batch]`.
       h0: first states, in the structure of `cells`; zeros by default, for any layer too.
-      lengths, mask: as in `unroll`, for all layers.
       drive: as in `unroll`, in the structure of `cells`; None for any layer without.
       reverse: every layer reads in the other direction.
-      checkpoint_every, truncate, window, implementation, precision: as in `unroll`, for all layers.
+      lengths, mask, checkpoint_every, truncate, window, implementation, precision: as in `unroll`,
+        for all layers.
       dropout: the probability with which each entry of what one layer hands to the next is
         set to 0; the others are divided by 1 − dropout. 0 ≤ dropout < 1.
       key: a JAX random key, where dropout is above 0.
@@ -71,14 +71,22 @@ def unroll_layers(
     >>> [h.shape for h in h_last], hs.shape
     ([(2, 3), (2, 5)], (7, 2, 5))
     """
-    args = check_layers(cells, xs, h0, lengths, mask, drive)
-    residual = checks.boolean("residual", residual)
-    _check_residual(residual, args[0])
-    dropout = _check_dropout(dropout, key)
-    options = check_options(
-        args, reverse, checkpoint_every, truncate, window, implementation, precision
-    )
-    return layers.unroll(*args, None, key, options=options, dropout=dropout, residual=residual)
+    args = check_sequences(check_cells("cells", cells), xs, h0, lengths, mask, drive)
+    if checks.boolean("residual", residual) and not isinstance(args[0], Cell):
+        sizes = [output_size([layer]) for layer in args[0]]
+        if len(set(sizes)) > 1:
+            got = "sizes " + ", ".join(map(str, sizes))
+            checks.bad_value("residual", "layers of one size", got)
+    dropout = checks.number("dropout", dropout)
+    if not 0 <= dropout < 1:
+        checks.bad_value("dropout", "a number from 0 to below 1", dropout)
+    if dropout and key is None:
+        checks.bad_value("key", "a JAX random key, with dropout above 0", None)
+    if dropout:
+        checks.random_key("key", key)
+    how = reverse, checkpoint_every, truncate, window, implementation, precision
+    given = dict(options=check_options(args, *how), dropout=dropout, residual=bool(residual))
+    return layers.unroll(*args, None, key, **given)
 
 
 def bidirectional(
@@ -101,12 +109,10 @@ def bidirectional(
     Args:
       forward: a `Cell`, or a stack as in `unroll_layers`, that reads from the first step.
       backward: one that reads from the last step, with `lengths` from the last valid one.
-      xs: inputs, float `[T, *batch, D]`, or `Ids` of `[T, *batch]`.
+      xs, lengths, mask, checkpoint_every, implementation, precision: as in `unroll`.
       h0: (first state of forward, of backward), each in the structure of its cells; zeros by
         default.
-      lengths, mask: as in `unroll`.
       drive: (of forward, of backward), as in `unroll_layers`.
-      checkpoint_every, implementation, precision: as in `unroll`.
       truncate, window: as in `unroll`, counted in the order in which each reads.
 
     Returns:
@@ -130,29 +136,6 @@ def bidirectional(
     sizes = [first_cell(cell).U.shape[1] for cell in cells]
     if sizes[1] != sizes[0]:
         checks.bad_value("backward", f"a first U of shape [any, {sizes[0]}]", f"[any, {sizes[1]}]")
-    args = cells, *check_inputs_of(cells, xs, h0, lengths, mask, drive)
-    options = check_options(
-        args, False, checkpoint_every, truncate, window, implementation, precision
-    )
-    return layers.unroll_both(*args, options=options)
-
-
-def _check_residual(residual: bool, cells: Any) -> None:
-    if isinstance(cells, Cell):
-        return
-    sizes = [sum(cell.W.shape[0] for cell in directions(layer)) for layer in cells]
-    if residual and len(set(sizes)) > 1:
-        got = "sizes " + ", ".join(map(str, sizes))
-        checks.bad_value("residual", "layers of one size", got)
-
-
-def _check_dropout(rate: float, key: jax.Array | None) -> float:
-    """Require a probability below 1, and a key where it is above 0."""
-    rate = checks.number("dropout", rate)
-    if not 0 <= rate < 1:
-        checks.bad_value("dropout", "a number from 0 to below 1", rate)
-    if rate and key is None:
-        checks.bad_value("key", "a JAX random key, with dropout above 0", None)
-    if rate:
-        checks.random_key("key", key)
-    return rate
+    args = check_sequences(cells, xs, h0, lengths, mask, drive)
+    how = False, checkpoint_every, truncate, window, implementation, precision
+    return layers.unroll_both(*args, options=check_options(args, *how))

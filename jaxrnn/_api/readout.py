@@ -12,9 +12,7 @@ from jaxrnn._types import Readout
 
 
 def apply_readout(readout: Readout, hs: jax.Array, *, precision: Any = None) -> jax.Array:
-    """The output before the softmax, the logits.
-
-    Ω_t = V s_t + c
+    """The output before the softmax, the logits Ω_t = V s_t + c.
 
     Args:
       readout: the `Readout`.
@@ -30,13 +28,11 @@ def apply_readout(readout: Readout, hs: jax.Array, *, precision: Any = None) -> 
       ValueError: shapes that do not fit; a precision that is none.
 
     Numerics: the product accumulates in float32 or better.
-
     Source: section 2, equation 2.
     """
     checks.precision(precision)
     readout = check_readout("readout", readout)
-    hs = check_last_axis("hs", hs, readout.V.shape[1])
-    return loss.logits(readout, hs, precision)
+    return loss.logits(readout, check_last_axis("hs", hs, readout.V.shape[1]), precision)
 
 
 def cross_entropy(
@@ -62,7 +58,6 @@ def cross_entropy(
         value cannot be seen, such an id gives NaN.
 
     Numerics: the maximum is subtracted before the exponential, so logits of ±1e4 are safe.
-
     Source: section 2, equations 3 and 4. The source lets t of the softmax run to |A|; it runs
     to T, and only the sum inside the softmax runs over the |A| = K characters.
     """
@@ -71,5 +66,4 @@ def cross_entropy(
         checks.bad_value("logits", "shape [T, *batch, K]", [])
     if where is not None:
         where = checks.booleans("where", where, logits.shape[:-1])
-    targets = check_targets(targets, logits.shape, where)
-    return loss.cross_entropy(logits, targets, where)
+    return loss.cross_entropy(logits, check_targets(targets, logits.shape, where), where)

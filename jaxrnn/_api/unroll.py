@@ -80,14 +80,12 @@ def unroll(
     rounded once. Invalid steps may hold NaN or inf, their cotangents too: neither reaches
     anything. phi' is found from the state (tanh: (1 − h)(1 + h)), or for a plain callable
     from the recomputed pre-activation.
-
     Cost: two products a step forward, that with U for all steps at once where it pays, and
     one a step backward; the gradient of each parameter is one product over many steps. Beyond
     inputs and parameters only hs is kept, and what a segment of the steps needs. With
     `checkpoint_every` the backward runs the forward again; with `window` = k it takes a product
     over all steps k times.
     Outside jit, checking ids and lengths that lie on a device waits for them.
-
     Source: section 2, equation 1; section 3.3 for its derivative.
 
     >>> import jax, jaxrnn
@@ -96,18 +94,13 @@ def unroll(
     >>> h_last.shape, hs.shape
     ((2, 3), (7, 2, 3))
     """
-    args = check_sequences(cell, xs, h0, lengths, mask, drive)
-    options = check_options(
-        args, reverse, checkpoint_every, truncate, window, implementation, precision
-    )
-    return derivative.unroll(*args, options=options)
+    args = check_sequences(check_cell("cell", cell), xs, h0, lengths, mask, drive)
+    how = reverse, checkpoint_every, truncate, window, implementation, precision
+    return derivative.unroll(*args, options=check_options(args, *how))
 
 
 def step(cell: Cell, x: jax.Array | Ids, h: jax.Array, *, precision: Any = None) -> jax.Array:
-    """One step of the recurrence, the hidden state that follows `h`.
-
-    rate:     h_t = (1 − α) h_{t−1} + α φ(W h_{t−1} + U x_t + b)
-    voltage:  h_t = (1 − α) h_{t−1} + α (W φ(h_{t−1}) + U x_t + b)
+    """One step of the recurrence of `unroll`, without a drive: the hidden state that follows `h`.
 
     Args:
       cell: the `Cell`.
@@ -119,8 +112,7 @@ def step(cell: Cell, x: jax.Array | Ids, h: jax.Array, *, precision: Any = None)
       h_t, `[*batch, H]`, in the result dtype of cell, x and h.
 
     Raises:
-      TypeError: a dtype that is not floating, or bare integers as x.
-      ValueError: shapes that do not fit, or an invalid id.
+      TypeError, ValueError: as `unroll`.
 
     Source: section 2, equation 1.
 
@@ -162,9 +154,7 @@ def outputs(cell: Cell, hs: jax.Array) -> jax.Array:
       of `unroll_layers` are 0 there.
 
     Raises:
-      TypeError: a dtype that is not floating.
-      ValueError: states of another size.
+      TypeError, ValueError: a dtype that is not floating; states of another size.
     """
     cell = check_cell("cell", cell)
-    hs = check_last_axis("hs", hs, cell.W.shape[0])
-    return layers.outputs(cell, hs)
+    return layers.outputs(cell, check_last_axis("hs", hs, cell.W.shape[0]))

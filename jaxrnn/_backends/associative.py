@@ -16,35 +16,17 @@ from jax import lax
 
 
 def tangent_states(J: Any, e: jax.Array, y0: jax.Array) -> tuple[Any, jax.Array]:
-    """Solve y_t = e_t + J_t y_{t−1} forward in time.
-
-    Args:
-      J: `Jacobians` of the steps.
-      e: `[T, *batch, H]`.
-      y0: the y before, `[*batch, H]`.
-
-    Returns:
-      (None, y of all steps).
-    """
-    matrices, (reverse, _, precision, *_) = _matrices(J, e.dtype), J.options
-    first = J.options.first
-    e = e.at[first].add(_apply(matrices[first], y0, precision))
-    return None, _solve(matrices, e, reverse, precision)
+    """(None, all y_t = e_t + J_t y_{t−1}), with e `[T, *batch, H]` and y_0 `[*batch, H]`."""
+    matrices, options = _matrices(J, e.dtype), J.options
+    e = e.at[options.first].add(_apply(matrices[options.first], y0, options.precision))
+    return None, _solve(matrices, e, options.reverse, options.precision)
 
 
-def adjoint_states(
-    J: Any, g: jax.Array | None, from_later: jax.Array, *, as_delta: bool
-) -> tuple[jax.Array, jax.Array]:
-    """Solve λ_t = g_t + J_{t+1}ᵀ λ_{t+1} backward in time.
+def adjoint_states(J: Any, g: Any, from_later: jax.Array, *, as_delta: bool) -> tuple:
+    """(J_1ᵀ λ_1, all λ_t = g_t + J_{t+1}ᵀ λ_{t+1}), backward in time.
 
-    Args:
-      J: `Jacobians` of the steps.
-      g: `[T, *batch, H]`; None for 0.
-      from_later: J_{T+1}ᵀ λ_{T+1}, `[*batch, H]`.
-      as_delta: return δ_t = diag(p_t) λ_t, 0 on frozen steps, in place of λ_t.
-
-    Returns:
-      (J_1ᵀ λ_1, λ or δ of all steps).
+    g is `[T, *batch, H]`, or None for 0, and from_later J_{T+1}ᵀ λ_{T+1}, `[*batch, H]`. With
+    `as_delta` δ_t = diag(p_t) λ_t, 0 on frozen steps, stands in place of λ_t.
     """
     matrices = jnp.swapaxes(_matrices(J, from_later.dtype), -1, -2)
     last, later = J.options.last, J.options.first

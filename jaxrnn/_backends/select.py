@@ -3,10 +3,9 @@
 None changes what is computed, beyond the rounding of sums; derivatives never see which one ran.
 """
 
-from collections.abc import Callable
 from functools import cache, partial
 from math import prod
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,24 +14,17 @@ from jax.sharding import AxisType
 from jaxrnn._backends.target import Device, config_value, target
 from jaxrnn._base.forms import NAMED
 from jaxrnn._base.options import Options
+from jaxrnn._types import Elementwise
 
 
 class Measured(NamedTuple):
-    """Where a kernel was measured: exact, and faster than the scan.
+    """Where a kernel was measured: exact, and faster than the scan."""
 
-    Args:
-      kind: the device, as JAX calls it.
-      dtype: of the cell.
-      hidden: the sizes H, (least, most).
-      batch: the sizes B, (least, most).
-      implementation: the kernel.
-    """
-
-    kind: str
-    dtype: str
-    hidden: tuple[int, int]
-    batch: tuple[int, int]
-    implementation: str
+    kind: str  # the device, as JAX calls it
+    dtype: str  # of the cell
+    hidden: tuple[int, int]  # the sizes H, (least, most)
+    batch: tuple[int, int]  # the sizes B, (least, most)
+    implementation: str  # the kernel
 
 
 # What "auto" takes. An entry has a file in benchmarks/results/ that shows it; there is none yet.
@@ -47,53 +39,43 @@ KERNELS = tuple(LARGEST)
 # Mosaic compiles no product of bfloat16 for them ("Unsupported matmul RHS type").
 FLOAT32_ONLY = ("TPU v2", "TPU v3")
 _PLATFORM = {"mosaic_gpu": "cuda", "pallas_tpu": "tpu"}
+# The platform, the capability where it matters, and both in words.
+_NEEDS = {
+    "mosaic_gpu": ("gpu", "9.0", "an NVIDIA GPU of compute capability 9.0"),
+    "pallas_tpu": ("tpu", "", "a TPU"),
+}
+_PRODUCTS = {
+    "mosaic_gpu": "TensorFloat-32, summed in float32",
+    "pallas_tpu": "those of precision 'default' or 'highest'",
+}
 
 
 def device_for(implementation: str) -> Device | None:
     """The device that programs traced now are for; None where nothing depends on it."""
-    if implementation not in KERNELS and not (implementation == "auto" and MEASURED):
-        return None
-    return target()
+    depends = implementation in KERNELS or (implementation == "auto" and MEASURED)
+    return target() if depends else None
 
 
 def with_device(options: Options, time: Any) -> Options:
     """The same, for the device and the default precision of now: derivatives are traced later.
 
-    Raises:
-      NotImplementedError: a kernel, or products of Jacobians, for a symbolic T.
+    A kernel, or products of Jacobians, for a symbolic T is refused.
     """
-    name, precision = options.implementation, options.precision
-    if precision is None:
-        precision = config_value("jax_default_matmul_precision")
-    if isinstance(time, int):
-        return options._replace(precision=precision, device=device_for(name))
-    if name in (*KERNELS, "associative"):
-        _refuse(name, f"it needs a T that is a number, not {time}")
-    return options._replace(precision=precision)
+    name, known = options.implementation, isinstance(time, int)
+    if name in (*KERNELS, "associative") and not known:
+        reason = f"it needs a T that is a number, not {time}"
+        raise NotImplementedError(f"implementation={name!r}: {reason}")
+    default = config_value("jax_default_matmul_precision")
+    precision = default if options.precision is None else options.precision
+    return options._replace(precision=precision, device=device_for(name) if known else None)
 
 
-def _refuse(name: str, reason: str) -> NoReturn:
-    raise NotImplementedError(f"implementation={name!r}: {reason}")
-
-
-def choose(
-    options: Options,
-    W: jax.Array | jax.ShapeDtypeStruct,
-    batch: tuple[int, ...],
-    function: Callable[[jax.Array], jax.Array],
-    form: str = "rate",
-) -> str:
+def choose(options: Options, W, batch: tuple[int, ...], function: Elementwise, form="rate") -> str:
     """What runs a loop: "scan", "associative" or a kernel.
 
-    Args:
-      options: how it is asked for.
-      W: recurrent weights, `[H, H]`.
-      batch: all axes that share them.
-      function: φ, or φ' from what the loop reads.
-      form: of the cell.
-
-    Raises:
-      NotImplementedError: a kernel that was asked for by name cannot run this.
+    It is that of a cell of this form with recurrent weights W, `[H, H]`, which all axes of the
+    batch share; the function is φ, or φ' from what the loop reads. A kernel that was asked for
+    by name and cannot run this is a NotImplementedError.
     """
     name, given = options.implementation, (options, W, batch, function, form)
     if name == "auto":
@@ -101,29 +83,19 @@ def choose(
         return next((m for m in won if _unsupported(m, *given) is None), "scan")
     reason = _unsupported(name, *given) if name in KERNELS else None
     if reason is not None:
-        _refuse(name, reason)
+        raise NotImplementedError(f"implementation={name!r}: {reason}")
     return name
 
 
-def perform(
-    name: str,
-    options: Options,
-    args: tuple,
-    *,
-    scan: Callable[..., Any],
-    kernel: Callable[..., Any],
-    associative: Callable[..., Any] | None = None,
-) -> Any:
+def perform(name: str, options: Options, args: tuple, *, scan, kernel, associative=None) -> Any:
     """What `choose` has named; where a loop is not linear, "associative" is the scan.
 
     A kernel that "auto" chose gives way to the scan where the program is compiled for another
     platform: for arrays that lie on the CPU of a machine with a GPU. The derivative of a kernel,
     where no rule of the library stands around it (in that of `loss_and_grads`), is the scan's.
     """
-    if name == "associative" and associative is not None:
-        return associative(*args)
     if name not in KERNELS:
-        return scan(*args)
+        return (associative if name == "associative" and associative else scan)(*args)
 
     @jax.custom_jvp
     def run(*args):
@@ -153,9 +125,10 @@ def _unsupported(name, options, W, batch, function, form) -> str | None:
         return f"it runs the rate form, not the {form} form"
     if name == "mosaic_gpu" and not (0, 11) <= jax.__version_info__ < (0, 13):
         return f"it is written for jax 0.11 and 0.12 (Python 3.12), not {jax.__version__}"
-    if device is None or not _runs_on(name, device):
-        wanted = {"mosaic_gpu": "an NVIDIA GPU of compute capability 9.0", "pallas_tpu": "a TPU"}
-        return f"it needs {wanted[name]}, not {_named(device)}"
+    platform, capability, wanted = _NEEDS[name]
+    found = "none" if device is None else f"{device.kind} ({device.platform})"
+    if device is None or device.platform != platform or capability not in ("", device.capability):
+        return f"it needs {wanted}, not {found}"
     if dtype not in LARGEST[name]:
         return f"it runs {', '.join(LARGEST[name])}, not {dtype}"
     if device.kind in FLOAT32_ONLY and dtype != "float32":
@@ -168,34 +141,14 @@ def _unsupported(name, options, W, batch, function, form) -> str | None:
         return f"it needs states, not those of shape {[*batch, hidden_size]}"
     if not any(function in (a.function, a.derivative_from_output) for a in NAMED.values()):
         return f"it has {', '.join(NAMED)}, not another activation"
-    if _explicit(W):
+    meshes = [jax.sharding.get_abstract_mesh()]
+    if isinstance(W, jax.Array):
+        meshes.append(jax.typeof(W).sharding.mesh)
+    if any(AxisType.Explicit in mesh.axis_types for mesh in meshes):
         return "it does not run under explicit sharding (shard_map will do)"
     if meaning(options.precision) not in _multiplies(name, dtype):
         return f"its products of {dtype} are {_PRODUCTS[name]}, not of {options.precision!r}"
     return None
-
-
-def _explicit(W) -> bool:
-    meshes = [jax.sharding.get_abstract_mesh()]
-    if isinstance(W, jax.Array):
-        meshes.append(jax.typeof(W).sharding.mesh)
-    return any(AxisType.Explicit in mesh.axis_types for mesh in meshes)
-
-
-def _runs_on(name: str, device: Device) -> bool:
-    if name == "pallas_tpu":
-        return device.platform == "tpu"
-    return device.platform == "gpu" and device.capability == "9.0"
-
-
-def _named(device: Device | None) -> str:
-    return "none" if device is None else f"{device.kind} ({device.platform})"
-
-
-_PRODUCTS = {
-    "mosaic_gpu": "TensorFloat-32, summed in float32",
-    "pallas_tpu": "those of precision 'default' or 'highest'",
-}
 
 
 def _multiplies(name: str, dtype: str) -> tuple:
@@ -209,11 +162,7 @@ def _multiplies(name: str, dtype: str) -> tuple:
 
 
 def meaning(precision: Any) -> Any:
-    """What JAX makes of a precision here and now: None, a pair, or an algorithm.
-
-    Raises:
-      ValueError, TypeError: it is none.
-    """
+    """What JAX makes of a precision here and now: None, a pair, or an algorithm; else it raises."""
     return _meaning(precision, config_value("jax_default_matmul_precision"))
 
 

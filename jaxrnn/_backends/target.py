@@ -14,21 +14,13 @@ def config_value(name: str) -> Any:
 
 
 class Device(NamedTuple):
-    """What a program is built for.
+    """What a program is built for."""
 
-    Args:
-      platform: "cpu", "gpu" or "tpu".
-      kind: as JAX calls the device, "NVIDIA H200".
-      capability: of an NVIDIA GPU, "9.0".
-      interpret: whether kernels are interpreted, on a CPU.
-      many: whether this process has more than one of them.
-    """
-
-    platform: str
-    kind: str
-    capability: str = ""
-    interpret: bool = False
-    many: bool = False
+    platform: str  # "cpu", "gpu" or "tpu"
+    kind: str  # as JAX calls the device, "NVIDIA H200"
+    capability: str = ""  # of an NVIDIA GPU, "9.0"
+    interpret: bool = False  # whether kernels are interpreted, on a CPU
+    many: bool = False  # whether this process has more than one of them
 
 
 # Of all threads: programs are compiled in several.
