@@ -164,6 +164,10 @@ def gradient_of(xs, **how):
     return jax.grad(loss)(PARAMS.cell)
 
 
+VOLTAGE = dataclasses.replace(
+    PARAMS, cell=dataclasses.replace(PARAMS.cell, form="voltage", leak=jnp.linspace(0.0, 1.0, 5))
+)
+
 # Batches of each argument lie on four devices, and JAX checks every operation's layout.
 SHARDED = {
     "ids and a mask": lambda xs, mask: gradient_of(xs, mask=mask),
@@ -181,12 +185,17 @@ SHARDED = {
     "dropout": lambda xs: jaxrnn.unroll_layers(
         STACK.cell, xs, dropout=0.5, key=jax.random.key(1)
     ),
+    "voltage": lambda xs, y: jaxrnn.loss_and_grads(VOLTAGE, xs, y),
+    "voltage, checkpoints": lambda xs, y: jaxrnn.loss_and_grads(
+        VOLTAGE, xs, y, checkpoint_every=2
+    ),
 }  # fmt: skip
 ARGUMENTS = {
     "ids and a mask": (IDS, IDS != 1), "lengths, reverse": (FLOATS, LENGTHS),
     "drive": (FLOATS, DRIVE), "checkpoints": (IDS, LENGTHS), "truncate": (FLOATS, IDS != 1),
     "window": (IDS, LENGTHS), "bptt": (FLOATS, DRIVE), "loss and gradients": (IDS, IDS[::-1]),
     "the same with checkpoints": (FLOATS, IDS), "a stack": (FLOATS, IDS), "dropout": (FLOATS,),
+    "voltage": (FLOATS, IDS), "voltage, checkpoints": (FLOATS, IDS),
 }  # fmt: skip
 
 
