@@ -137,3 +137,30 @@ def test_biases_are_zero(recurrent):
     params = jaxrnn.init_params(random.key(2), 3, 4, 2, recurrent=recurrent)
     np.testing.assert_array_equal(params.cell.b, np.zeros(4))
     np.testing.assert_array_equal(params.readout.c, np.zeros(2))
+
+
+@pytest.mark.parametrize("make", [random.key, random.PRNGKey])
+def test_more_layers_leave_the_first_and_the_readout_as_they_were(make):
+    def draw(layers):
+        return jaxrnn.init_params(make(3), 4, 5, 2, layers=layers, recurrent="normal")
+
+    one, two, three = draw(1), draw(2), draw(3)
+    assert one.cell == two.cell[0] == three.cell[0] and two.cell == three.cell[:2]
+    assert one.readout == two.readout == three.readout
+    key_cell, _ = random.split(make(3))
+    assert one.cell == jaxrnn.init_cell(key_cell, 4, 5, recurrent="normal")
+    # The correlation of 25 independent pairs has a standard deviation of 1/5.
+    drawn = [np.ravel(m) for cell in three.cell for m in (cell.W, cell.U) if m.size == 25]
+    assert np.abs(np.corrcoef(drawn) - np.eye(len(drawn))).max() < SIGMAS / 5
+
+
+@pytest.mark.parametrize("recurrent", RECURRENT)
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_every_key_is_used_once(layers, recurrent):
+    with jax.debug_key_reuse(True):
+        jaxrnn.init_cell(random.key(0), 3, 4, recurrent=recurrent)
+        jaxrnn.init_params(random.key(0), 3, 4, 2, layers=layers, recurrent=recurrent)
+        key = random.key(0)
+        jax.jit(lambda key: jaxrnn.init_params(key, 3, 4, 2, layers=layers).readout)(key)
+        with pytest.raises(jax.errors.KeyReuseError):  # it looks
+            random.normal(key)

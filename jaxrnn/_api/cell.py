@@ -111,14 +111,14 @@ def init_params(
     checks.random_key("key", key)
     checks.positive("output_size", output_size)
     checks.positive("layers", layers)
-    key_cell, key_V = jax.random.split(key)
+    key_cell, key_V, *keys = jax.random.split(key, 1 + layers)
     dtype = jnp.dtype(dtype)
     how: dict[str, Any] = dict(
-        recurrent=recurrent, gain=gain, activation=activation, leak=leak, form=form, dtype=dtype
-    )
+        recurrent=recurrent, gain=gain, activation=activation, leak=leak, form=form,
+        parameters=parameters, dtype=dtype,
+    )  # fmt: skip
     cell: Cells = init_cell(key_cell, input_size, hidden_size, **how)
     if layers > 1:
-        keys = jax.random.split(key_cell, layers)[1:]
         cell = cell, *(init_cell(key, hidden_size, hidden_size, **how) for key in keys)
     V = LECUN(key_V, (output_size, hidden_size), accumulation_dtype(dtype)).astype(dtype)
     return Params(cell, Readout(V, jnp.zeros(output_size, dtype)))
