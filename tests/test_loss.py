@@ -1,5 +1,7 @@
 """The loss, its gradient by hand and the output layer."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,6 +106,102 @@ def test_half_precision_returns_float32(kind, dtype):
     expected = -(rows(TARGETS[kind]) * log_softmax(logits)).sum(-1)
     close(losses, expected, 16 * 2.0**-23)
     assert output_error(logits, targets).dtype == jnp.float32
+
+
+# A class that cannot be, and is not: its logit is −inf, its target 0. In one row there are two.
+MASKED = LOGITS.copy()
+MASKED[..., 1] = MASKED[0, 0, 3] = -np.inf
+OTHERS = RNG.choice([0, 2, 4], size=(T, B))
+SOFT = np.where(MASKED == -np.inf, 0, TARGETS["soft"])
+MASKED_TARGETS = {"ids": OTHERS, "one_hot": np.eye(K)[OTHERS], "soft": SOFT}
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("kind", MASKED_TARGETS)
+def test_a_class_that_cannot_be_costs_nothing(kind, dtype):
+    logits = jnp.asarray(MASKED, dtype)
+    targets = jnp.asarray(MASKED_TARGETS[kind], None if kind == "ids" else dtype)
+    # As if it were not there: exp(−1e5) is 0 in every dtype, and 0 · 1e5 too.
+    finite = np.maximum(np.asarray(logits, np.float64), -1e5)
+    y = rows(np.asarray(MASKED_TARGETS[kind] if kind == "ids" else targets.astype("float64")))
+    p = np.exp(log_softmax(finite))
+    eps = min(float(jnp.finfo(dtype).eps), 2.0**-23)  # sums are float32 or better
+    for call in (
+        jaxrnn.cross_entropy,
+        jax.jit(jaxrnn.cross_entropy),
+        jax.vmap(jaxrnn.cross_entropy),
+    ):
+        close(call(logits, targets), -(y * log_softmax(finite)).sum(-1), 16 * eps)
+    error = y.sum(-1, keepdims=True) * p - y
+    close(output_error(logits, targets), error, 16 * eps)
+    loss = jax.jit(lambda x, y: jaxrnn.cross_entropy(x, y).sum())
+    # Rounded to the dtype of the logits.
+    close(jax.grad(loss)(logits, targets), error, 16 * max(eps, float(jnp.finfo(dtype).eps)))
+    curvature = jax.jacfwd(jax.grad(loss))(logits[0, 0], targets[0, 0])
+    expected = y[0, 0].sum() * (np.diag(p[0, 0]) - np.outer(p[0, 0], p[0, 0]))
+    close(curvature, expected, 16 * max(eps, float(jnp.finfo(dtype).eps)))
+
+
+def test_the_gradient_by_probabilities_is_minus_the_logarithm_where_it_is_finite():
+    loss = jax.jit(lambda x, y: jaxrnn.cross_entropy(x, y).sum())
+    for logits, y in ((LOGITS, np.eye(K)[IDS]), (MASKED, SOFT)):
+        gradient = jax.grad(loss, 1)(logits, y)
+        close(gradient, np.where(logits == -np.inf, 0, -log_softmax(logits)))
+        mixed = jax.jacfwd(jax.grad(loss, 1))(logits[0, 0], y[0, 0])
+        p = np.exp(log_softmax(logits[0, 0]))
+        close(mixed, np.where(logits[0, 0][:, None] == -np.inf, 0, p - np.eye(K)))
+
+
+@pytest.mark.parametrize("target", [1, [0.5, 0.5], [0.0, 1.0]])
+def test_a_class_that_cannot_be_and_is_is_infinitely_wrong(target):
+    logits, target = jnp.array([0.0, -np.inf]), np.asarray(target)
+    assert jaxrnn.cross_entropy(logits, target) == np.inf
+    y = np.eye(2)[target] if target.ndim == 0 else target
+    np.testing.assert_array_equal(jax.grad(jaxrnn.cross_entropy)(logits, target), [1, 0] - y)
+
+
+HOWS = [{}, {"checkpoint_every": 2}, {"window": 2}]
+GRADIENTS = [textbook.loss_and_grads, *(partial(jaxrnn.loss_and_grads, **how) for how in HOWS)]
+
+
+@pytest.mark.parametrize("kind", MASKED_TARGETS)
+@pytest.mark.parametrize("call", GRADIENTS, ids=["textbook", *map(str, HOWS)])
+def test_a_bias_can_mask_a_class(call, kind):
+    params = jaxrnn.init_params(jax.random.key(0), 4, 6, K, dtype=jnp.float64)
+    V, c = params.readout.V, params.readout.c
+    without = Params(params.cell, Readout(V[np.arange(K) != 1], c[np.arange(K) != 1]))
+    params = Params(params.cell, Readout(V, c.at[1].set(-jnp.inf)))
+    ids, targets = IDS % 4, {**MASKED_TARGETS, "soft": TARGETS["soft"] * (np.arange(K) != 1)}[kind]
+    kept = np.array([0, -1, 1, 2, 3])[targets] if kind == "ids" else np.delete(targets, 1, -1)
+    loss, found = jax.jit(call)(params, Ids(ids), targets)
+    wanted, expected = jax.jit(call)(without, Ids(ids), kept)
+    found, expected = (getattr(g, "params", g) for g in (found, expected))
+    close(loss, wanted, T * B * LOSS)
+    np.testing.assert_array_equal(found.readout.V[1], 0)
+    assert found.readout.c[1] == 0
+    close(found.cell.W, expected.cell.W, T * B * LOSS)
+    close(np.delete(found.readout.V, 1, 0), expected.readout.V, T * B * LOSS)
+
+    def moved(params):
+        found = call(params, Ids(ids), targets)[1]
+        return sum(map(jnp.sum, jax.tree.leaves(getattr(found, "params", found))))
+
+    for leaf in jax.tree.leaves(jax.jit(jax.grad(moved))(params)):
+        assert np.isfinite(leaf).all()
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "float64"), ("bfloat16", "float64")])
+def test_a_readout_may_be_wider_than_the_cell(dtypes):
+    """Over several segments, whose shares are added up in the dtype of the error."""
+    params = jaxrnn.init_params(jax.random.key(0), 2, 64, K, dtype=dtypes[0])
+    readout = jax.tree.map(lambda x: x.astype(dtypes[1]), params.readout)
+    xs, targets = jnp.zeros((2048, 16, 2), dtypes[0]), np.zeros((2048, 16), int)
+    with jax.numpy_dtype_promotion("standard"):
+        call = jax.jit(jaxrnn.loss_and_grads)
+        loss, found = jax.eval_shape(call, Params(params.cell, readout), xs, targets)
+    assert loss.dtype == dtypes[1]
+    assert {x.dtype for x in jax.tree.leaves(found.params.cell)} == {jnp.dtype(dtypes[0])}
+    assert {x.dtype for x in jax.tree.leaves(found.params.readout)} == {jnp.dtype(dtypes[1])}
 
 
 @pytest.mark.parametrize("bad", [-1, K, 10**6])
