@@ -2,6 +2,10 @@
 
 rate:     h_t = (1 − α) h_{t−1} + α φ(W h_{t−1} + U x_t + b)        α = 1: the Elman network
 voltage:  h_t = (1 − α) h_{t−1} + α (W φ(h_{t−1}) + U x_t + b)      puts out φ(h)
+custom:   h_t = f(W g(h_{t−1}) + U x_t + b, h_{t−1})                any elementwise f and g
+
+`unroll` returns the states of whole sequences; `jax.grad` of it runs the hand-derived gradient, and
+`bptt` and `loss_and_grads` return that. `init_cell` makes a `Cell` to begin with.
 
 Axes: T time, B batch, D input, H hidden, K output. Time first, features last, any batch axes
 between: inputs `[T, *batch, D]`, states `[T, *batch, H]`. Final state first, as in `lax.scan`.
@@ -9,31 +13,49 @@ between: inputs `[T, *batch, D]`, states `[T, *batch, H]`. Final state first, as
 "The source" in docstrings is "RNN by hand", a worked character RNN, sections 1 to 6.
 """
 
-from jaxrnn import convert as convert
-from jaxrnn import textbook as textbook
-from jaxrnn._api.cell import init_cell as init_cell
-from jaxrnn._api.cell import init_params as init_params
-from jaxrnn._api.gradients import bptt as bptt
-from jaxrnn._api.gradients import loss_and_grads as loss_and_grads
-from jaxrnn._api.layers import bidirectional as bidirectional
-from jaxrnn._api.layers import unroll_layers as unroll_layers
-from jaxrnn._api.readout import apply_readout as apply_readout
-from jaxrnn._api.readout import cross_entropy as cross_entropy
-from jaxrnn._api.unroll import outputs as outputs
-from jaxrnn._api.unroll import step as step
-from jaxrnn._api.unroll import unroll as unroll
-from jaxrnn._types import Activation as Activation
-from jaxrnn._types import Cell as Cell
-from jaxrnn._types import CellGradients as CellGradients
-from jaxrnn._types import Gradients as Gradients
-from jaxrnn._types import Ids as Ids
-from jaxrnn._types import Params as Params
-from jaxrnn._types import Readout as Readout
-from jaxrnn.convert import from_flax as from_flax
-from jaxrnn.convert import from_haiku as from_haiku
-from jaxrnn.convert import from_keras as from_keras
-from jaxrnn.convert import from_torch as from_torch
-from jaxrnn.convert import to_torch as to_torch
-from jaxrnn.text import Vocabulary as Vocabulary
-from jaxrnn.text import generate as generate
-from jaxrnn.text import one_hot as one_hot
+import importlib
+from typing import TYPE_CHECKING
+
+from jaxrnn._api.cell import init_cell, init_params
+from jaxrnn._api.gradients import bptt, loss_and_grads
+from jaxrnn._api.layers import bidirectional, unroll_layers
+from jaxrnn._api.readout import apply_readout, cross_entropy
+from jaxrnn._api.unroll import outputs, step, unroll
+from jaxrnn._types import Activation, Cell, CellGradients, Form, Gradients, Ids, Params, Readout
+
+if TYPE_CHECKING:
+    from jaxrnn import convert, text, textbook, train, worked_example
+    from jaxrnn.convert import from_flax, from_haiku, from_keras, from_torch, to_torch
+    from jaxrnn.text import Vocabulary, generate, one_hot
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Activation", "Cell", "CellGradients", "Form", "Gradients", "Ids", "Params", "Readout",
+    "Vocabulary", "apply_readout", "bidirectional", "bptt", "convert", "cross_entropy",
+    "from_flax", "from_haiku", "from_keras", "from_torch", "generate", "init_cell", "init_params",
+    "loss_and_grads", "one_hot", "outputs", "step", "text", "textbook", "to_torch", "train",
+    "unroll", "unroll_layers", "worked_example",
+]  # fmt: skip
+
+# What is loaded when it is first used, and the module that has it, or is it.
+_LATER = {
+    **{name: name for name in ("convert", "text", "textbook", "train", "worked_example")},
+    **{name: "convert" for name in __all__ if name.startswith(("from_", "to_"))},
+    **dict.fromkeys(("Vocabulary", "generate", "one_hot"), "text"),
+}
+
+for _name in set(__all__) - set(_LATER):
+    globals()[_name].__module__ = __name__  # where it is documented, and pickled from
+
+if not TYPE_CHECKING:  # a checker would take any name for one of these
+
+    def __getattr__(name):
+        if name not in _LATER:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        home = importlib.import_module(f"{__name__}.{_LATER[name]}")
+        globals()[name] = home if _LATER[name] == name else getattr(home, name)
+        return globals()[name]
+
+    def __dir__():
+        return [*__all__, *(name for name in globals() if name.startswith("__"))]

@@ -11,12 +11,16 @@ from typing import Any, TypeAlias
 
 import jax
 
+from jaxrnn._record import Record, by_name, pytree
+
 Elementwise = Callable[[jax.Array], jax.Array]
 
 
 @dataclass(frozen=True)
 class Activation:
     """A nonlinearity φ and, where there is one, φ' written with the output.
+
+    One wants it where φ' costs less from φ(a) than from a: then nothing is formed again.
 
     Args:
       function: φ, elementwise, `a -> φ(a)`.
@@ -30,28 +34,74 @@ class Activation:
     function: Elementwise
     derivative_from_output: Elementwise | None = None
 
+    def __repr__(self) -> str:
+        """The functions by name."""
+        return _of_functions("Activation", self.function, self.derivative_from_output)
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
-class Cell:
+
+@dataclass(frozen=True)
+class Form:
+    """A custom equation of the units, around the same product with W.
+
+    a_t = W s_{t−1} + U x_t + b + drive_t,   h_t = f(a_t, h_{t−1}; θ),   s_t = g(h_t; θ)
+
+    One wants it where "rate" and "voltage" do not say the equation: a φ with learned parameters
+    (modReLU), a time constant and a threshold of each unit, a residual network.
+
+    Args:
+      update: f, `(a, h, parameters) -> h`, elementwise.
+      output: g, `(h, parameters) -> s`, elementwise; None where s = h.
+
+    Both get arrays of one shape, `[..., H]`, for one step or for many: a, h and each leaf of the
+    cell's `parameters`. JAX differentiates them unit by unit, in reverse mode. They are static
+    under jit, as in `Activation`, and learned values go to the cell as `parameters`.
+
+    >>> import jax, jaxrnn
+    >>> modrelu = jaxrnn.Form(lambda a, h, bias: jax.numpy.sign(a) * jax.nn.relu(abs(a) + bias))
+    """
+
+    update: Callable[[jax.Array, jax.Array, Any], jax.Array]
+    output: Callable[[jax.Array, Any], jax.Array] | None = None
+
+    def __repr__(self) -> str:
+        """The functions by name."""
+        return _of_functions("Form", self.update, self.output)
+
+
+def _of_functions(name, *functions):
+    return f"{name}({', '.join(by_name(f) for f in functions if f is not None)})"
+
+
+@pytree
+@dataclass(frozen=True, eq=False, repr=False)
+class Cell(Record):
     """One recurrent layer.
 
     rate:     h_t = (1 − α) h_{t−1} + α φ(W h_{t−1} + U x_t + b)
     voltage:  h_t = (1 − α) h_{t−1} + α (W φ(h_{t−1}) + U x_t + b)
 
     In both α = 1 by default: the rate form is then the Elman network. The rate form carries what
-    units put out, the voltage form what they take in; its output is φ(h).
+    units put out, the voltage form what they take in; its output is φ(h). A custom `Form` writes
+    another equation.
 
     Args:
       U: input weights, `[H, D]`. D = 0 is a network without inputs.
       W: recurrent weights, `[H, H]`.
       b: bias, `[H]`; None for none.
-      leak: α, scalar or `[H]`; None is α = 1. It is a parameter like the others.
+      leak: α, scalar or `[H]`; None is α = 1, and with a custom form it has to be None.
       activation: φ: "tanh", "relu", "sigmoid", "identity", an `Activation`, or an elementwise
-        callable. Static under jit, and it travels with the cell.
-      form: "rate" or "voltage". Static likewise.
+        callable. Static under jit, and it travels with the cell; a custom form ignores it.
+      form: "rate", "voltage" or a `Form`. Static likewise.
+      parameters: θ of a custom form: a pytree of floats, scalars or `[H]`; None without one.
 
-    A pytree of its arrays. Source: section 2, equation 1, which is the rate form with α = 1.
+    A leak is a parameter like the others, so an optimiser trains it, unconstrained. To keep it,
+    mask it out (`optax.masked`) or write `jax.lax.stop_gradient(leak)` in the loss; to keep it in
+    (0, 1), train a logit and build the cell with `jax.nn.sigmoid(logit)`.
+
+    A pytree of its arrays. It can be copied, pickled and compared (`==` looks at all values; traced
+    ones cannot be compared). Functions in `activation` or `form` are compared by identity, and
+    pickled by name: lambdas are not, nor those that JAX has compiled, as `jnp.tanh`. `jax.export`
+    takes names alone. Source: section 2, equation 1, the rate form with α = 1.
     """
 
     U: jax.Array
@@ -59,17 +109,22 @@ class Cell:
     b: jax.Array | None
     leak: jax.Array | None = None
     activation: str | Activation | Elementwise = field(default="tanh", metadata={"static": True})
-    form: str = field(default="rate", metadata={"static": True})
+    form: str | Form = field(default="rate", metadata={"static": True})
+    parameters: Any = None
+
+    def _parts(self):
+        left_out = "activation=" if isinstance(self.form, Form) else "form='rate'"
+        return (part for part in super()._parts() if not part.startswith(left_out))
 
 
 # A cell; or a stack of layers, each a cell or a pair of them that read in both directions.
 Cells: TypeAlias = "Cell | tuple[Cell | tuple[Cell, Cell], ...]"
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
-class Readout:
-    """The output layer Ω_t = V s_t + c, of the cell's output s: h, or φ(h) in the voltage form.
+@pytree
+@dataclass(frozen=True, eq=False, repr=False)
+class Readout(Record):
+    """The output layer Ω_t = V s_t + c, of the cell's output s: h, φ(h) or g(h) by its form.
 
     Args:
       V: output weights, `[K, H]`.
@@ -82,9 +137,9 @@ class Readout:
     c: jax.Array
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
-class Params:
+@pytree
+@dataclass(frozen=True, eq=False, repr=False)
+class Params(Record):
     """All parameters of the network: the recurrent layer or layers, and the output layer.
 
     Args:
@@ -97,9 +152,9 @@ class Params:
     readout: Readout
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
-class Ids:
+@pytree
+@dataclass(frozen=True, eq=False, repr=False)
+class Ids(Record):
     """Inputs given as ids that stand for one-hot rows, which are never expanded.
 
     Args:
@@ -111,9 +166,9 @@ class Ids:
     ids: jax.Array
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
-class CellGradients:
+@pytree
+@dataclass(frozen=True, eq=False, repr=False)
+class CellGradients(Record):
     """What `bptt` returns: dL/d… of everything that the states depend on.
 
     Args:
@@ -131,9 +186,9 @@ class CellGradients:
     adjoint: jax.Array
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
-class Gradients:
+@pytree
+@dataclass(frozen=True, eq=False, repr=False)
+class Gradients(Record):
     """What `loss_and_grads` returns beside the loss.
 
     Args:

@@ -26,8 +26,8 @@ from jaxrnn._api.cell import check_forward, check_params
 from jaxrnn._api.gradients import loss_and_grads
 from jaxrnn._api.layers import unroll_layers
 from jaxrnn._api.readout import apply_readout, cross_entropy
-from jaxrnn._core.layers import first_states
 from jaxrnn._jax.sharding import varying_like
+from jaxrnn._record import Record, pytree
 from jaxrnn._types import Ids
 from jaxrnn.text import streams as streams
 
@@ -39,9 +39,9 @@ AHEAD = 8
 EVALUATION_WINDOW = 1024
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
-class TrainState:
+@pytree
+@dataclass(frozen=True, eq=False, repr=False)
+class TrainState(Record):
     """All that changes in training.
 
     The `params`; what optax keeps; `h`, carried from window to window, `[B, H]`, of a stack one for
@@ -86,9 +86,16 @@ def init_state(
         params = check_params(params)
         check_forward("params.cell", params.cell)  # a state from the end is not carried on
         checks.positive("batch_size", batch_size)
-        h = first_states(params.cell, (batch_size,))
-    params, h = jax.tree.map(jnp.array, (params, h))
-    return TrainState(params, optimizer.init(params), h, jnp.zeros((), jnp.int32), key)
+        h = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), _state_types(params, batch_size))
+    params = jax.tree.map(jnp.asarray, params)
+    state = TrainState(params, optimizer.init(params), h, jnp.zeros((), jnp.int32), key)
+    return jax.tree.map(jnp.array, state)
+
+
+def _state_types(params, batch_size):
+    """Shapes and dtypes of the states, as ids in lead to them: h keeps those of its zeros."""
+    none = Ids(jnp.zeros((0, batch_size), jnp.int32))
+    return jax.eval_shape(lambda: unroll_layers(params.cell, none)[0])
 
 
 def start_over(state: TrainState) -> TrainState:
@@ -180,9 +187,9 @@ def _split(loss, mesh):
     return jax.shard_map(share, mesh=mesh, axis_names={DATA}, **specs)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
-class Figures:
+@pytree
+@dataclass(frozen=True, eq=False, repr=False)
+class Figures(Record):
     """What a checked update says of itself; it stays on the device until someone looks.
 
     The loss in mean nats per character and the norms of its gradient, before the optimiser, and of
@@ -201,9 +208,9 @@ def make_checked_update(
 ) -> Callable[[TrainState, ArrayLike, ArrayLike], tuple[TrainState, Figures]]:
     """An update that changes nothing where a number of it is not finite.
 
-    Parameters and optimiser state are then as before, h = 0 as at the start of a stream, and the
-    step counts. `optax.apply_if_finite` sees neither the carried state nor what overflows although
-    the gradient did not.
+    Parameters and optimiser state are then as before (typed keys in it go on: none is used twice),
+    h = 0 as at the start of a stream, and the step counts. `optax.apply_if_finite` sees neither the
+    carried state nor what overflows although the gradient did not.
 
     Args:
       optimizer: as in `make_update`.
@@ -223,14 +230,20 @@ def make_checked_update(
         new, mean, gradient = whole(state, inputs, targets)
         # Not h: it is split as the batch is, and a loss is finite only where its states are.
         leaves = jax.tree.leaves((mean, gradient, new.params, new.optimizer_state))
-        finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+        numbers = [jnp.all(jnp.isfinite(leaf)) for leaf in leaves if not _is_key(leaf)]
+        finite = jnp.all(jnp.stack(numbers))
         squares = [jax.tree.map(jnp.square, tree) for tree in (gradient, state.params)]
         norms = [jnp.sqrt(sum(map(jnp.sum, jax.tree.leaves(tree)))) for tree in squares]
         kept = replace(start_over(state), step=new.step)
-        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, kept)
+        keep = lambda a, b: a if _is_key(a) else jnp.where(finite, a, b)  # noqa: E731
+        new = jax.tree.map(keep, new, kept)
         return new, Figures(mean, norms[0], norms[1], finite)
 
     return update
+
+
+def _is_key(leaf):
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 class DivergedError(Exception):
@@ -395,8 +408,8 @@ def evaluate(
         checks.bad_value("targets", "at least one character", list(targets.shape))
     if loss is None:
         params = check_params(params)
-        shapes = jax.eval_shape(lambda: first_states(params.cell, (inputs.shape[1],)))
-        h = jax.tree.map(lambda x: put(np.zeros(x.shape, x.dtype), 0), shapes)
+        types = _state_types(params, inputs.shape[1])
+        h = jax.tree.map(lambda x: put(np.zeros(x.shape, x.dtype), 0), types)
     nats = 0.0
     for start in range(0, len(inputs), seq_length):
         x, y = (put(ids[start : start + seq_length], 1) for ids in (inputs, targets))

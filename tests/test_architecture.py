@@ -19,6 +19,7 @@ PACKAGE = ROOT / "jaxrnn"
 
 # A module imports from its own room and from those before it.
 ROOMS = {
+    "_record": 0,
     "_types": 0,
     "_jax": 1,
     "_base": 2,
@@ -125,7 +126,7 @@ def test_public_functions_document_arguments_results_and_errors():
 
 def test_version_and_requirements():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["version"] == "0.1.0"
+    assert project["version"] == jaxrnn.__version__ == "0.1.0"
     names = {line.split(">")[0] for line in project["dependencies"]}
     assert names == {"jax", "jaxlib", "optax"}
     assert set(project["optional-dependencies"]) == {

@@ -1,5 +1,7 @@
 """The update, the windows, evaluation and generation, as functions."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from helpers import assert_close, naive_unroll
 import jaxrnn
 from jaxrnn import train
 from jaxrnn._training.ngram import bigram_bits, unigram_bits
-from jaxrnn.text import generate, streams
+from jaxrnn.text import generate, stream_ids, streams
 
 T, B, D, H, K = 5, 3, 7, 6, 4
 
@@ -210,3 +212,92 @@ def test_references_are_cross_entropies_of_counts():
         bigram_bits(train_ids, held_out, size),
         -np.log2([after[0, 1], after[1, 2], after[2, 0]]).mean(),
     )
+
+
+def noisy(params, h, inputs, targets, key):
+    h, hs = jaxrnn.unroll_layers(params.cell, jaxrnn.Ids(inputs), h, dropout=0.5, key=key)
+    return jnp.sum(jaxrnn.cross_entropy(jaxrnn.apply_readout(params.readout, hs), targets)), h
+
+
+@pytest.mark.parametrize("make", [train.make_update, train.make_checked_update])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_every_key_is_used_once(make, devices):
+    with jax.debug_key_reuse(True):
+        params = jaxrnn.init_params(jax.random.key(0), D, H, K, layers=2, dtype=jnp.float64)
+        # Noise for the optimiser from a key that is no more than a part of its state.
+        optimizer = optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(1)), optax.sgd(0.1))
+        state = train.init_state(params, optimizer, 2, jax.random.key(2))
+        axes = jax.sharding.AxisType.Auto
+        mesh = jax.make_mesh((devices,), ("data",), axis_types=(axes,))
+        update = make(optimizer, noisy, mesh=mesh)
+        inputs, targets = (ids[:, :2] for ids in window())
+        for _ in range(3):
+            state, _ = update(state, inputs, targets)
+        jax.lax.scan(lambda s, _: update(s, inputs, targets), state, length=2)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_every_key_of_generation_is_used_once(temperature):
+    with jax.debug_key_reuse(True):
+        params = jaxrnn.init_params(jax.random.key(0), K, H, K)
+        prompt = np.array([1, 2])
+        generate(params, jax.random.key(1), prompt, 5, temperature)
+        list(stream_ids(params, jax.random.key(1), prompt, 5, temperature, block=2))
+
+
+@pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey])
+def test_an_update_consumes_nothing_that_the_caller_holds(make):
+    params = jaxrnn.init_params(jax.random.key(0), D, H, K, layers=2, dtype=jnp.float64)
+    keys = make(1), make(2)
+    optimizer = optax.chain(optax.add_noise(0.1, 0.5, keys[0]), optax.sgd(0.1))
+    if make is jax.random.PRNGKey:
+        optimizer = optax.sgd(0.1)  # optax takes typed keys only
+    state = train.init_state(params, optimizer, B, keys[1])
+    state, _ = train.make_update(optimizer, noisy)(state, *window())
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((params, keys)))
+    assert state.key == keys[1] if make is jax.random.key else (state.key == keys[1]).all()
+
+
+def of_dtypes(cell, **dtypes):
+    return replace(cell, **{name: getattr(cell, name).astype(d) for name, d in dtypes.items()})
+
+
+def mixed_cells():
+    cell = jaxrnn.init_cell(jax.random.key(0), D, H, leak=0.5)
+    above = jaxrnn.init_cell(jax.random.key(1), H, H)
+    half = of_dtypes(cell, U="bfloat16", W="bfloat16", b="bfloat16", leak="bfloat16")
+    return {
+        "bias": (of_dtypes(half, b="float32"), "float32"),
+        "leak": (of_dtypes(half, leak="float64"), "float64"),
+        "inputs": (of_dtypes(half, U="float32"), "float32"),
+        "voltage": (replace(of_dtypes(half, b="float32"), form="voltage"), "float32"),
+        "parameters": (
+            replace(
+                of_dtypes(half, leak="float32"), leak=None, parameters=jnp.ones(H),
+                form=jaxrnn.Form(lambda a, h, theta: h + theta * jnp.tanh(a)),
+            ),
+            "float64",
+        ),
+        "stack": ((half, above), ("bfloat16", "float32")),
+        "stack the other way": ((cell, of_dtypes(above, W="bfloat16")), ("float32", "float32")),
+        "stack of three": (
+            (half, above, of_dtypes(above, b="float64")), ("bfloat16", "float32", "float64")
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", mixed_cells())
+def test_states_have_their_dtype_from_the_first_step_on(name):
+    cells, dtypes = mixed_cells()[name]
+    params = jaxrnn.Params(cells, jaxrnn.Readout(jnp.ones((K, H), "float32"), jnp.ones(K)))
+    optimizer = optax.sgd(0.01)
+    state, update = train.init_state(params, optimizer, B), train.make_update(optimizer)
+    assert jax.tree.map(lambda h: str(h.dtype), state.h) == dtypes
+    types = jax.eval_shape(update, state, *window())[0]
+    assert jax.tree.map(lambda x: x.dtype, types) == jax.tree.map(lambda x: x.dtype, state)
+    for _ in range(2):
+        state, _ = update(state, *window())
+    assert update._cache_size() == 1
+    inputs, targets = window()
+    whole = train.evaluate(params, inputs, targets)
+    np.testing.assert_allclose(train.evaluate(params, inputs, targets, seq_length=2), whole, 1e-6)
