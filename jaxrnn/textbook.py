@@ -23,7 +23,15 @@ from jaxrnn._api import checks
 from jaxrnn._api.cell import check_cell, check_inputs, check_params
 from jaxrnn._api.sequences import check_options, check_targets
 from jaxrnn._base.arithmetic import cast, cast_like, preactivation, result_dtype, row_weights, wide
-from jaxrnn._base.forms import output, resolve, slope
+from jaxrnn._base.forms import (
+    function_of,
+    is_custom,
+    output,
+    output_derivatives,
+    resolve,
+    slope,
+    update_derivatives,
+)
 from jaxrnn._base.masking import previous
 from jaxrnn._core import derivative
 from jaxrnn._core.loss import cross_entropy, logits, output_error
@@ -42,8 +50,8 @@ def loss_and_grads(
 
     dL/dW = Σ_{t=1}^T Σ_{k=1}^t (ŷ_t − y_t)ᵀ V (Π_{j=k}^{t−1} ∂h_{j+1}/∂h_j) ∂h_k/∂W
 
-    with h_0 = 0 (in the voltage form V diag(φ'(h_t)) in place of V); U and b likewise, V and c as
-    in section 3.2.
+    with h_0 = 0 (and V diag(g'(h_t)) in place of V where the output g(h) is not h); U and b
+    likewise, V and c as in section 3.2.
 
     Args:
       params: the `Params`.
@@ -133,25 +141,26 @@ def _double_sum(params, xs, hs, error, options, kept):
     xs = _one_batch_axis(xs).astype(dtype)
     time, batch, size = hs.shape
     h_prev = previous(hs, jnp.zeros((batch, size), dtype), reverse=False)[:time]
-    activation, s_prev = resolve(cell.activation), output(cell, h_prev)
+    s_prev = output(cell, h_prev)
     a = preactivation(row_weights(cell, xs), xs, s_prev)
-    alpha = jnp.ones((), dtype) if cell.leak is None else cell.leak
-    alpha = jnp.broadcast_to(alpha.astype(dtype), hs.shape)
-    if cell.form == "rate":
-        moved = activation.function(a)  # h_k = (1 − α) h_{k−1} + α φ(a_k); tanh' = 1 − φ²
-        p, q = alpha * slope(activation, moved, a), jnp.ones_like(hs)
-        q_last = jnp.ones_like(hs)
+    if is_custom(cell):
+        p, k, by_f = update_derivatives(cell, a, h_prev)
     else:
-        moved, p = a, alpha  # h_k = (1 − α) h_{k−1} + α a_k
-        q = slope(activation, s_prev, h_prev)
-        q_last = slope(activation, output(cell, hs), hs)
-    # ∂h_k/∂h_{k−1} = diag(p_k) W diag(q_{k−1}) + (1 − α) I.
+        alpha = jnp.ones((), dtype) if cell.leak is None else cell.leak
+        alpha = jnp.broadcast_to(alpha.astype(dtype), hs.shape)
+        p, k, by_f = alpha, 1 - alpha, a - h_prev  # voltage: h_k = (1 − α) h_{k−1} + α a_k
+        if cell.form == "rate":  # h_k = (1 − α) h_{k−1} + α φ(a_k); tanh' = 1 − φ²
+            phi = function_of(cell)(a)
+            p, by_f = alpha * slope(resolve(cell.activation), phi, a), phi - h_prev
+    (q, by_g), (q_last, by_last) = (output_derivatives(cell, h) for h in (h_prev, hs))
+    q, q_last = (jnp.ones_like(hs) if slopes is None else slopes for slopes in (q, q_last))
+    # ∂h_k/∂h_{k−1} = diag(p_k) W diag(q_{k−1}) + diag(k_k), where k = 1 − α with a leak.
     through_a = jnp.einsum("tbi,ij,tbj->tbij", p, cell.W, q)
     steps = jnp.arange(time)
     if options.truncate is not None:
         cut = (steps > 0) & (steps % options.truncate == 0)
         through_a = jnp.where(cut[:, None, None, None], 0, through_a)
-    jacobians = jnp.einsum("tbi,ij->tbij", 1 - alpha, jnp.eye(size, dtype=dtype)) + through_a
+    jacobians = jnp.einsum("tbi,ij->tbij", k, jnp.eye(size, dtype=dtype)) + through_a
 
     def multiply(products, now):
         # Row t holds (ŷ_t − y_t)ᵀ V Π_{j=k}^{t−1} ∂h_{j+1}/∂h_j; row k starts here.
@@ -169,14 +178,25 @@ def _double_sum(params, xs, hs, error, options, kept):
 
     # Times the immediate derivatives ∂h_k/∂θ, with h_{k−1} held fixed.
     delta = jnp.einsum("tkbi,kbi->tkbi", products, p)
-    leak = None
-    if cell.leak is not None:
-        per_unit = "i" if cell.leak.ndim else ""
-        leak = jnp.einsum(f"tkbi,kbi->{kept}{per_unit}", products, moved - h_prev)
+
+    def of_theta(theta, by_f, by_g=None, by_last=None):
+        # Through f of step k, through g of the state before it, and at t through the readout.
+        to = kept + ("i" if theta.ndim else "")
+        total = jnp.einsum(f"tkbi,kbi->{to}", products, by_f)
+        if by_g is not None:
+            total += jnp.einsum(f"tkbj,ji,kbi->{to}", delta, cell.W, by_g)
+            same = jnp.eye(time, dtype=dtype)
+            total += jnp.einsum(f"tk,tbo,oi,tbi->{to}", same, error, V, by_last)
+        return total
+
+    leak = None if cell.leak is None else of_theta(cell.leak, by_f)
+    slopes = () if cell.parameters is None else (by_f,) if by_g is None else (by_f, by_g, by_last)
+    parameters = jax.tree.map(of_theta, cell.parameters, *slopes)
     return replace(
         cell,
         U=jnp.einsum(f"tkbi,kbj->{kept}ij", delta, xs),
         W=jnp.einsum(f"tkbi,kbj->{kept}ij", delta, s_prev),
         b=None if cell.b is None else jnp.einsum(f"tkbi->{kept}i", delta),
         leak=leak,
+        parameters=parameters,
     )

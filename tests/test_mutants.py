@@ -24,6 +24,13 @@ ROOT = pathlib.Path(__file__).parent.parent
 T, B, H = 6, 2, 4
 MASK = jnp.asarray(np.arange(T)[:, None] % 3 != np.arange(B) + 1)
 LEAK = jnp.linspace(0.2, 0.9, H)
+CUSTOM = {
+    "form": jaxrnn.Form(
+        lambda a, h, p: (1 - p["alpha"]) * jnp.sin(h) + p["alpha"] * jnp.tanh(a),
+        lambda h, p: jnp.tanh(h - p["threshold"]),
+    ),
+    "parameters": {"alpha": jnp.asarray(0.4), "threshold": jnp.linspace(-0.5, 0.5, H)},
+}
 
 
 # Witnesses: a derivative of the library beside that of a plain loop. ---------------------------
@@ -32,6 +39,9 @@ hold = lax.stop_gradient  # also while a mutant has another one in its place
 
 
 def plain_step(cell, x, h, cut=False):
+    if isinstance(cell.form, jaxrnn.Form):
+        s = cell.form.output(hold(h) if cut else h, cell.parameters)
+        return cell.form.update(cell.W @ s + cell.U @ x + cell.b, h, cell.parameters)
     s = jnp.tanh(h) if cell.form == "voltage" else h
     a = cell.W @ (hold(s) if cut else s) + cell.U @ x + cell.b
     f = a if cell.form == "voltage" else jnp.tanh(a)
@@ -105,11 +115,16 @@ def of_segments():
         jax.clear_caches()
 
 
-def of_loss_and_grads():
-    params, xs, h0, ids = random_case(T=T, batch=(B,), D=3, H=H)
+def of_loss_and_grads(**cell):
+    params, xs, h0, ids = random_case(T=T, batch=(B,), D=3, H=H, **cell)
 
     def by_jax(params, h0):
-        Omega = jaxrnn.apply_readout(params.readout, plain_loop(params.cell, xs, h0)[1])
+        ys = plain_loop(params.cell, xs, h0)[1]
+        if cell:
+            ys = jax.vmap(jax.vmap(cell["form"].output, (0, None)), (0, None))(
+                ys, params.cell.parameters
+            )
+        Omega = jaxrnn.apply_readout(params.readout, ys)
         chosen = jax.nn.log_softmax(Omega) * jax.nn.one_hot(ids, Omega.shape[-1])
         return -jnp.sum(chosen)
 
@@ -138,6 +153,11 @@ WITNESSES = {
     "curvature, truncate": of_unroll(curvature, {"truncate": 2}),
     "window": of_unroll(gradient, {"window": 2}),
     "curvature, window": of_unroll(curvature, {"window": 2}),
+    "custom": of_unroll(gradient, **CUSTOM),
+    "tangent, custom": of_unroll(tangent, **CUSTOM),
+    "truncate, custom": of_unroll(gradient, {"truncate": 2}, **CUSTOM),
+    "curvature, truncate, custom": of_unroll(curvature, {"truncate": 2}, **CUSTOM),
+    "loss_and_grads, custom": functools.partial(of_loss_and_grads, **CUSTOM),
     "segments": of_segments,
     "loss_and_grads": of_loss_and_grads,
     "bptt": of_bptt,
@@ -165,6 +185,19 @@ def window_too_long(right):
         return right(replace(J, options=options), e, y0)
 
     return states
+
+
+def linearised_as(change):
+    return lambda right: lambda *args: change(right(*args))
+
+
+def zeros(tree):
+    return jax.tree.map(jnp.zeros_like, tree)
+
+
+def cut_too(at):
+    keep = jax.tree.map(lambda slope: jnp.where(at.J.cut[..., None], 0, slope), at.by_g)
+    return at._replace(by_g=keep)
 
 
 # name -> (where, the name there, the wrong one made of the right one, the witness that sees it)
@@ -207,6 +240,34 @@ MUTANTS = {
     "gradient of a voltage's leak without the state before": (
         derivative, "_voltage_leak_gradient", lambda right: lambda at, G, adjoint: right(
             at._replace(h_prev=0 * at.h_prev), G, adjoint), "voltage",
+    ),
+    "a custom form that passes no state on": (
+        linear.Jacobians, "beside_W", without(k=None), "custom",
+    ),
+    "a custom form without the slope of its output": (
+        linear.Jacobians, "before_W", without(q=None), "custom",
+    ),
+    "parameters of f that do not move": (
+        derivative, "linearised", linearised_as(lambda at: at._replace(by_f=zeros(at.by_f))),
+        "tangent, custom",
+    ),
+    "parameters of g that do not move": (
+        derivative, "linearised", linearised_as(lambda at: at._replace(by_g=zeros(at.by_g))),
+        "custom",
+    ),
+    "parameters of g that a cut stops": (
+        derivative, "linearised", linearised_as(cut_too), "truncate, custom",
+    ),
+    "a cut of a custom form that first orders alone see": (
+        lax, "stop_gradient", lambda right: lambda x: x, "curvature, truncate, custom",
+    ),
+    "parameters that the readout does not see": (
+        loss, "output_derivatives", lambda right: lambda *args: (
+            right(*args)[0], zeros(right(*args)[1])), "loss_and_grads, custom",
+    ),
+    "a readout without the slope of the output": (
+        loss, "output_derivatives", lambda right: lambda *args: (None, right(*args)[1]),
+        "loss_and_grads, custom",
     ),
     "invalid steps that have a Jacobian": (
         linear, "_backward", without(mask=None), "mask",
@@ -350,12 +411,12 @@ TEXT_MUTANTS = {
         "jacobians", "double_sum",
     ),
     "gradient of a leak without the state before": (
-        "_core/derivative.py", "adjoint * (at.phi - at.h_prev.astype(adjoint.dtype))",
-        "adjoint * at.phi",
+        "_core/derivative.py", "by_alpha = moved - h_prev.astype(moved.dtype)",
+        "by_alpha = moved",
         "match_a_naive_scan and leak and 7",
     ),
-    "tangent of a leak without the state before": (
-        "_core/derivative.py", "(moved - at.h_prev.astype(e.dtype))", "moved.astype(e.dtype)",
+    "tangent of a leak twice": (
+        "_core/derivative.py", "e += moved\n", "e += 2 * moved\n",
         "forward_mode and leaky and 2",
     ),
     "no cotangent of the last state": (
@@ -411,7 +472,7 @@ TEXT_MUTANTS = {
         "of_the_definition and truncate and plain and not checkpoint",
     ),
     "a cut that first orders alone see": (
-        "_core/derivative.py", "lax.stop_gradient(s_prev)", "s_prev",
+        "_core/derivative.py", "lax.stop_gradient(h_prev)", "h_prev",
         "of_the_definition and truncate and plain and not checkpoint",
     ),
     "a window one step too long": (

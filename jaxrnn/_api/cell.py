@@ -1,17 +1,18 @@
 """Cells and parameters: what a public function asks of them, and random ones for real use."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 from jax.nn import initializers
 
 from jaxrnn._api import checks
-from jaxrnn._base.arithmetic import accumulation_dtype
-from jaxrnn._base.forms import FORMS, NAMED, resolve
-from jaxrnn._types import Activation, Cell, Cells, Ids, Params, Readout, output_size
+from jaxrnn._api.elementwise import check_functions
+from jaxrnn._base.arithmetic import accumulation_dtype, cast
+from jaxrnn._base.forms import FORMS
+from jaxrnn._types import Cell, Cells, Form, Ids, Params, Readout, output_size
 
 LECUN = initializers.lecun_normal(in_axis=1, out_axis=0)
 RECURRENT = ("orthogonal", "identity", "normal", "uniform")
@@ -26,7 +27,8 @@ def init_cell(
     gain: float = 1.0,
     activation="tanh",
     leak: float | jax.Array | None = None,
-    form: str = "rate",
+    form: str | Form = "rate",
+    parameters: Any = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> Cell:
     """A cell with random weights.
@@ -42,7 +44,8 @@ def init_cell(
         computational neuroscience, chaotic beyond 1 (Sompolinsky et al. 1988);
         "uniform", between ±1/√H, with U drawn so too, as torch draws them.
       gain: factor on W.
-      activation, leak, form: kept on the cell, see `Cell`; a leak as an array of `dtype`.
+      activation, leak, form, parameters: kept on the cell, see `Cell`; a leak and parameters as
+        arrays of `dtype`.
       dtype: of all arrays.
 
     Returns:
@@ -50,19 +53,15 @@ def init_cell(
 
     Raises:
       TypeError, ValueError: a hidden size below 1, an unknown `recurrent`, `activation` or `form`,
-        a leak of another shape.
+        a leak or parameters of another shape, functions that are not elementwise.
     """
     checks.random_key("key", key)
     checks.whole("input_size", input_size)
     checks.positive("hidden_size", hidden_size)
     checks.one_of("recurrent", recurrent, RECURRENT)
-    check_activation(activation)
-    checks.one_of("form", form, FORMS)
     dtype = jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         checks.bad_type("dtype", "a floating dtype", dtype)
-    if leak is not None:
-        leak = check_leak("leak", leak, hidden_size).astype(dtype)
     key_U, key_W = jax.random.split(key)
     bound = hidden_size**-0.5
     uniform = partial(jax.random.uniform, minval=-bound, maxval=bound)
@@ -77,7 +76,9 @@ def init_cell(
     drawn = accumulation_dtype(dtype)
     U = U_init(key_U, (hidden_size, input_size), drawn).astype(dtype)
     W = jnp.asarray(gain, drawn) * W_init(key_W, (hidden_size, hidden_size), drawn)
-    return Cell(U, W.astype(dtype), jnp.zeros(hidden_size, dtype), leak, activation, form)
+    W, b = W.astype(dtype), jnp.zeros(hidden_size, dtype)
+    how: Any = leak, activation, form, parameters
+    return cast(check_form("", Cell(U, W, b, *how)), dtype)
 
 
 def init_params(
@@ -91,7 +92,8 @@ def init_params(
     gain: float = 1.0,
     activation="tanh",
     leak: float | jax.Array | None = None,
-    form: str = "rate",
+    form: str | Form = "rate",
+    parameters: Any = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> Params:
     """A cell, or a stack of them, and a readout with random weights.
@@ -99,7 +101,7 @@ def init_params(
     Args:
       key, input_size, hidden_size: as in `init_cell`.
       output_size: K.
-      recurrent, gain, activation, leak, form, dtype: as in `init_cell`.
+      recurrent, gain, activation, leak, form, parameters, dtype: as in `init_cell`.
       layers: how many cells of that hidden size; from two on they are a tuple.
 
     Returns:
@@ -124,48 +126,47 @@ def init_params(
     return Params(cell, Readout(V, jnp.zeros(output_size, dtype)))
 
 
-def check_activation(activation: Any) -> None:
-    """Require a known name, or callables of the pre-activation alone.
-
-    A callable that closes over a traced value is refused: the derivative rule would take that
-    value for a constant, and under jit the gradient by it would silently be 0.
-    """
-    if isinstance(activation, str):
-        return checks.one_of("activation", activation, tuple(NAMED))
-    if not isinstance(activation, Activation) and not callable(activation):
-        expected = "a name, a jaxrnn.Activation or a callable"
-        checks.bad_type("activation", expected, type(activation).__name__)
-    resolved = resolve(activation)  # pyright: ignore[reportArgumentType]
-    functions = resolved.function, resolved.derivative_from_output
-    for function in (f for f in functions if f is not None):
-        if not callable(function):
-            checks.bad_type("activation", "callables in an Activation", type(function).__name__)
-        constants = jax.make_jaxpr(function)(jnp.zeros((1, 1))).consts
-        if any(isinstance(constant, Tracer) for constant in constants):
-            got = "one that closes over a traced value; make it a part of the cell or of the inputs"
-            checks.bad_value("activation", "a function of a alone", got)
-
-
 def check_cell(name: str, cell: Cell, input_size: int | None = None) -> Cell:
     """Require a Cell of fitting float arrays; return it with jax arrays."""
     stack = isinstance(cell, tuple | list)
     checks.instance(name, cell, Cell, " (a stack goes to unroll_layers)" if stack else "")
+    return checks.once(_fitting, cell, name, input_size)
+
+
+def _fitting(cell: Cell, name: str, input_size: int | None) -> Cell:
     U = checks.floating(f"{name}.U", cell.U, (None, input_size))
-    size, b, leak = U.shape[0], cell.b, cell.leak
+    size = U.shape[0]
     W = checks.floating(f"{name}.W", cell.W, (size, size))
-    b = None if b is None else checks.floating(f"{name}.b", b, (size,))
-    leak = None if leak is None else check_leak(f"{name}.leak", leak, size)
-    check_activation(cell.activation)
-    checks.one_of(f"{name}.form", cell.form, FORMS)
-    return Cell(U, W, b, leak, cell.activation, cell.form)
+    b = None if cell.b is None else checks.floating(f"{name}.b", cell.b, (size,))
+    return check_form(f"{name}.", replace(cell, U=U, W=W, b=b))
 
 
-def check_leak(name: str, leak: Any, hidden_size: int) -> jax.Array:
-    """Require a float, for all units or for each."""
-    leak = checks.floating(name, leak)
-    if leak.shape not in ((), (hidden_size,)):
-        checks.bad_value(name, f"shape [] or [{hidden_size}]", list(leak.shape))
-    return leak
+def check_form(prefix: str, cell: Cell) -> Cell:
+    """Require a form and what it takes: an activation and a leak, or parameters."""
+    form, leak, parameters, size = cell.form, cell.leak, cell.parameters, cell.W.shape[0]
+    if isinstance(form, Form):
+        if leak is not None:
+            expected = "None with a custom form, which has parameters"
+            checks.bad_value(f"{prefix}leak", expected, checks.came(leak))
+    elif not isinstance(form, str) or form not in FORMS:
+        expected = "one of " + ", ".join(map(repr, FORMS)) + ", or a jaxrnn.Form"
+        checks.bad_value(f"{prefix}form", expected, repr(form))
+    elif parameters is not None:
+        expected = f"None with form={form!r}: a custom jaxrnn.Form has them"
+        checks.bad_value(f"{prefix}parameters", expected, checks.came(parameters))
+
+    def for_units(name, path, value):
+        name = prefix + name + jax.tree_util.keystr(path)
+        value = checks.floating(name, value)
+        if value.shape not in ((), (size,)):
+            checks.bad_value(name, f"shape [] or [{size}]", list(value.shape))
+        return value
+
+    leak = None if leak is None else for_units("leak", (), leak)
+    parameters = jax.tree_util.tree_map_with_path(partial(for_units, "parameters"), parameters)
+    cell = replace(cell, leak=leak, parameters=parameters)
+    check_functions(prefix, cell)
+    return cell
 
 
 def check_readout(name: str, readout: Readout, hidden_size: int | None = None) -> Readout:

@@ -4,6 +4,8 @@ Every message reads "<argument>: expected <what>, got <what came>". Only public 
 these, never constructors: pytree transformations build the dataclasses with anything.
 """
 
+import re
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Any, NoReturn, TypeAlias
@@ -16,6 +18,34 @@ from jax.core import Tracer
 from jaxrnn._backends.select import meaning
 from jaxrnn._base.arithmetic import wide
 from jaxrnn._types import Params
+
+_passed: set = set()
+
+
+def once(check: Callable, tree: Any, *how) -> Any:
+    """`check(tree, *how)`, a tree of JAX arrays; skipped where arrays of these types passed it.
+
+    So the check may look at dtypes, shapes and what is static, and at no values.
+    """
+    try:
+        if (check, how, _types(tree)) in _passed:
+            return tree
+    except TypeError:  # something has no hash, or no types
+        pass
+    tree = check(tree, *how)
+    if len(_passed) >= 1024:
+        _passed.clear()
+    _passed.add((check, how, _types(tree)))
+    return tree
+
+
+def _types(tree) -> tuple:
+    leaves, structure = jax.tree.flatten(tree)
+    types = [(x.shape, x.dtype) for x in leaves if isinstance(x, jax.Array)]
+    if len(types) < len(leaves):
+        raise TypeError
+    return structure, tuple(types)
+
 
 Shape: TypeAlias = tuple[int | None, ...]  # None stands for any length
 Hint: TypeAlias = tuple[Shape, str] | None  # what to say of an array of that other shape
@@ -97,19 +127,65 @@ def random_key(name: str, value: Any) -> None:
 
 
 def array(name: str, value: Any) -> jax.Array:
-    """Make an array of anything array-like."""
-    if isinstance(value, np.ndarray) and value.dtype.kind not in "biufcV":
-        bad_type(name, "a numeric or boolean dtype", value.dtype)
+    """Make an array of anything array-like; of what makes none, say why."""
+    if isinstance(value, jax.Array):
+        return value
+    if isinstance(value, np.ndarray | np.generic):
+        _numpy(name, value, value.dtype)
     try:
         if isinstance(value, np.ndarray | np.integer) and value.dtype.kind in "iu":
             # JAX without 64 bits would wrap an invalid id to a valid one.
             kept = np.iinfo(jax.dtypes.canonicalize_dtype(value.dtype))
             value = value.clip(kept.min, kept.max) if kept.dtype != value.dtype else value
         return jnp.asarray(value)
-    except (TypeError, ValueError, OverflowError) as error:
-        what = came(value)
-        what = f"a {what} that makes none" if isinstance(value, list | tuple) else what
-        raise TypeError(f"{name}: expected an array, got {what}") from error
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            raise
+        raise TypeError(f"{name}: expected an array, got {_why_none(value, error)}") from error
+
+
+def _numpy(name, value, dtype):
+    """Require what JAX takes of NumPy."""
+    if isinstance(value, np.ma.MaskedArray):
+        bad_type(name, "an array", "a masked one; fill it first: value.filled(...)")
+    if dtype.kind not in "biufcV" or issubclass(dtype.type, np.void):
+        bad_type(name, "a numeric or boolean dtype", dtype)
+    if not dtype.isnative:
+        how = "value.astype(value.dtype.newbyteorder('='))"
+        bad_type(name, "native byte order", f"{dtype}; convert it first: {how}")
+    if dtype.kind in "fc" and dtype.itemsize > (8 if dtype.kind == "f" else 16):
+        bad_type(name, "float64 or narrower", dtype)
+
+
+def _why_none(value, error):
+    """What came that makes no array, and the reason where that is more than its type."""
+    reason = str(error).split("\n")[0].rstrip(".")
+    if isinstance(value, list | tuple):
+        if re.search("inhomogeneous|different number|shapes that differ|same shape", reason):
+            return f"a {came(value)} whose entries have different shapes"
+        reason = re.sub("^Value .* with dtype", "an entry of dtype", reason)
+        reason = "a number is too large" if isinstance(error, OverflowError) else reason
+        return f"a {came(value)} that makes none; {reason}"
+    if hasattr(value, "todense"):
+        reason = "make it dense first: value.todense()"
+    elif not hasattr(value, "__array__"):
+        return came(value)
+    return f"{came(value)}; {reason}"
+
+
+def not_swapped(name: str, value: object, other: str, beside: object, kind: type) -> None:
+    """Refuse two arguments of which the second is what the first should be."""
+    if isinstance(beside, kind) and not isinstance(value, kind):
+        got = f"{came(value)}; {name} and {other} look swapped"
+        bad_type(name, f"a jaxrnn.{kind.__name__}", got)
+
+
+def shapes_not_swapped(name, value: Any, other, beside: Any, shape: Shape, of_other: Shape) -> None:
+    """Refuse two arrays each of which has the shape that the other should have."""
+    found = getattr(value, "shape", None), getattr(beside, "shape", None)
+    if found == (of_other, shape) and shape != of_other:
+        got = f"{list(of_other)}; {name} and {other} look swapped"
+        bad_value(name, f"shape {list(shape)}", got)
 
 
 def _of_kind(kind, expected: str, name: str, value: Any, shape: Shape | None = None, hint=None):

@@ -50,7 +50,7 @@ def _matrices(J: Any, dtype: jnp.dtype) -> jax.Array:
     identity = jnp.broadcast_to(jnp.eye(J.W.shape[0], dtype=dtype), shape)
     W = jnp.broadcast_to(J.W.astype(dtype), shape)
     found = J.after_W(ones)[..., None] * W * J.before_W(ones)[..., None, :]
-    if J.leak is not None:
+    if not (J.leak is None and J.k is None):
         found += jnp.asarray(J.beside_W(ones))[..., None] * identity
     return found if J.mask is None else jnp.where(J.mask[..., None, None], found, identity)
 

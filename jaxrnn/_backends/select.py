@@ -70,7 +70,9 @@ def with_device(options: Options, time: Any) -> Options:
     return options._replace(precision=precision, device=device_for(name) if known else None)
 
 
-def choose(options: Options, W, batch: tuple[int, ...], function: Elementwise, form="rate") -> str:
+def choose(
+    options: Options, W, batch: tuple[int, ...], function: Elementwise, form: Any = "rate"
+) -> str:
     """What runs a loop: "scan", "associative" or a kernel.
 
     It is that of a cell of this form with recurrent weights W, `[H, H]`, which all axes of the
@@ -122,7 +124,8 @@ def _unsupported(name, options, W, batch, function, form) -> str | None:
     """Why a kernel cannot run a loop; None where it can."""
     hidden_size, device, dtype = W.shape[0], options.device, W.dtype.name
     if form != "rate":
-        return f"it runs the rate form, not the {form} form"
+        said = f"the {form}" if isinstance(form, str) else "a custom"
+        return f"it runs the rate form, not {said} form"
     if name == "mosaic_gpu" and not (0, 11) <= jax.__version_info__ < (0, 13):
         return f"it is written for jax 0.11 and 0.12 (Python 3.12), not {jax.__version__}"
     platform, capability, wanted = _NEEDS[name]

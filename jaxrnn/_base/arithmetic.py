@@ -86,6 +86,11 @@ def like(value: jax.Array, a: jax.Array) -> jax.Array:
     return jnp.broadcast_to(value.astype(a.dtype), a.shape)
 
 
+def summed(per_step: jax.Array, parameter: jax.Array) -> jax.Array:
+    """The gradient of a parameter of each unit, or of all, from that at each step and unit."""
+    return jnp.sum(per_step, tuple(range(per_step.ndim - 1)) if parameter.ndim else None)
+
+
 class RowWeights(NamedTuple):
     """A cell's weights as the products with row vectors want them, formed once, not per step.
 
@@ -104,7 +109,8 @@ def row_weights(cell: Cell, xs: jax.Array | Ids, precision: Any = None) -> RowWe
     if isinstance(xs, Ids):
         rows = U_T.astype(accumulation_dtype(U_T.dtype))
         rows = rows if cell.b is None else rows + like(cell.b, rows)
-        U_T = jnp.concatenate([rows, jnp.full_like(rows, jnp.nan, shape=(1, rows.shape[1]))])
+        with jax.debug_nans(False):  # this one is meant
+            U_T = jnp.concatenate([rows, jnp.full_like(rows, jnp.nan, shape=(1, rows.shape[1]))])
     return RowWeights(U_T, cell.W.T, cell.b, precision)
 
 

@@ -1,19 +1,24 @@
-"""The two forms of the equation, elementwise over units: f, g, and what φ' is found from.
+"""The forms of the equation, elementwise over units: f, g, and their derivatives.
 
-    a_t = W s_{t−1} + U x_t + b + drive_t,    s_{t−1} = g(h_{t−1}),    h_t = f(a_t, h_{t−1})
+    a_t = W s_{t−1} + U x_t + b + drive_t,    s_{t−1} = g(h_{t−1}; θ),    h_t = f(a_t, h_{t−1}; θ)
 
     form      f(a, h)                 g(h)    ∂f/∂a        ∂f/∂h    g'
     rate      (1 − α) h + α φ(a)      h       α φ'(a)      1 − α    1
     voltage   (1 − α) h + α a         φ(h)    α            1 − α    φ'(h)
+    custom    any                     any     by JAX       by JAX   by JAX
 
 So φ' stands on one side of W or on the other, and the leak acts in the same way in both.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxrnn._base.arithmetic import accumulation_dtype, like
-from jaxrnn._types import Activation, Cell, Elementwise
+from jaxrnn._jax import sharding
+from jaxrnn._types import Activation, Cell, Elementwise, Form
 
 FORMS = ("rate", "voltage")
 
@@ -33,9 +38,36 @@ def resolve(activation: str | Activation | Elementwise) -> Activation:
     return activation if isinstance(activation, Activation) else Activation(activation)
 
 
+def is_custom(cell: Cell) -> bool:
+    """Whether the cell has a form of its own."""
+    return isinstance(cell.form, Form)
+
+
+def has_output(cell: Cell) -> bool:
+    """Whether a unit puts out something else than its state."""
+    return _form(cell).output is not None if is_custom(cell) else cell.form == "voltage"
+
+
+def _form(cell: Cell) -> Any:
+    return cell.form
+
+
+def function_of(cell: Cell) -> Elementwise:
+    """φ; the identity for a custom form, which has none."""
+    return identity if is_custom(cell) else resolve(cell.activation).function
+
+
+def _for_units(cell: Cell, a: jax.Array) -> Any:
+    """θ for each unit, in the shape, dtype and layout of a."""
+    return jax.tree.map(lambda x: sharding.laid_out_like(like(x, a), a), cell.parameters)
+
+
 def update(cell: Cell, a: jax.Array, h_prev: jax.Array) -> jax.Array:
     """h = f(a, h_prev), in the dtype of h_prev."""
-    moved = resolve(cell.activation).function(a) if cell.form == "rate" else a
+    if is_custom(cell):
+        h = _form(cell).update(a, h_prev.astype(a.dtype), _for_units(cell, a))
+        return h.astype(h_prev.dtype)
+    moved = function_of(cell)(a) if cell.form == "rate" else a
     if cell.leak is not None:
         alpha = like(cell.leak, moved)
         moved = (1 - alpha) * h_prev.astype(moved.dtype) + alpha * moved
@@ -44,13 +76,51 @@ def update(cell: Cell, a: jax.Array, h_prev: jax.Array) -> jax.Array:
 
 def output(cell: Cell, h: jax.Array) -> jax.Array:
     """s = g(h), in the dtype of sums where it is computed: what W, a readout and a layer read."""
-    if cell.form == "rate":
+    if not has_output(cell):
         return h
-    return resolve(cell.activation).function(h.astype(accumulation_dtype(h.dtype)))
+    h = h.astype(accumulation_dtype(h.dtype))
+    if is_custom(cell):
+        return _form(cell).output(h, _for_units(cell, h))
+    return function_of(cell)(h)
+
+
+def update_derivatives(cell: Cell, a: jax.Array, h_prev: jax.Array) -> tuple:
+    """(∂f/∂a, ∂f/∂h, ∂f/∂θ) of a custom form, unit by unit, in the dtype of a."""
+    return derivatives(_form(cell).update, a, h_prev.astype(a.dtype), _for_units(cell, a))
+
+
+def output_derivatives(cell: Cell, h: jax.Array) -> tuple:
+    """(g', ∂g/∂θ), unit by unit, in the dtype of h; (None, None) where s is h."""
+    if not has_output(cell):
+        return None, None
+    if is_custom(cell):
+        return derivatives(_form(cell).output, h, _for_units(cell, h))
+    return slope(resolve(cell.activation), output(cell, h), h), None
+
+
+def derivatives(function: Callable, *args) -> tuple:
+    """By each argument, of a function that is elementwise over all.
+
+    In reverse mode, in which a function may have a derivative of its own alone (`custom_vjp`, as
+    surrogate gradients do); forward where there is none.
+    """
+    try:
+        y, pull = jax.vjp(function, *args)
+        return pull(sharding.varying_like(jnp.ones_like(y), y))
+    except ValueError:  # of a loop whose length is not known
+        leaves, tree = jax.tree.flatten(args)
+
+        def by(n):
+            ones = [jnp.full_like(x, n == m) for m, x in enumerate(leaves)]
+            return jax.jvp(lambda *leaves: function(*tree.unflatten(leaves)), leaves, ones)[1]
+
+        return tree.unflatten(map(by, range(len(leaves))))
 
 
 def slope_of(cell: Cell) -> Elementwise:
     """φ' from its basis, which is φ where that gives it, else φ' itself."""
+    if is_custom(cell):
+        return identity
     return resolve(cell.activation).derivative_from_output or identity
 
 
@@ -64,14 +134,16 @@ def slope(activation: Activation, phi: jax.Array, argument: jax.Array) -> jax.Ar
     """φ' at the argument, from φ there where it can."""
     if activation.derivative_from_output is not None:
         return activation.derivative_from_output(phi)
-    return jax.jvp(activation.function, (argument,), (jnp.ones_like(argument),))[1]
+    return derivatives(activation.function, argument)[0]
 
 
 def has_effects(cell: Cell) -> bool:
-    """Whether φ prints, or calls back."""
-    if isinstance(cell.activation, str):
+    """Whether φ, f or g prints, or calls back."""
+    if isinstance(cell.activation, str) and not is_custom(cell):
         return False
-    return bool(jax.make_jaxpr(resolve(cell.activation).function)(jnp.zeros((1, 1))).effects)
+    h = jnp.zeros((1, cell.W.shape[0]), accumulation_dtype(cell.W.dtype))
+    run = lambda cell, h: (update(cell, h, h), output(cell, h))  # noqa: E731
+    return bool(jax.make_jaxpr(run)(cell, h).effects)
 
 
 def identity(x: jax.Array) -> jax.Array:

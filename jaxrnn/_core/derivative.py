@@ -1,8 +1,8 @@
 """The states of whole sequences and their one derivative rule.
 
-The recurrence, with f and g elementwise over units:
+The recurrence, with f and g elementwise over units, and θ their parameters (a leak is one):
 
-    a_t = W s_{t−1} + U x_t + b + drive_t,    s_{t−1} = g(h_{t−1}),    h_t = f(a_t, h_{t−1})
+    a_t = W s_{t−1} + U x_t + b + drive_t,    s_{t−1} = g(h_{t−1}; θ),    h_t = f(a_t, h_{t−1}; θ)
 
 Its derivative at each step is three diagonals around one matrix,
 
@@ -14,7 +14,7 @@ invalid one has p = 0 and k = 1, a cut one q = 0. The tangent of the states is t
 recurrence, forward in time,
 
     dh_t = J_t dh_{t−1} + e_t
-    e_t  = p_t (dW s_{t−1} + dU x_t + U dx_t + db + ddrive_t) + (∂f/∂α) dα
+    e_t  = p_t (dW s_{t−1} + W (∂g/∂θ) dθ + dU x_t + U dx_t + db + ddrive_t) + (∂f/∂θ) dθ
 
 where e is a few products over many steps at once. The transpose of the whole is backpropagation
 through time: the same recurrence transposed, backward in time, and then the products of e
@@ -22,6 +22,7 @@ transposed, one over many steps for the gradient of each parameter:
 
     λ_t = g_t + J_{t+1}ᵀ λ_{t+1},    δ_t = p_t λ_t            (λ_t = dL/dh_t, δ_t = dL/da_t)
     dL/dW = Σ δ_t s_{t−1}ᵀ,  dL/dU = Σ δ_t x_tᵀ,  dL/db = Σ δ_t,  dL/dx_t = Uᵀ δ_t
+    dL/dθ = Σ (∂f/∂θ)ᵀ λ_t + Σ (∂g/∂θ)ᵀ Wᵀ δ_t
 
 For α: ∂f/∂α is φ(a_t) − h_{t−1} in the rate form, with φ(a) formed again, since divided out of h
 it would be lost at α = 0. In the voltage form it is a_t − h_{t−1}, and a is not needed: with
@@ -162,39 +163,58 @@ class At(NamedTuple):
     h_prev: jax.Array
     s_prev: jax.Array  # g(h_prev), as a depends on it
     J: linear.Jacobians
-    phi: Any  # φ(a), where it had to be formed or is h itself, else None
+    by_f: tuple  # (∂f/∂α, ∂f/∂θ) of each unit, None where there is no such parameter
+    by_g: tuple | None  # (None, ∂g/∂θ) likewise, where g has any
 
 
 def linearised(options: Options, cell: Cell, steps: Sequences, h_before: jax.Array) -> At:
     """The Jacobians of these steps, and what the tangents of the parameters are multiplied by."""
     xs, drive, mask, cut, hs = steps
-    h_prev = previous(hs, h_before, options.reverse)
-    s_prev = seen = forms.output(cell, h_prev)
+    h_prev = seen = previous(hs, h_before, options.reverse)
     if cut is not None:
         # Of the same value: a cut shows where JAX differentiates this.
-        seen = jnp.where(cut[..., None], lax.stop_gradient(s_prev), s_prev)
-    p = q = phi = None
-    if cell.form == "voltage":
-        q = forms.slope_basis(cell, s_prev, h_prev.astype(s_prev.dtype))
-    elif cell.leak is not None or forms.slope_of(cell) is forms.identity:
+        seen = jnp.where(cut[..., None], lax.stop_gradient(h_prev), h_prev)
+    if forms.has_output(cell):
+        seen = select(mask, seen, 0.5)  # any value: at 0 a slope may be infinite
+    s_prev, slope_of = forms.output(cell, seen), forms.slope_of(cell)
+    custom, voltage = forms.is_custom(cell), cell.form == "voltage"
+    p = q = k = by_alpha = by_theta = by_g = None
+    a: Any = None  # formed where it is read
+    moved: Any = None
+    if cell.leak is not None or (slope_of is forms.identity and not voltage):
         weights = arithmetic.row_weights(cell, xs, options.precision)
-        a = arithmetic.preactivation(weights, xs, seen, drive)
-        phi = forms.resolve(cell.activation).function(a)
-        p = forms.slope_basis(cell, phi, a)
+        a = moved = arithmetic.preactivation(weights, xs, s_prev, drive)
+    if custom:
+        p, k, by_theta = forms.update_derivatives(cell, a, h_prev)
+        q, by_g = forms.output_derivatives(cell, seen.astype(a.dtype))
+    elif voltage:
+        q = forms.slope_basis(cell, s_prev, seen.astype(s_prev.dtype))
+    elif a is not None:
+        moved = forms.function_of(cell)(a)
+        p = forms.slope_basis(cell, moved, a)
     else:
-        p = phi = hs
-    J = linear.Jacobians(cell.W, cell.leak, p, q, mask, cut, forms.slope_of(cell), options)
-    return At(cell, steps, h_prev, seen, J, phi)
+        p = hs
+    if cell.leak is not None:
+        by_alpha = moved - h_prev.astype(moved.dtype)
+    if slope_of is forms.identity:  # for the same reason
+        p, q, k, by_theta, by_g = jax.tree.map(
+            partial(without_padding, mask=mask), (p, q, k, by_theta, by_g)
+        )
+    J = linear.Jacobians(cell.W, cell.leak, p, q, k, mask, cut, slope_of, options)
+    by_g = None if by_g is None else (None, by_g)
+    return At(cell, steps, h_prev, s_prev, J, (by_alpha, by_theta), by_g)
 
 
 def _tangent_of_a(at: At, tangents: Tangents) -> jax.Array:
-    """dW s_{t−1} + dU x_t + U dx_t + db + ddrive_t: a few products over these steps at once."""
+    """What p_t multiplies in e_t: a few products over these steps at once."""
     dcell, precision = tangents.cell, at.J.options.precision
     da = jnp.zeros_like(at.steps.hs, accumulation_dtype(at.steps.hs.dtype))
     if dcell.U is not None:
         da += arithmetic.from_moving_weights(dcell.U, at.steps.xs, precision)
     if dcell.W is not None:
         da += product(at.s_prev, dcell.W.T, precision)
+    if (ds := _along(at.by_g, _theta(dcell))) is not None:
+        da += product(ds, at.cell.W.T, precision)
     if dcell.b is not None:
         da += like(dcell.b, da)
     if tangents.xs is not None:
@@ -202,16 +222,27 @@ def _tangent_of_a(at: At, tangents: Tangents) -> jax.Array:
     return da if tangents.drive is None else da + tangents.drive
 
 
+def _theta(cell: Cell) -> tuple:
+    return cell.leak, cell.parameters
+
+
+def _along(slopes: Any, dtheta: Any) -> Any:
+    """(∂/∂θ) dθ of f or g in these steps; None where nothing moves."""
+    if slopes is None:
+        return None
+    moved = jax.tree.map(
+        lambda d, slope: None if d is None else like(d, slope) * slope,
+        dtheta, slopes, is_leaf=lambda d: d is None,
+    )  # fmt: skip
+    terms = jax.tree.leaves(moved)
+    return sum(terms[1:], terms[0]) if terms else None
+
+
 def _sources(at: At, tangents: Tangents) -> jax.Array:
     """e of these steps."""
     e = at.J.after_W(_tangent_of_a(at, tangents))
-    if tangents.cell.leak is not None:
-        moved = at.phi
-        if at.cell.form == "voltage":
-            xs, drive, *_ = at.steps
-            weights = arithmetic.row_weights(at.cell, xs, at.J.options.precision)
-            moved = arithmetic.preactivation(weights, xs, at.s_prev, drive)
-        e += like(tangents.cell.leak, e) * (moved - at.h_prev.astype(e.dtype))
+    if (moved := _along(at.by_f, _theta(tangents.cell))) is not None:
+        e += moved
     e = e if tangents.state is None else e + tangents.state
     return select(at.steps.mask, e, 0)
 
@@ -279,37 +310,38 @@ def segment_gradient(options, cell, steps, h_before, g, from_later, wanted) -> T
     of sums, in which all shares come. That of h0 is the gradient of h_before, wanted or not.
     """
     at = linearised(options, cell, steps, h_before)
-    both = cell.leak is not None or wanted.state is not None  # λ and δ
+    both = cell.leak is not None or at.J.k is not None or wanted.state is not None  # λ and δ
     dh_before, adjoint = linear.adjoint_states(at.J, g, from_later, as_delta=not both)
     if both:
         adjoint = select(steps.mask, adjoint, 0)
     delta = at.J.after_W(adjoint) if both else adjoint
-    leak = cell.leak is not None and wanted.cell.leak is not None
     dxs = None if isinstance(steps.xs, Ids) else _only(wanted.xs, steps.xs)
-    weights = replace(_only(wanted.cell, cell), leak=None)
-    moving = Tangents(weights, dxs, _only(wanted.drive, delta), None)
-    if leak and cell.form == "voltage":
+    of_a = partial(_tangent_of_a, at)
+    moving = Tangents(_only(wanted.cell, cell), dxs, _only(wanted.drive, delta), None)
+    if moving.cell.leak is not None and cell.form == "voltage":
         # Of all weights from λ, and then α times the rows: dL/dα is found from them.
         G = Tangents(replace(cell, leak=None), None, None, None)
-        G = _transposed(at, G, adjoint).cell
+        G = _transposed(of_a, G, adjoint).cell
         dcell = jax.tree.map(lambda x: like(cell.leak, x.T).T * x, G)
         dcell = replace(dcell, leak=_voltage_leak_gradient(at, G, adjoint))
-        found = _transposed(at, moving._replace(cell=jax.tree.map(lambda _: None, cell)), delta)
+        rest = moving._replace(cell=jax.tree.map(lambda _: None, cell))
+        found = _transposed(of_a, rest, delta)
         found = found._replace(cell=_only(wanted.cell, dcell))
     else:
-        found = _transposed(at, moving, delta)
-        if leak:
-            dalpha = _summed(adjoint * (at.phi - at.h_prev.astype(adjoint.dtype)), cell.leak)
-            found = found._replace(cell=replace(found.cell, leak=dalpha))
+        found = _transposed(of_a, moving, delta)
+        if jax.tree.leaves(theta := _theta(moving.cell)):
+            of_f = _transposed(partial(_along, at.by_f), theta, adjoint)
+            leak, parameters = jax.tree.map(jnp.add, of_f, _theta(found.cell))
+            found = found._replace(cell=replace(found.cell, leak=leak, parameters=parameters))
     return found._replace(h0=dh_before, state=_only(wanted.state, adjoint))
 
 
-def _transposed(at, moving, delta):
-    """Products over these steps: Σ δ_t s_{t−1}ᵀ, Σ δ_t x_tᵀ, Σ δ_t, Uᵀ δ_t."""
-    moving = cast(moving, delta.dtype)
+def _transposed(tangent, moving, cotangent):
+    """Sums over these steps: Σ δ_t s_{t−1}ᵀ, Σ δ_t x_tᵀ, Σ δ_t, Uᵀ δ_t; Σ (∂f/∂θ)ᵀ λ_t."""
+    moving = cast(moving, cotangent.dtype)
     if not jax.tree.leaves(moving):
         return moving
-    return jax.linear_transpose(partial(_tangent_of_a, at), moving)(delta)[0]
+    return jax.linear_transpose(tangent, moving)(cotangent)[0]
 
 
 def _voltage_leak_gradient(at, G, adjoint):
@@ -317,12 +349,9 @@ def _voltage_leak_gradient(at, G, adjoint):
     drive = 0 if at.steps.drive is None else at.steps.drive.astype(adjoint.dtype)
     rows = jnp.sum(W * G.W, -1) + jnp.sum(U * G.U, -1)
     rows = rows if b is None else rows + b * G.b
-    beside = _summed(adjoint * (drive - at.h_prev.astype(adjoint.dtype)), at.cell.leak)
+    per_step = adjoint * (drive - at.h_prev.astype(adjoint.dtype))
+    beside = arithmetic.summed(per_step, at.cell.leak)
     return beside + (rows if at.cell.leak.ndim else jnp.sum(rows))
-
-
-def _summed(per_step, leak):
-    return jnp.sum(per_step, tuple(range(per_step.ndim - 1)) if leak.ndim else None)
 
 
 def _only(wanted, values):

@@ -14,7 +14,7 @@ from jax import lax
 from jaxrnn._backends import select
 from jaxrnn._backends.kernels import run as kernels
 from jaxrnn._base.arithmetic import from_inputs, repeated_product, row_weights, safe_ids
-from jaxrnn._base.forms import output, resolve, update
+from jaxrnn._base.forms import function_of, output, update
 from jaxrnn._base.masking import select as where_valid
 from jaxrnn._base.masking import without_padding
 from jaxrnn._base.options import Options
@@ -52,8 +52,7 @@ def states(
     options: Options, cell: Cell, sequences: Sequences, h0: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """(the last h_t in scan order, h_t of every step), frozen where the mask is False."""
-    function, batch = resolve(cell.activation).function, h0.shape[:-1]
-    name = select.choose(options, cell.W, batch, function, cell.form)
+    name = select.choose(options, cell.W, h0.shape[:-1], function_of(cell), cell.form)
     by = dict(scan=partial(_scan, options), kernel=partial(_kernel, options, name))
     return select.perform(name, options, (cell, sequences, h0), **by)
 
@@ -80,5 +79,4 @@ def _scan(options, cell, sequences, h0):
 def _kernel(options, name, cell, sequences, h0):
     xs, drive, mask, *_ = sequences
     a = from_inputs(row_weights(cell, xs, options.precision), xs, drive)
-    function = resolve(cell.activation).function
-    return kernels.states(name, options, cell.W, cell.leak, function, a, mask, h0)
+    return kernels.states(name, options, cell.W, cell.leak, function_of(cell), a, mask, h0)

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrnn._base.arithmetic import from_inputs, product, result_dtype, row_weights
-from jaxrnn._base.forms import output, update
-from jaxrnn._base.masking import valid_steps, without_padding
+from jaxrnn._base.arithmetic import cast, from_inputs, product, result_dtype, row_weights
+from jaxrnn._base.forms import has_output, output, update
+from jaxrnn._base.masking import select, valid_steps, without_padding
 from jaxrnn._base.options import Options
 from jaxrnn._core import derivative
 from jaxrnn._jax import sharding
@@ -37,9 +37,11 @@ def unroll(
     """(h_last in the structure of the cells, outputs of the last layer), 0 on invalid steps."""
     if isinstance(cells, Cell):
         h_last, hs = derivative.unroll(cells, xs, h0, lengths, mask, drive, cut, options=options)
-        if cells.form == "rate":
+        if not has_output(cells):
             return h_last, hs
-        return h_last, without_padding(outputs(cells, hs), valid_steps(lengths, mask, len(hs)))
+        valid = valid_steps(lengths, mask, len(hs))
+        # Not at 0 on invalid steps: g may have no slope there, and 0 · ∞ is NaN.
+        return h_last, without_padding(outputs(cells, select(valid, hs, 0.5)), valid)
     none = (None,) * len(cells)
     drops = _dropouts(dropout, key, len(cells))
     h_last, y = [], xs

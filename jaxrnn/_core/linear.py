@@ -8,7 +8,7 @@ solved forward (the tangent) or transposed, backward in time (the adjoint, which
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,8 @@ from jaxrnn._base.options import Options
 from jaxrnn._core import schedule
 from jaxrnn._jax.batch_axes import run_loop
 
+Steps: TypeAlias = tuple[Any, Any, Any, Any, Any]  # p, q, k, mask, cut
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
@@ -35,6 +37,7 @@ class Jacobians:
       p: rate form: what φ'(a_t) is found from. Without a leak that is h_t itself, so that beyond
         inputs and parameters only h is kept, and φ' is found inside the loops.
       q: voltage form: what φ'(h_{t−1}) is found from.
+      k: custom form: ∂f/∂h, where p and q are ∂f/∂a and g' (None for 1).
       mask: which steps are valid: on the others J_t = I.
       cut: where q_{t−1} = 0, so that the leak alone passes.
       slope_of: φ' from p or q. options: how the loops are run.
@@ -44,19 +47,19 @@ class Jacobians:
     leak: jax.Array | None
     p: jax.Array | None
     q: jax.Array | None
+    k: jax.Array | None
     mask: jax.Array | None
     cut: jax.Array | None
     slope_of: Callable[[jax.Array], jax.Array] = field(metadata={"static": True})
     options: Options = field(metadata={"static": True})
 
-    def steps(self) -> tuple[Any, Any, Any, Any]:
+    def steps(self) -> Steps:
         """What differs from step to step."""
-        return self.p, self.q, self.mask, self.cut
+        return self.p, self.q, self.k, self.mask, self.cut
 
-    def at(self, steps: tuple[Any, Any, Any, Any]) -> "Jacobians":
+    def at(self, steps: Steps) -> "Jacobians":
         """The same at other steps."""
-        p, q, mask, cut = steps
-        return Jacobians(self.W, self.leak, p, q, mask, cut, self.slope_of, self.options)
+        return Jacobians(self.W, self.leak, *steps, self.slope_of, self.options)
 
     def before_W(self, v: jax.Array) -> jax.Array:
         """diag(q) v, what a tangent of h brings to W; or an adjoint from W to h."""
@@ -71,7 +74,9 @@ class Jacobians:
         return v if self.leak is None else like(self.leak, v) * v
 
     def beside_W(self, v: jax.Array) -> jax.Array | float:
-        """diag(k) v: what the leak lets pass."""
+        """diag(k) v: what passes beside W, 1 − α of it with a leak."""
+        if self.k is not None:
+            return self.k.astype(v.dtype) * v
         return 0.0 if self.leak is None else (1 - like(self.leak, v)) * v
 
 
@@ -143,8 +148,8 @@ def _run(by: dict[str, Callable], J, sequence, carry) -> Any:
     slope_of, options = J.slope_of, J.options  # no array: what the loop closes over outlives it
 
     def loop(weights, sequences, carry):
-        (W, leak), ((p, q, mask, cut), sequence) = weights, sequences
-        J = Jacobians(W, leak, p, q, mask, cut, slope_of, options)
+        (W, leak), ((p, q, k, mask, cut), sequence) = weights, sequences
+        J = Jacobians(W, leak, p, q, k, mask, cut, slope_of, options)
         form = "rate" if J.q is None else "voltage"
         name = backends.choose(options, W, carry.shape[:-1], slope_of, form)
         named = by | dict(kernel=partial(by["kernel"], name=name))

@@ -1,5 +1,6 @@
 """The readout, the loss, and the gradients of both with those of the states: all of section 3."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -8,7 +9,7 @@ import optax
 
 from jaxrnn._base import arithmetic
 from jaxrnn._base.arithmetic import accumulation_dtype, cast, cast_like, product, result_dtype
-from jaxrnn._base.forms import output, resolve, slope
+from jaxrnn._base.forms import output, output_derivatives
 from jaxrnn._base.masking import cut_steps, valid_steps, without_padding
 from jaxrnn._base.options import Options
 from jaxrnn._core import derivative, layers, remat
@@ -29,7 +30,7 @@ def cross_entropy(logits, targets, where=None):
     """L_t of each step; 0 where `where` is False, whatever is there in logits and targets."""
     logits = logits.astype(accumulation_dtype(logits.dtype))
     # Selected before the logarithm too: NaN on an uncounted step then has no gradient.
-    logits = without_padding(logits, where)
+    logits, targets = (without_padding(x, where) for x in (logits, targets))
     if jnp.issubdtype(targets.dtype, jnp.integer):
         targets, inside = _inside(targets, logits.shape[-1])
         losses = optax.softmax_cross_entropy_with_integer_labels(
@@ -51,12 +52,14 @@ def output_error(logits, targets, where=None):
     A target row that sums to another value s than 1 has s ŷ_t − y_t.
     """
     logits = logits.astype(accumulation_dtype(logits.dtype))
-    y_hat = jax.nn.softmax(without_padding(logits, where))
+    logits, targets = (without_padding(x, where) for x in (logits, targets))
+    y_hat = jax.nn.softmax(logits)
     if jnp.issubdtype(targets.dtype, jnp.integer):
         targets, inside = _inside(targets, logits.shape[-1])
         # Compared, not gathered: XLA fuses the one-hot rows away.
         error = y_hat - jax.nn.one_hot(targets, logits.shape[-1], dtype=logits.dtype)
-        error = jnp.where(inside[..., None], error, jnp.nan)
+        with jax.debug_nans(False):
+            error = jnp.where(inside[..., None], error, jnp.nan)
     else:
         y = targets.astype(logits.dtype)
         error = y_hat * jnp.sum(y, axis=-1, keepdims=True) - y
@@ -98,13 +101,20 @@ def _by_hand(params, targets, xs, h0, lengths, mask, drive, *, options):
             loss += jnp.sum(cross_entropy(Omega, targets, now.mask))
             error = output_error(Omega, targets, now.mask)  # ŷ_t − y_t (3.1)
             # dL/dV = Σ error s_tᵀ, dL/dc = Σ error (3.2)
-            V, c = (
-                arithmetic.sum_outer(error, s, precision),
-                jnp.sum(error, tuple(range(error.ndim - 1))),
-            )
+            V = arithmetic.sum_outer(error, s, precision)
+            c = jnp.sum(error, tuple(range(error.ndim - 1)))
             g = product(error, params.readout.V, precision).astype(wide)  # Vᵀ error (3.3)
-            if cell.form == "voltage":
-                g *= slope(resolve(cell.activation), s, now.hs.astype(wide))
+            q, by_theta = jax.tree.map(
+                partial(without_padding, mask=now.mask),
+                output_derivatives(cell, now.hs.astype(wide)),
+            )
+            if by_theta is not None:
+                parameters = jax.tree.map(
+                    lambda total, slope: total + arithmetic.summed(g * slope, total),
+                    sums.cell.parameters, by_theta,
+                )  # fmt: skip
+                sums = replace(sums, cell=replace(sums.cell, parameters=parameters))
+            g = g if q is None else g * q
             wanted = derivative.Tangents(sums.cell, None, None, h0)
             found = derivative.segment_gradient(options, cell, now, h_before, g, from_later, wanted)
             share = Params(found.cell, Readout(V, c))

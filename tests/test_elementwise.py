@@ -1,0 +1,227 @@
+"""Functions of a cell that are not elementwise are refused by name, wherever they enter."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import naive_unroll, random_case
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import jaxrnn
+from jaxrnn import Activation, Form, textbook
+
+
+def cell_of(size, **how):
+    params, xs, h0, targets = random_case(T=3, batch=(2,), D=3, H=size, K=3, **how)
+    return params, xs, h0, targets
+
+
+def clipped(a, most):
+    return a * jnp.minimum(1, most / jnp.linalg.norm(a, axis=-1, keepdims=True))
+
+
+MIXING = {
+    "softmax": jax.nn.softmax,
+    "softmax over sequences": partial(jax.nn.softmax, axis=0),
+    "layer norm": jax.nn.standardize,
+    "mean of units": lambda a: a - jnp.mean(a, -1, keepdims=True),
+    "mean of sequences": lambda a: a - jnp.mean(a, 0, keepdims=True),
+    "mean of all": lambda a: jnp.tanh(a) + jnp.mean(a),
+    "one unit": lambda a: a * a[..., :1],
+    "the last unit": lambda a: a.at[..., 0].add(a[..., -1]),
+    "the largest": lambda a: jnp.where(a == jnp.max(a, -1, keepdims=True), a, 0),
+    "flip": lambda a: a[..., ::-1],
+    "roll": lambda a: jnp.roll(a, 2, -1),
+    "cumsum": lambda a: jnp.cumsum(a, -1),
+    "sort": jnp.sort,
+    **{f"a norm of {most}": partial(clipped, most=most) for most in (1e-2, 1.0, 50.0, 1e5)},
+}
+ELEMENTWISE = {
+    "gelu": jax.nn.gelu,
+    "selu": jax.nn.selu,
+    "hard tanh": jax.nn.hard_tanh,
+    "log": jnp.log,  # NaN of half the values that are tried
+    "exp": jnp.exp,  # inf of some
+    "step": lambda a: (a > 0).astype(a.dtype),
+    "clip": lambda a: jnp.clip(a, -1, 1),
+    "gain of each unit": lambda a: jnp.tanh(a) * jnp.linspace(0.5, 1, a.shape[-1]).reshape(
+        *(1,) * (a.ndim - 1), -1
+    ),
+    "a constant": lambda a: jnp.full_like(a, 2),
+}  # fmt: skip
+WRONG = {
+    "NumPy": (np.tanh, "tanh, which fails"),
+    "a sum": (jnp.sum, "sum, which makes float64"),
+    "bools": (lambda a: a > 0, "which makes bool"),
+    "complex": (lambda a: a + jnp.asarray(1j, jnp.complex128) * a, "which"),
+    "two": (lambda a: (a, a), "which makes float64.*, float64"),
+    "an axis": (lambda a: jax.lax.pmean(a, "devices"), "which fails"),
+    "another size": (lambda a: a + jnp.ones((1, 1, 1, 7)), "which"),
+    "no argument": (lambda: 1.0, "which fails"),
+}
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 16])
+@pytest.mark.parametrize("name", MIXING)
+def test_functions_that_mix_units_are_refused(name, size):
+    if size == 2 and name == "roll":
+        pytest.skip("two units rolled by two are where they were")
+    params, xs, h0, _ = cell_of(size, activation=MIXING[name])
+    with pytest.raises(ValueError, match=r"^activation: .* depends on others$"):
+        jaxrnn.unroll(params.cell, xs, h0)
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_elementwise_functions_are_taken(name):
+    for size in (1, 3, 16):
+        params, xs, h0, _ = cell_of(size, activation=ELEMENTWISE[name])
+        jaxrnn.step(params.cell, xs[0], h0)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_functions_of_another_kind_are_refused_in_one_line(name):
+    phi, said = WRONG[name]
+    params, xs, h0, _ = cell_of(4, activation=phi)
+    with pytest.raises(ValueError, match=f"^activation: expected an elementwise .*{said}") as e:
+        jaxrnn.unroll(params.cell, xs, h0)
+    assert "\n" not in str(e.value)
+
+
+SOFTMAX = jax.nn.softmax
+FORMS = {
+    "update of a": (Form(lambda a, h, p: SOFTMAX(a)), "update"),
+    "update of h": (Form(lambda a, h, p: a + SOFTMAX(h)), "update"),
+    "update of parameters": (Form(lambda a, h, p: a * SOFTMAX(p)), "update"),
+    "output of h": (Form(lambda a, h, p: a, lambda h, p: SOFTMAX(h)), "output"),
+    "output of parameters": (Form(lambda a, h, p: a, lambda h, p: h * jnp.sum(p)), "output"),
+    "the shape of an update": (Form(lambda a, h, p: a[..., :1]), "update"),
+    "arguments": (Form(lambda a, h: a), "update"),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_forms_that_mix_units_are_refused(name):
+    form, which = FORMS[name]
+    params, xs, h0, _ = cell_of(4, form=form, parameters=jnp.linspace(0.5, 1, 4))
+    with pytest.raises(ValueError, match=rf"^cell\.form\.{which}: expected an elementwise"):
+        jaxrnn.unroll(params.cell, xs, h0)
+    with pytest.raises(ValueError, match=rf"^form\.{which}: expected an elementwise"):
+        jaxrnn.init_cell(jax.random.key(0), 3, 4, form=form, parameters=jnp.ones(4))
+
+
+def test_a_derivative_that_mixes_units_is_refused():
+    phi = Activation(jnp.tanh, lambda h: 1 - h * jnp.max(h, -1, keepdims=True))
+    params, xs, h0, _ = cell_of(4, activation=phi)
+    with pytest.raises(ValueError, match=r"^activation: .* depends on others$"):
+        jaxrnn.unroll(params.cell, xs, h0)
+
+
+def everywhere(phi):
+    params, xs, h0, targets = cell_of(4, activation=phi)
+    cell, hs = params.cell, jnp.zeros((3, 2, 4))
+    return {
+        "step": lambda: jaxrnn.step(cell, xs[0], h0),
+        "unroll_layers": lambda: jaxrnn.unroll_layers((cell,), xs),
+        "bidirectional": lambda: jaxrnn.bidirectional(cell, cell, xs),
+        "outputs": lambda: jaxrnn.outputs(cell, hs),
+        "bptt": lambda: jaxrnn.bptt(cell, xs, h0, hs, hs),
+        "loss_and_grads": lambda: jaxrnn.loss_and_grads(params, xs, targets),
+        "textbook": lambda: textbook.loss_and_grads(params, xs, targets),
+        "generate": lambda: jaxrnn.generate(params, jax.random.key(0), jnp.array([0]), 3),
+        "init_cell": lambda: jaxrnn.init_cell(jax.random.key(0), 3, 4, activation=phi),
+        "init_params": lambda: jaxrnn.init_params(jax.random.key(0), 3, 4, 3, activation=phi),
+        "jit": lambda: jax.jit(jaxrnn.unroll)(cell, xs),
+        "grad": lambda: jax.grad(lambda c: jnp.sum(jaxrnn.unroll(c, xs)[0]))(cell),
+        "vmap": lambda: jax.vmap(lambda x: jaxrnn.unroll(cell, x), 1)(xs),
+        "to_torch": lambda: jaxrnn.to_torch(cell),
+    }
+
+
+@pytest.mark.parametrize("name", everywhere(None))
+def test_they_are_refused_wherever_they_enter(name):
+    with pytest.raises(ValueError, match=r"^activation: .*_softmax"):
+        everywhere(_softmax)[name]()
+
+
+def _softmax(a):
+    return jax.nn.softmax(a)
+
+
+def test_a_mean_over_devices_is_refused():
+    mesh = jax.make_mesh((2,), ("devices",), axis_types=(AxisType.Auto,))
+    phi = lambda a: jax.lax.pmean(jnp.tanh(a), "devices")  # noqa: E731
+    params, xs, h0, _ = cell_of(4, activation=phi)
+    run = jax.shard_map(lambda xs, h0: jaxrnn.unroll(params.cell, xs, h0)[1],
+                        mesh=mesh, in_specs=(P(None, "devices"), P("devices")),
+                        out_specs=P(None, "devices"))  # fmt: skip
+    with pytest.raises(ValueError, match=r"^activation: expected an elementwise"):
+        run(xs, h0)
+
+
+@pytest.mark.parametrize("known", ["linear", "gelu", "silu", "nonsense", ""])
+def test_unknown_names_say_that_any_callable_will_do(known):
+    params, xs, *_ = cell_of(4, activation=known)
+    with pytest.raises(ValueError, match=f"^activation: expected 'tanh', .* callable.*{known}"):
+        jaxrnn.unroll(params.cell, xs)
+
+
+@pytest.mark.parametrize("phi", [None, 3, jnp.ones(4)])
+def test_what_is_no_function_is_told_likewise(phi):
+    with pytest.raises(TypeError, match=r"^activation: expected 'tanh', .* callable"):
+        jaxrnn.init_cell(jax.random.key(0), 3, 4, activation=phi)
+
+
+def test_a_callable_without_a_hash_is_refused():
+    class Gain(dict):
+        def __call__(self, a):
+            return jnp.tanh(a)
+
+    with pytest.raises(TypeError, match=r"^activation: expected a callable that can be static"):
+        jaxrnn.init_cell(jax.random.key(0), 3, 4, activation=Gain())
+
+
+def test_a_function_is_tried_once_for_each_size(capfd):
+    calls = []
+
+    def phi(a):
+        calls.append(a.shape)
+        jax.debug.print("{}", a.shape[0])
+        return jnp.tanh(a)
+
+    params, xs, h0, _ = cell_of(4, activation=phi)
+    jaxrnn.step(params.cell, xs[0], h0).block_until_ready()
+    jax.effects_barrier()
+    # The trial prints nothing: what is seen is one step of two sequences.
+    assert capfd.readouterr().out.split() == ["2"]
+    count = len(calls)
+    for _ in range(3):
+        jaxrnn.step(params.cell, xs[0], h0)
+    assert len(calls) == count
+
+
+def test_nan_that_is_tried_is_no_error_of_debug_nans():
+    params, xs, h0, _ = cell_of(4, activation=lambda a: jnp.log(2 + a) + jnp.sqrt(3 + a))
+    with jax.debug_nans(True), jax.debug_infs(True):
+        jaxrnn.step(params.cell, 0.1 * xs[0], h0)
+
+
+def test_a_function_without_reverse_mode_has_its_derivatives():
+    def phi(a):  # tanh(tanh(a)) by a loop of unknown length, which JAX differentiates forward alone
+        run = lambda state: (state[0] + 1, jnp.tanh(state[1]))  # noqa: E731
+        return jax.lax.while_loop(lambda state: state[0] < 2, run, (0, a))[1]
+
+    def loss(unroll, cell):
+        h_last, hs = unroll(cell, xs, h0)
+        return jnp.sum(jnp.sin(hs)) + jnp.sum(h_last)
+
+    params, xs, h0, _ = cell_of(4)
+    plain = jaxrnn.Cell(params.cell.U, params.cell.W, params.cell.b,
+                        activation=lambda a: jnp.tanh(jnp.tanh(a)))  # fmt: skip
+    looped = jaxrnn.Cell(params.cell.U, params.cell.W, params.cell.b, activation=phi)
+    expected = jax.grad(partial(loss, naive_unroll))(plain)
+    found = jax.grad(partial(loss, jaxrnn.unroll))(looped)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13)
