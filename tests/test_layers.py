@@ -1,5 +1,7 @@
 """Stacks, layers in both directions, and what goes between them, against unrolls by hand."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from helpers import assert_close, naive_unroll, random_case, weights
 
 import jaxrnn
 from jaxrnn import train
+from jaxrnn._core import layers
 
 T, B, D = 6, 3, 4
 LENGTHS = np.array([6, 0, 4])
@@ -266,3 +269,35 @@ def test_generation_and_training_need_layers_that_read_forward():
         jaxrnn.generate(pair, jax.random.key(0), [0], 1)
     with pytest.raises(TypeError, match=message):
         train.init_state(pair, None, 2)
+
+
+def test_every_key_of_dropout_is_used_once():
+    cells = cell(1, D, 5), cell(2, 5, 5), cell(3, 5, 5)
+
+    def outputs(cells, key):
+        return jaxrnn.unroll_layers(cells, inputs(), dropout=0.5, key=key)[1].sum()
+
+    with jax.debug_key_reuse(True):
+        for run in (outputs, jax.jit(outputs), jax.grad(outputs)):
+            run(cells, jax.random.key(0))
+
+
+def test_a_stack_takes_each_step_in_the_dtypes_of_its_unroll():
+    """The state of a layer has the result dtype of its weights and of what it reads."""
+    half, single = (
+        jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), cell(1, 5, 5))
+        for dtype in ("bfloat16", "float32")
+    )
+    mixed = replace(half, b=single.b)
+    ids = jaxrnn.Ids(np.array([1, 2, 0]))
+    with jax.numpy_dtype_promotion("standard"):
+        for cells in (mixed, replace(mixed, form="voltage"), (half, single), (single, half)):
+            h, ys = jaxrnn.unroll_layers(cells, ids)
+            now = jax.tree.map(jnp.zeros_like, h)
+            for n in (1, 2, 0):
+                now, y = layers.step(cells, jaxrnn.Ids(jnp.asarray(n)), now)
+            # One rounding of sums of six terms in another order, three steps.
+            pairs = map(jax.tree.leaves, ((now, y), (h, ys[-1])))
+            for found, expected in zip(*pairs, strict=True):
+                assert found.dtype == expected.dtype
+                np.testing.assert_allclose(found, expected, rtol=0, atol=2.0**-20)

@@ -69,6 +69,7 @@ def unroll_both(pair, xs, h0, lengths, mask, drive, *, options: Options):
 def step(cells: Any, x: Any, h: Any, precision: Any = None) -> tuple[Any, jax.Array]:
     """One step of all layers, which read forward: (their states, what the last one puts out)."""
     if isinstance(cells, Cell):
+        cells, x, h = cast((cells, x, h), result_dtype(cells, x, h))
         weights = row_weights(cells, x, precision)
         a = product(output(cells, h), weights.W_T, precision) + from_inputs(weights, x)
         h = update(cells, a, h)
