@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import ad, batching
 
+from jaxrnn._jax.error_checks import look_into, without_checks
 from jaxrnn._jax.primitive import is_zero, jvp_of, make_primitive, run
 
 _loop_p = make_primitive("recurrence")
@@ -53,15 +54,33 @@ def run_loop(
     def flat(*leaves):
         return loop(*jax.tree.unflatten(tree, leaves))
 
-    call, shape = jax.make_jaxpr(flat, return_shape=True)(*leaves)
+    with jax.disable_jit(False):  # else lax.scan would be traced step by step
+        call, shape = jax.make_jaxpr(flat, return_shape=True)(*leaves)
     out_tree = jax.tree.structure(shape)
     how = dict(loop=loop, tangent=tangent, tree=tree, out_tree=out_tree, members=members)
     return jax.tree.unflatten(out_tree, _loop_p.bind(*leaves, call=call, **how))
 
 
+@_loop_p.def_impl
+def _run(*leaves, call, loop, tree, **_):
+    # Where JAX evaluates a jaxpr it looks for no NaN, and without jit it is to run step by step.
+    if any(getattr(jax.config, name) for name in ("jax_debug_nans", "jax_disable_jit")):
+        return jax.tree.leaves(loop(*jax.tree.unflatten(tree, leaves)))
+    return run(*leaves, call=call)
+
+
+def _unchecked(*leaves, loop, tangent, tree, members, **_):
+    loop, tangent = without_checks(loop), tangent and without_checks(tangent)
+    weights, sequences, carry = jax.tree.unflatten(tree, leaves)
+    return jax.tree.leaves(run_loop(loop, weights, sequences, carry, tangent, members))
+
+
+look_into(_loop_p, lambda *_, call, **__: call, _unchecked)
+
+
 def _differentiate(primals, tangents, *, call, loop, tangent, tree, out_tree, members):
     if tangent is None:
-        return jvp_of(partial(run, call=call), primals, tangents)
+        return jvp_of(partial(_run, call=call, loop=loop, tree=tree), primals, tangents)
     how = dict(loop=loop, tangent=tangent, tree=tree, out_tree=out_tree, members=members)
     out = _loop_p.bind(*primals, call=call, **how)
     moved = [None if is_zero(t) else t for t in tangents]
