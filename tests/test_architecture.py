@@ -78,11 +78,11 @@ def test_the_reader_of_imports_sees_what_is_against_the_order(room, line, agains
 
 
 def test_lines_of_the_core():
-    assert counts.lines_of_core() <= 1500
+    assert counts.lines_of_core() <= 1640
 
 
 def test_lines_of_the_library():
-    assert counts.lines_of_library() <= 4900  # the aim is 4,600
+    assert counts.lines_of_library() <= 5550  # the aim is 4,600
 
 
 @pytest.mark.parametrize("sizes", [counts.SMALL, counts.LONG], ids=str)
@@ -90,6 +90,13 @@ def test_lines_of_the_library():
 def test_frames_between_a_call_and_its_loops(gradient, most, sizes):
     outer, _ = counts.frames(gradient, sizes)
     assert 0 < outer <= most
+
+
+def test_functions_that_run_in_an_eager_call():
+    # Arrays of types that were checked before are not checked again.
+    calls = counts.eager_calls()
+    for name, call in calls.items():
+        assert counts.functions_run(call) <= (25 if "step" in name else 80), name
 
 
 def test_import_brings_in_nothing_beyond_jax_and_optax():

@@ -43,11 +43,30 @@ def ids(*index, value):
     return result
 
 
+class Sparse:
+    """As scipy and JAX have them."""
+
+    def todense(self):
+        return XS
+
+
+class Torch:
+    """A tensor that requires grad."""
+
+    def __array__(self, dtype=None, copy=None):
+        raise RuntimeError("Can't call numpy() on Tensor that requires grad. "
+                           "Use tensor.detach().numpy() instead.\nat some place")  # fmt: skip
+
+
 # Every function by the same words, each with arguments that fit.
 
 
 def step(cell=CELL, x=XS[0], h=HS[0]):
     return jaxrnn.step(cell, x, h)
+
+
+def outputs(cell=CELL, hs=HS):
+    return jaxrnn.outputs(cell, hs)
 
 
 def unroll(cell=CELL, xs=XS, h0=None, **how):
@@ -113,6 +132,8 @@ TEXTBOOK = (double_sum, contributions)
 WHOLE = (loss_and_grads, *TEXTBOOK)
 SEQUENCES = (*RECURRENT, *TEXTBOOK)
 
+RAGGED = "a list whose entries have different shapes"
+
 # fmt: off
 CELLS = [
     (cell(U=jnp.zeros(D)), ValueError, "cell.U: expected shape [any, any], got [4]"),
@@ -121,19 +142,20 @@ CELLS = [
     (cell(W=jnp.zeros((H, D))), ValueError, "cell.W: expected shape [3, 3], got [3, 4]"),
     (cell(W=jnp.zeros((H, H), complex)), TypeError,
      "cell.W: expected a floating dtype, got complex128"),
-    (cell(W=[[0.0], [0.0, 1.0]]), TypeError,
-     "cell.W: expected an array, got a list that makes none"),
+    (cell(W=[[0.0], [0.0, 1.0]]), TypeError, f"cell.W: expected an array, got {RAGGED}"),
     (cell(b=jnp.zeros(D)), ValueError, "cell.b: expected shape [3], got [4]"),
     (cell(b="b"), TypeError, "cell.b: expected an array, got str"),
     (cell(leak=jnp.zeros(2)), ValueError, "cell.leak: expected shape [] or [3], got [2]"),
     (cell(leak=1), TypeError, "cell.leak: expected a floating dtype, got int64"),
     (cell(leak=True), TypeError, "cell.leak: expected a floating dtype, got bool"),
 ]
+NONLINEARITY = (
+    "activation: expected 'tanh', 'relu', 'sigmoid', 'identity', a jaxrnn.Activation, "
+    "or any elementwise callable: jax.nn.gelu, say"
+)
 ACTIVATIONS = [
-    (cell(activation="swish"), ValueError,
-     "activation: expected one of 'tanh', 'relu', 'sigmoid', 'identity', got 'swish'"),
-    (cell(activation=3), TypeError,
-     "activation: expected a name, a jaxrnn.Activation or a callable, got int"),
+    (cell(activation="swish"), ValueError, f"{NONLINEARITY}, got 'swish'"),
+    (cell(activation=3), TypeError, f"{NONLINEARITY}, got int"),
 ]
 # Something else where one Cell belongs.
 OF_ONE_CELL = [
@@ -148,7 +170,7 @@ OF_ONE_CELL = [
 OF_PARAMS = [
     ({"params": (CELL, READOUT)}, TypeError, "params: expected a jaxrnn.Params, got tuple"),
     ({"params": CELL}, TypeError, "params: expected a jaxrnn.Params, got Cell"),
-    ({"params": XS, "xs": PARAMS}, TypeError,
+    ({"params": XS}, TypeError,
      "params: expected a jaxrnn.Params, got float64 array of shape [5, 2, 4]"),
     ({"params": Params(READOUT, CELL)}, TypeError,
      "params.cell: expected a jaxrnn.Cell or a tuple of layers, got Readout"),
@@ -170,7 +192,25 @@ INPUTS = [
     ({"xs": XS > 0}, TypeError, "xs: expected a floating dtype, got bool"),
     ({"xs": None}, TypeError, "xs: expected an array, got None"),
     ({"xs": "xs"}, TypeError, "xs: expected an array, got str"),
-    ({"xs": [[0.0], [0.0, 1.0]]}, TypeError, "xs: expected an array, got a list that makes none"),
+    ({"xs": [[0.0], [0.0, 1.0]]}, TypeError, f"xs: expected an array, got {RAGGED}"),
+    ({"xs": [XS, XS[0]]}, TypeError, f"xs: expected an array, got {RAGGED}"),
+    ({"xs": [XS, XS[:, :1]]}, TypeError, f"xs: expected an array, got {RAGGED}"),
+    ({"xs": [1.0, None]}, TypeError,
+     "xs: expected an array, got a list that makes none; None is not a valid value for jnp.array"),
+    ({"xs": np.ma.masked_array([0.0, 1.0], [True, False])}, TypeError,
+     "xs: expected an array, got a masked one; fill it first: value.filled(...)"),
+    ({"xs": np.zeros((T, B, D), ">f4")}, TypeError, "xs: expected native byte order, got >f4; "
+     "convert it first: value.astype(value.dtype.newbyteorder('='))"),
+    ({"xs": np.zeros(D, "f8,i4")}, TypeError, "xs: expected a numeric or boolean dtype, "
+     "got [('f0', '<f8'), ('f1', '<i4')]"),
+    ({"xs": np.datetime64("2026")}, TypeError,
+     "xs: expected a numeric or boolean dtype, got datetime64[Y]"),
+    ({"xs": Sparse()}, TypeError,
+     "xs: expected an array, got Sparse; make it dense first: value.todense()"),
+    ({"xs": Torch()}, TypeError, "xs: expected an array, got Torch; Can't call numpy() on Tensor "
+     "that requires grad. Use tensor.detach().numpy() instead"),
+    ({"xs": [Torch()]}, TypeError, "xs: expected an array, got a list that makes none; Can't call "
+     "numpy() on Tensor that requires grad. Use tensor.detach().numpy() instead"),
     ({"xs": np.array([XS, None], object)}, TypeError,
      "xs: expected a numeric or boolean dtype, got object"),
     ({"xs": np.array([["a"]])}, TypeError, "xs: expected a numeric or boolean dtype, got <U1"),
@@ -190,7 +230,11 @@ OF_STEP = [
     ({"x": XS[0, :, :3]}, ValueError, "x: expected shape [*batch, 4], got [2, 3]"),
     ({"x": Ids([0, 7])}, ValueError,
      "x.ids: expected ids from 0 to 3, got 7 at index (1,)"),
-    ({"x": HS[0], "h": XS[0]}, ValueError, "x: expected shape [*batch, 4], got [2, 3]"),
+    ({"x": HS[0], "h": XS[0]}, ValueError,
+     "x: expected shape [2, 4], got [2, 3]; x and h look swapped"),
+    ({"cell": XS[0], "x": CELL}, TypeError, "cell: expected a jaxrnn.Cell, "
+     "got float64 array of shape [2, 4]; cell and x look swapped"),
+    ({"x": HS[0], "h": HS[0]}, ValueError, "x: expected shape [*batch, 4], got [2, 3]"),
     ({"h": HS}, ValueError, "h: expected shape [2, 3], got [5, 2, 3]"),
     ({"h": HS[0].astype(int)}, TypeError, "h: expected a floating dtype, got int64"),
     ({"h": None}, TypeError, "h: expected an array, got None"),
@@ -210,7 +254,12 @@ STATES = [
     ({"h0": HS[0], "xs": XS[0]}, ValueError, "h0: expected shape [3], got [2, 3]"),
     ({"drive": XS}, ValueError, "drive: expected shape [5, 2, 3], got [5, 2, 4]"),
     ({"drive": HS.astype(int)}, TypeError, "drive: expected a floating dtype, got int64"),
-    ({"drive": [HS, HS[0]]}, TypeError, "drive: expected an array, got a list that makes none"),
+    ({"drive": [HS, HS[0]]}, TypeError, f"drive: expected an array, got {RAGGED}"),
+    ({"xs": HS[0], "h0": XS}, ValueError,
+     "xs: expected shape [5, 2, 4], got [2, 3]; xs and h0 look swapped"),
+    ({"xs": HS[0, 0], "h0": XS[:, 0]}, ValueError,
+     "xs: expected shape [5, 4], got [3]; xs and h0 look swapped"),
+    ({"xs": HS[0], "h0": XS[:, 0]}, ValueError, "xs: expected shape [T, *batch, 4], got [2, 3]"),
     ({"drive": HS.swapaxes(0, 1)}, ValueError,
      f"drive: expected shape [5, 2, 3], got [2, 5, 3]{SWAPPED}"),
     ({"drive": HS, "xs": TURNED}, ValueError,
@@ -226,7 +275,10 @@ LENGTHS = [
     ({"lengths": [1.0, 2.0]}, TypeError, "lengths: expected an integer dtype, got float64"),
     ({"lengths": [True, False]}, TypeError, "lengths: expected an integer dtype, got bool"),
     ({"lengths": "all"}, TypeError, "lengths: expected an array, got str"),
-    ({"lengths": [1, 2**70]}, TypeError, "lengths: expected an array, got a list that makes none"),
+    ({"lengths": [1, 2**70]}, TypeError,
+     "lengths: expected an array, got a list that makes none; a number is too large"),
+    ({"lengths": np.array([1, 2], ">i4")}, TypeError, "lengths: expected native byte order, "
+     "got >i4; convert it first: value.astype(value.dtype.newbyteorder('='))"),
     ({"lengths": [1, 2], "xs": TURNED}, ValueError,
      f"lengths: expected shape [5], got [2]; xs [2, 5, 4] {FIRST}"),
     ({"mask": IDS}, TypeError, "mask: expected dtype bool, got int64"),
@@ -287,15 +339,20 @@ OF_BPTT = [
     ({"hs": HS[1:]}, ValueError, "hs: expected shape [5, 2, 3], got [4, 2, 3]"),
     ({"hs": XS, "xs": HS}, ValueError, "xs: expected shape [T, *batch, 4], got [5, 2, 3]"),
     ({"hs": None}, TypeError, "hs: expected an array, got None"),
-    ({"hs": HS[0], "h0": HS}, ValueError, "h0: expected shape [2, 3], got [5, 2, 3]"),
+    ({"hs": HS[0], "h0": HS}, ValueError,
+     "h0: expected shape [2, 3], got [5, 2, 3]; h0 and hs look swapped"),
+    ({"dhs": HS[0], "h0": HS}, ValueError,
+     "h0: expected shape [2, 3], got [5, 2, 3]; h0 and dhs look swapped"),
+    ({"cell": XS, "xs": CELL}, TypeError, "cell: expected a jaxrnn.Cell, "
+     "got float64 array of shape [5, 2, 4]; cell and xs look swapped"),
     ({"dhs": XS}, ValueError, "dhs: expected shape [5, 2, 3], got [5, 2, 4]"),
     ({"dhs": HS.astype(int)}, TypeError, "dhs: expected a floating dtype, got int64"),
     ({"dh_last": HS}, ValueError, "dh_last: expected shape [2, 3], got [5, 2, 3]"),
 ]
 OF_UNROLL = [
-    ({"cell": XS, "xs": CELL}, TypeError,
-     "cell: expected a jaxrnn.Cell, got float64 array of shape [5, 2, 4]"),
-    ({"xs": HS[0], "h0": XS}, ValueError, "xs: expected shape [T, *batch, 4], got [2, 3]"),
+    ({"cell": XS, "xs": CELL}, TypeError, "cell: expected a jaxrnn.Cell, "
+     "got float64 array of shape [5, 2, 4]; cell and xs look swapped"),
+    ({"cell": XS}, TypeError, "cell: expected a jaxrnn.Cell, got float64 array of shape [5, 2, 4]"),
 ]
 READOUTS = [
     ({"readout": CELL}, TypeError, "readout: expected a jaxrnn.Readout, got Cell"),
@@ -341,11 +398,23 @@ OF_APPLY_READOUT = [
     ({"hs": XS}, ValueError, "hs: expected shape [..., 3], got [5, 2, 4]"),
     ({"hs": IDS}, TypeError, "hs: expected a floating dtype, got int64"),
     ({"readout": HS, "hs": READOUT}, TypeError,
-     "readout: expected a jaxrnn.Readout, got float64 array of shape [5, 2, 3]"),
+     "readout: expected a jaxrnn.Readout, got float64 array of shape [5, 2, 3]; "
+     "readout and hs look swapped"),
     ({"readout": PARAMS}, TypeError,
      "readout: expected a jaxrnn.Readout, got Params; take its readout"),
 ]
+OF_GRADIENTS = [
+    ({"params": XS, "xs": PARAMS}, TypeError, "params: expected a jaxrnn.Params, "
+     "got float64 array of shape [5, 2, 4]; params and xs look swapped"),
+]
+OF_OUTPUTS = [
+    ({"cell": HS, "hs": CELL}, TypeError, "cell: expected a jaxrnn.Cell, "
+     "got float64 array of shape [5, 2, 3]; cell and hs look swapped"),
+    ({"hs": XS}, ValueError, "hs: expected shape [..., 3], got [5, 2, 4]"),
+]
 OF_LAYERS = [
+    ({"cells": XS, "xs": CELL}, TypeError, "cells: expected a jaxrnn.Cell, "
+     "got float64 array of shape [5, 2, 4]; cells and xs look swapped"),
     ({"cells": ()}, ValueError, "cells: expected at least one layer, got none"),
     ({"cells": XS, "xs": STACK}, TypeError,
      "cells: expected a jaxrnn.Cell or a tuple of layers, got float64 array of shape [5, 2, 4]"),
@@ -438,6 +507,7 @@ TABLE = [
     ((unroll, loss_and_grads, *LAYERS), CHECKPOINTS), ((*RECURRENT, unroll_layers, pairs), REVERSE),
     ((*RECURRENT, *LAYERS), RUNS), ((apply_readout,), RUNS[-2:]),
     ((*WHOLE, cross_entropy), TARGETS), ((*WHOLE, apply_readout), READOUTS), (WHOLE, OF_WHOLE),
+    ((with_params,), OF_GRADIENTS), ((outputs,), OF_OUTPUTS),
     ((step,), OF_STEP), ((bptt,), OF_BPTT), ((unroll,), OF_UNROLL),
     ((cross_entropy,), OF_CROSS_ENTROPY), ((apply_readout,), OF_APPLY_READOUT),
     ((unroll_layers,), OF_LAYERS), ((bidirectional,), OF_BIDIRECTIONAL),
@@ -548,6 +618,24 @@ def test_options_that_are_traced(function, name):
     message = f"{name}: expected {wanted}, got traced int64 array of shape []"
     with pytest.raises(TypeError, match=said(message)):
         jax.jit(lambda value: function(**{name: value}))(1)
+
+
+@pytest.mark.skipif(np.longdouble == np.float64, reason="no wider float here")
+@pytest.mark.parametrize("kind", [np.longdouble, np.clongdouble])
+def test_floats_that_are_too_wide(kind):
+    for value in (np.zeros((T, B, D), kind), kind(0)):
+        message = f"xs: expected float64 or narrower, got {np.dtype(kind)}"
+        with pytest.raises(TypeError, match=said(message)):
+            unroll(xs=value)
+
+
+def test_an_error_of_the_device_stays_what_it_is():
+    class Full:
+        def __array__(self, dtype=None, copy=None):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        unroll(xs=Full())
 
 
 @pytest.mark.parametrize("key", [random.key(0), random.PRNGKey(0), np.zeros(2, "uint32")])

@@ -36,8 +36,12 @@ def bptt(
     dL/dU = Σ δ_t x_tᵀ,  dL/dW = Σ δ_t s_{t−1}ᵀ,  dL/db = Σ δ_t
     dL/dx_t = Uᵀ δ_t,    dL/dh_0 = J_1ᵀ λ_1,      dL/dα = Σ λ_t ∂h_t/∂α
 
-    J_t = diag(p_t) W diag(q_{t−1}) + (1 − α) I:  p = α φ'(a), q = 1, s = h in the rate form;
-    p = α, q = φ'(h), s = φ(h) in the voltage form.
+    J_t = diag(p_t) W diag(q_{t−1}) + diag(k_t):  p = α φ'(a), q = 1, s = h in the rate form;
+    p = α, q = φ'(h), s = φ(h) in the voltage form, and k = 1 − α in both; p = ∂f/∂a, q = g'(h),
+    s = g(h), k = ∂f/∂h in a custom form.
+
+    One wants it for δ and λ themselves: learning rules, penalties on adjoints, plots of how they
+    fade. Where only gradients count, `jax.grad` of `unroll` runs the same loops.
 
     Args:
       cell, xs, h0: those of the unroll; h0 is None for zeros.
@@ -58,6 +62,10 @@ def bptt(
     Source: section 3.3, with (ŷ_t − y_t) where the source prints (y_t − ŷ_t), and with the
     Jacobian of H units, diag(1 − h²) W, where it prints that of one.
     """
+    checks.not_swapped("cell", cell, "xs", xs, Cell)
+    shape = getattr(h0, "shape", ())
+    for name, states in (("hs", hs), ("dhs", dhs)):
+        checks.shapes_not_swapped("h0", h0, name, states, shape[1:], shape)
     args = check_sequences(check_cell("cell", cell), xs, h0, lengths, mask, drive)
     cell, xs, h0, lengths, mask, drive = args
     shape = (*leading_shape(xs), cell.W.shape[0])
@@ -87,8 +95,9 @@ def loss_and_grads(
     """The summed cross-entropy of the network and its gradients, all of section 3 by hand.
 
     L = Σ_t L_t,  ∂L/∂Ω_t = ŷ_t − y_t,  dL/dV = Σ (ŷ_t − y_t) s_tᵀ,  dL/dc = Σ (ŷ_t − y_t),
-    g_t = q_t Vᵀ (ŷ_t − y_t), and the rest as in `bptt`; q = 1, s = h in the rate form, q = φ'(h),
-    s = φ(h) in the voltage form.
+    g_t = q_t Vᵀ (ŷ_t − y_t), and the rest as in `bptt`, with q and s of the cell's form.
+
+    One wants it for classification at every step, a text say: logits never exist for all steps.
 
     Args:
       params: the `Params`, of one cell or of a stack, through which `unroll_layers` goes.
@@ -122,6 +131,7 @@ def loss_and_grads(
     >>> loss.shape, gradients.params.cell.W.shape, gradients.h_last.shape
     ((), (8, 8), (8,))
     """
+    checks.not_swapped("params", params, "xs", xs, Params)
     params = check_params(params)
     args = check_sequences(params.cell, xs, h0, lengths, mask, drive)
     xs, h0, lengths, mask, drive = args[1:]

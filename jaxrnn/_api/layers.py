@@ -37,7 +37,9 @@ def unroll_layers(
     """The outputs of a stack: those of each layer are the inputs of the next.
 
     y_0 = xs,  h^l = unroll(cell_l, drop(y_{l−1})),  y_l = g(h^l), or with `residual` from the
-    second layer on y_l = g(h^l) + y_{l−1}; g(h) is h in the rate form, φ(h) in the voltage form
+    second layer on y_l = g(h^l) + y_{l−1}; g(h) is h in the rate form, φ(h) in the voltage form.
+
+    One wants it for outputs rather than states, of one layer or several.
 
     Args:
       cells: a tuple of layers, each a `Cell` or a pair of them (forward, backward), whose
@@ -71,6 +73,7 @@ def unroll_layers(
     >>> [h.shape for h in h_last], hs.shape
     ([(2, 3), (2, 5)], (7, 2, 5))
     """
+    checks.not_swapped("cells", cells, "xs", xs, Cell)
     args = check_sequences(check_cells("cells", cells), xs, h0, lengths, mask, drive)
     if checks.boolean("residual", residual) and not isinstance(args[0], Cell):
         sizes = [output_size([layer]) for layer in args[0]]
@@ -105,6 +108,8 @@ def bidirectional(
     precision: Any = None,
 ) -> tuple[Any, jax.Array]:
     """The outputs of two networks that read the same inputs from either end.
+
+    One wants it where what comes later is known too: tagging, smoothing.
 
     Args:
       forward: a `Cell`, or a stack as in `unroll_layers`, that reads from the first step.

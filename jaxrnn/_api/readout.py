@@ -17,7 +17,7 @@ def apply_readout(readout: Readout, hs: jax.Array, *, precision: Any = None) -> 
     Args:
       readout: the `Readout`.
       hs: what the units put out, `[..., H]`, usually `[T, *batch, H]`: the states of the rate
-        form, `outputs(cell, hs)` of the voltage form.
+        form, `outputs(cell, hs)` of another.
       precision: of the product, as `jax.numpy.matmul` takes it.
 
     Returns:
@@ -31,6 +31,7 @@ def apply_readout(readout: Readout, hs: jax.Array, *, precision: Any = None) -> 
     Source: section 2, equation 2.
     """
     checks.precision(precision)
+    checks.not_swapped("readout", readout, "hs", hs, Readout)
     readout = check_readout("readout", readout)
     return loss.logits(readout, check_last_axis("hs", hs, readout.V.shape[1]), precision)
 
@@ -57,7 +58,8 @@ def cross_entropy(
       ValueError: shapes that do not fit, or an id outside 0 … K − 1; under jit, where its
         value cannot be seen, such an id gives NaN.
 
-    Numerics: the maximum is subtracted before the exponential, so logits of ±1e4 are safe.
+    Numerics: the maximum is subtracted before the exponential, so logits of ±1e4 are safe. A
+    class whose logit is −∞ costs nothing where its target is 0, and is infinitely wrong elsewhere.
     Source: section 2, equations 3 and 4. The source lets t of the softmax run to |A|; it runs
     to T, and only the sum inside the softmax runs over the |A| = K characters.
     """

@@ -58,6 +58,10 @@ def check_options(
 def check_sequences(cells, xs, h0, lengths, mask, drive) -> tuple:
     """Require inputs that fit checked cells, or one; return all with jax arrays."""
     input_size = first_cell(cells).U.shape[1]
+    if isinstance(cells, Cell):
+        batch, time = (getattr(x, "shape", ()) for x in (xs, h0))
+        shapes = (*time[:1], *batch[:-1], input_size), (*batch[:-1], cells.W.shape[0])
+        checks.shapes_not_swapped("xs", xs, "h0", h0, *shapes)
     xs = check_inputs("xs", xs, input_size, time=True)
     steps = time, *batch = leading_shape(xs)
 
