@@ -1,5 +1,6 @@
 """How far derivatives reach back, and what is kept for them: truncate, window, checkpoint_every."""
 
+import dataclasses
 from functools import partial
 from itertools import pairwise
 
@@ -265,6 +266,59 @@ def test_checkpoints_keep_the_cuts_where_gradients_are_differentiated(every):
         return jax.jit(lambda p: (jax.grad(lambda p: run(p)[0])(p), jax.grad(steep)(p)))(params)
 
     assert_close(all_of(checkpoint_every=every), all_of(), SECOND)
+
+
+def in_chunks(cell, xs, h0, length):
+    """States of chunks, between which the state is carried and does not move."""
+    every, h = [], h0
+    for start in range(0, len(xs), length):
+        h, hs = jaxrnn.unroll(cell, xs[start : start + length], lax.stop_gradient(h))
+        every.append(hs)
+    return jnp.concatenate(every)
+
+
+@pytest.mark.parametrize("form", ["rate", "voltage"])
+def test_without_a_leak_a_cut_is_a_state_that_is_carried(form):
+    params, xs, h0, _ = random_case(T=7, batch=(2,), form=form)
+    cell, dhs = params.cell, weights((7, 2, 5))
+
+    def gradient(states, cell):
+        return jax.grad(lambda cell: jnp.vdot(dhs, states(cell)))(cell)
+
+    def both(cell):
+        cut = gradient(lambda cell: jaxrnn.unroll(cell, xs, h0, truncate=3)[1], cell)
+        return cut, gradient(lambda cell: in_chunks(cell, xs, h0, 3), cell)
+
+    assert_close(*both(cell))
+    # With a leak it is another: what the leak lets pass goes on.
+    cut, carried = both(dataclasses.replace(cell, leak=jnp.asarray(0.5)))
+    assert np.abs(cut.W - carried.W).max() > 0.1 * np.abs(carried.W).max()
+
+
+def test_cut_at_every_step_is_the_eligibility_trace_of_rflo():
+    params, xs, h0, _ = random_case(T=7, batch=(), leak=jnp.asarray(0.3))
+    cell, dhs = params.cell, weights((7, 5))
+    U, W, b = (np.asarray(x) for x in (cell.U, cell.W, cell.b))
+    h, trace, expected = np.asarray(h0), np.zeros((5, 5)), np.zeros((5, 5))
+    for x, dh in zip(np.asarray(xs), np.asarray(dhs), strict=True):
+        phi = np.tanh(W @ h + U @ x + b)
+        trace = (1 - 0.3) * trace + 0.3 * np.outer(1 - phi**2, h)
+        expected += dh[:, None] * trace
+        h = (1 - 0.3) * h + 0.3 * phi
+    _, hs = jaxrnn.unroll(cell, xs, h0)
+    found = jaxrnn.bptt(cell, xs, h0, hs, dhs, truncate=1).cell.W
+    assert_close(found, jnp.asarray(expected))
+
+
+def test_a_window_of_one_step_is_the_immediate_gradient():
+    params, xs, h0, _ = random_case(T=7, batch=(), leak=jnp.asarray(0.3))
+    cell, dhs = params.cell, weights((7, 5))
+    _, hs = jaxrnn.unroll(cell, xs, h0)
+    before = np.concatenate([h0[None], hs[:-1]])
+    W, U, b = (np.asarray(x) for x in (cell.W, cell.U, cell.b))
+    a = before @ W.T + np.asarray(xs) @ U.T + b
+    expected = np.einsum("ti,tj->ij", 0.3 * (1 - np.tanh(a) ** 2) * dhs, before)
+    assert_close(jaxrnn.bptt(cell, xs, h0, hs, dhs, window=1).cell.W, jnp.asarray(expected))
 
 
 @pytest.mark.parametrize("name", ["truncate", "window", "checkpoint_every"])
