@@ -70,8 +70,10 @@ def to_torch(cells: Cells) -> Any:
     cells = check_cells("cells", cells)
     layers = [directions(layer) for layer in ((cells,) if isinstance(cells, Cell) else cells)]
     flat = [cell for layer in layers for cell in layer]
-    if any(cell.form != "rate" for cell in flat):
-        checks.bad_value("cells", "the rate form, which torch has", "the voltage form")
+    for cell in flat:
+        if cell.form != "rate":
+            form = "the voltage" if cell.form == "voltage" else "a custom"
+            checks.bad_value("cells", "the rate form, which torch has", f"{form} form")
     if any(cell.leak is not None for cell in flat):
         checks.bad_value("cells", "no leak, which torch does not have", "a leak")
     pairs = _same("all or no layers in both directions", [len(layer) == 2 for layer in layers])
