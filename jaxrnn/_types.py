@@ -81,8 +81,9 @@ class Cell(Record):
     voltage:  h_t = (1 − α) h_{t−1} + α (W φ(h_{t−1}) + U x_t + b)
 
     In both α = 1 by default: the rate form is then the Elman network. The rate form carries what
-    units put out, the voltage form what they take in; its output is φ(h). A custom `Form` writes
-    another equation.
+    units put out, the voltage form what they take in; its output is φ(h). Machine learning mostly
+    writes the former, neuroscience both; they are one network in other variables. A custom `Form`
+    writes another equation.
 
     Args:
       U: input weights, `[H, D]`. D = 0 is a network without inputs.
@@ -156,6 +157,8 @@ class Params(Record):
 @dataclass(frozen=True, eq=False, repr=False)
 class Ids(Record):
     """Inputs given as ids that stand for one-hot rows, which are never expanded.
+
+    For text and any other symbols: x_t costs one row to read in place of a product.
 
     Args:
       ids: integers, `[T, *batch]` (`[*batch]` for one step), 0 ≤ id < D. U x_t is then a

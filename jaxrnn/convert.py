@@ -25,6 +25,8 @@ TORCH_KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 def from_torch(module: Any, activation: Phi | None = None) -> Cells:
     """The cells of a `torch.nn.RNN` or `torch.nn.RNNCell`; b is the sum of its two biases.
 
+    To go on in JAX with a network trained there; the other converters likewise.
+
     Args:
       module: the module, or its `state_dict()`. `batch_first` and `dropout` do not travel.
       activation: φ; by default the module's, and "tanh" for a state dict, which holds none.
@@ -54,6 +56,8 @@ def from_torch(module: Any, activation: Phi | None = None) -> Cells:
 
 def to_torch(cells: Cells) -> Any:
     """A new `torch.nn.RNN` of these cells, its second biases 0; `from_torch` gives them back.
+
+    To hand a network on, to serve it or to compare.
 
     Args:
       cells: a `Cell`, or a tuple of layers as in `unroll_layers`: all of one hidden size, dtype

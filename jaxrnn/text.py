@@ -101,6 +101,8 @@ class Vocabulary:
 def one_hot(ids: jax.Array, size: int, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
     """The rows that ids stand for, as in section 1: 1 at the id, 0 elsewhere.
 
+    For the source's numbers; where only U x_t counts, `Ids` costs less.
+
     Args:
       ids: integers, `[...]`, 0 ≤ id < size.
       size: |A|.
@@ -149,6 +151,8 @@ def generate(
     params: Params, key: jax.Array, prompt: jax.Array, length: int, temperature: float = 1.0
 ) -> jax.Array:
     """Draw characters one by one, each from the softmax after all those before it.
+
+    To see what a network of text has learned; `stream_ids` is for long ones, as they come.
 
     Args:
       params: the `Params`; |A| inputs and outputs.

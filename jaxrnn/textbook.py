@@ -84,6 +84,8 @@ def contributions(
 ) -> Cell:
     """The (t, k) terms of the double sum: what the loss at t owes to the step k.
 
+    For plots of how far a network remembers.
+
     Args:
       params, xs, targets, truncate, window: as in `loss_and_grads`.
 

@@ -101,6 +101,8 @@ def _state_types(params, batch_size):
 def start_over(state: TrainState) -> TrainState:
     """The same state before the first window of the streams.
 
+    For a new pass over a text, where what was carried belongs to its end.
+
     Args:
       state: a `TrainState`.
 
@@ -354,6 +356,8 @@ def windows(
 ) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
     """Read parallel streams window by window, from the start again after the last whole window.
 
+    For an update, one after the other, of a text that is in memory or mapped into it.
+
     Args:
       inputs: ids, `[L, B]`.
       targets: ids, `[L, B]`.
@@ -383,6 +387,8 @@ def evaluate(
     put: Callable[[Any, int], Any] = lambda x, axis: x,
 ) -> float:  # fmt: skip
     """The mean cross-entropy of whole streams, read from h = 0 or from the h given.
+
+    For text that was held out, of any length in the same memory.
 
     Args:
       params: the `Params`; of a model of one's own what its loss takes.

@@ -149,13 +149,11 @@ CELLS = [
     (cell(leak=1), TypeError, "cell.leak: expected a floating dtype, got int64"),
     (cell(leak=True), TypeError, "cell.leak: expected a floating dtype, got bool"),
 ]
-NONLINEARITY = (
-    "activation: expected 'tanh', 'relu', 'sigmoid', 'identity', a jaxrnn.Activation, "
-    "or any elementwise callable: jax.nn.gelu, say"
-)
+ANY = "a jaxrnn.Activation or any elementwise callable (jax.nn.gelu, say)"
 ACTIVATIONS = [
-    (cell(activation="swish"), ValueError, f"{NONLINEARITY}, got 'swish'"),
-    (cell(activation=3), TypeError, f"{NONLINEARITY}, got int"),
+    (cell(activation="swish"), ValueError,
+     f"activation: expected one of 'tanh', 'relu', 'sigmoid', 'identity', {ANY}, got 'swish'"),
+    (cell(activation=3), TypeError, f"activation: expected a name, {ANY}, got int"),
 ]
 # Something else where one Cell belongs.
 OF_ONE_CELL = [

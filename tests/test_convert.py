@@ -716,6 +716,18 @@ def test_keras_layers_that_are_no_elman_network(keras):
     ])  # fmt: skip
 
 
+def test_a_softmax_is_refused(keras):
+    with lax():
+        layer = keras.layers.SimpleRNN(H, activation="softmax")
+        layer.build((None, T, D))
+    message = "activation: expected an elementwise function"
+    refused(convert.from_keras, [(layer, ValueError, message)])
+    for function, value in ((convert.from_torch, state()), (convert.from_flax, flax_params()),
+                            (convert.from_haiku, haiku_params())):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            function(value, jax.nn.softmax)
+
+
 def test_functions_document_themselves():
     for name in (*FROM, "to_torch"):
         text = inspect.getdoc(getattr(convert, name))

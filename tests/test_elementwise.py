@@ -164,13 +164,13 @@ def test_a_mean_over_devices_is_refused():
 @pytest.mark.parametrize("known", ["linear", "gelu", "silu", "nonsense", ""])
 def test_unknown_names_say_that_any_callable_will_do(known):
     params, xs, *_ = cell_of(4, activation=known)
-    with pytest.raises(ValueError, match=f"^activation: expected 'tanh', .* callable.*{known}"):
+    with pytest.raises(ValueError, match=f"^activation: expected one of .* callable.*{known}"):
         jaxrnn.unroll(params.cell, xs)
 
 
 @pytest.mark.parametrize("phi", [None, 3, jnp.ones(4)])
 def test_what_is_no_function_is_told_likewise(phi):
-    with pytest.raises(TypeError, match=r"^activation: expected 'tanh', .* callable"):
+    with pytest.raises(TypeError, match=r"^activation: expected a name, .* callable"):
         jaxrnn.init_cell(jax.random.key(0), 3, 4, activation=phi)
 
 

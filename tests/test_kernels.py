@@ -129,7 +129,10 @@ def test_by_hand(kernel):
     assert_close(jax.tree.leaves(found), jax.tree.leaves(expected), FIRST)
 
 
-@pytest.mark.parametrize("how", [{}, {"checkpoint_every": 2, "truncate": 3}], ids=str)
+LONG = pytest.param({"checkpoint_every": 2, "truncate": 3}, marks=pytest.mark.full)
+
+
+@pytest.mark.parametrize("how", [{}, LONG], ids=str)
 def test_gradients_by_hand_are_differentiable(kernel, how):
     params, xs, h0, ids = case(leak=jnp.float32(0.6))
     lengths = jnp.array([5, 0, 2, 3])

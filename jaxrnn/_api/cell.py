@@ -33,6 +33,8 @@ def init_cell(
 ) -> Cell:
     """A cell with random weights.
 
+    To begin training, or for a random network as it is; `Cell` itself takes weights that exist.
+
     Args:
       key: a JAX random key.
       input_size: D; 0 for a network without inputs.
@@ -97,6 +99,8 @@ def init_params(
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> Params:
     """A cell, or a stack of them, and a readout with random weights.
+
+    For what `loss_and_grads`, `generate` and `train` take: classification at every step.
 
     Args:
       key, input_size, hidden_size: as in `init_cell`.

@@ -41,13 +41,13 @@ def check_activation(activation: Any, size: int, dtype: jnp.dtype) -> None:
     """Require a known name, or elementwise functions."""
     if isinstance(activation, str) and activation in NAMED:
         return
-    known = ", ".join(map(repr, NAMED))
-    expected = f"{known}, a jaxrnn.Activation, or any elementwise callable: jax.nn.gelu, say"
+    others = "a jaxrnn.Activation or any elementwise callable (jax.nn.gelu, say)"
     if isinstance(activation, str):
-        checks.bad_value("activation", expected, repr(activation))
+        known = ", ".join(map(repr, NAMED))
+        checks.bad_value("activation", f"one of {known}, {others}", repr(activation))
     resolved = resolve(activation)
     if not callable(resolved.function):
-        checks.bad_type("activation", expected, checks.came(resolved.function))
+        checks.bad_type("activation", f"a name, {others}", checks.came(resolved.function))
     for function in (resolved.function, resolved.derivative_from_output):
         if function is not None:
             _check("activation", function, 1, None, size, dtype)

@@ -14,6 +14,8 @@ from jaxrnn._types import Readout
 def apply_readout(readout: Readout, hs: jax.Array, *, precision: Any = None) -> jax.Array:
     """The output before the softmax, the logits Ω_t = V s_t + c.
 
+    For custom losses and samplers; `loss_and_grads` applies the readout itself.
+
     Args:
       readout: the `Readout`.
       hs: what the units put out, `[..., H]`, usually `[T, *batch, H]`: the states of the rate

@@ -123,8 +123,8 @@ def unroll(
 def step(cell: Cell, x: jax.Array | Ids, h: jax.Array, *, precision: Any = None) -> jax.Array:
     """One step of the recurrence of `unroll`, without a drive: the hidden state that follows `h`.
 
-    One wants it where inputs depend on the states: an agent in an environment, a sampler, a loop of
-    one's own. Its derivative is JAX's own.
+    One wants it where inputs depend on the states: an agent in an environment, a sampler. Its
+    derivative is JAX's.
 
     Args:
       cell: the `Cell`.

@@ -39,7 +39,7 @@ def resolve(activation: str | Activation | Elementwise) -> Activation:
 
 
 def is_custom(cell: Cell) -> bool:
-    """Whether the cell has a form of its own."""
+    """Whether the cell has a custom form."""
     return isinstance(cell.form, Form)
 
 
