@@ -152,7 +152,7 @@ def _double_sum(params, xs, hs, error, options, kept):
         alpha = jnp.broadcast_to(alpha.astype(dtype), hs.shape)
         p, k, by_f = alpha, 1 - alpha, a - h_prev  # voltage: h_k = (1 − α) h_{k−1} + α a_k
         if cell.form == "rate":  # h_k = (1 − α) h_{k−1} + α φ(a_k); tanh' = 1 − φ²
-            phi = function_of(cell)(a)
+            phi = function_of(cell)(a).astype(dtype)
             p, by_f = alpha * slope(resolve(cell.activation), phi, a), phi - h_prev
     (q, by_g), (q_last, by_last) = (output_derivatives(cell, h) for h in (h_prev, hs))
     q, q_last = (jnp.ones_like(hs) if slopes is None else slopes for slopes in (q, q_last))

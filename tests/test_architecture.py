@@ -82,7 +82,7 @@ def test_lines_of_the_core():
 
 
 def test_lines_of_the_library():
-    assert counts.lines_of_library() <= 5600  # the aim is 4,600
+    assert counts.lines_of_library() <= 5620  # the aim is 4,600
 
 
 @pytest.mark.parametrize("sizes", [counts.SMALL, counts.LONG], ids=str)

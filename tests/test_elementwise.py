@@ -30,6 +30,8 @@ MIXING = {
     "mean of units": lambda a: a - jnp.mean(a, -1, keepdims=True),
     "mean of sequences": lambda a: a - jnp.mean(a, 0, keepdims=True),
     "mean of all": lambda a: jnp.tanh(a) + jnp.mean(a),
+    "norm of all": lambda a: jnp.tanh(a) * jnp.exp(-jnp.linalg.norm(a)),
+    "whether any is large": lambda a: jax.lax.cond(jnp.any(a > 3), jnp.tanh, lambda a: a, a),
     "one unit": lambda a: a * a[..., :1],
     "the last unit": lambda a: a.at[..., 0].add(a[..., -1]),
     "the largest": lambda a: jnp.where(a == jnp.max(a, -1, keepdims=True), a, 0),
@@ -62,6 +64,78 @@ WRONG = {
     "another size": (lambda a: a + jnp.ones((1, 1, 1, 7)), "which"),
     "no argument": (lambda: 1.0, "which fails"),
 }
+
+
+KEY = jax.random.key(3)
+BY_SHAPE = {
+    "dropout": lambda a: jnp.where(jax.random.bernoulli(KEY, 0.5, a.shape), jnp.tanh(a), 0),
+    "noise": lambda a: jnp.tanh(a + jax.random.normal(KEY, a.shape, a.dtype)),
+    "rank": lambda a: jnp.tanh(a) * a.ndim,
+    "size": lambda a: jnp.tanh(a) / a.size,
+    "sequences": lambda a: jnp.tanh(a) * a.shape[0],
+}
+
+
+@jax.custom_jvp
+def mean_of_tangents(a):
+    return jnp.tanh(a)
+
+
+@mean_of_tangents.defjvp
+def _(primals, tangents):
+    return jnp.tanh(primals[0]), tangents[0] - jnp.mean(tangents[0], -1, keepdims=True)
+
+
+def with_cotangents(change):
+    """tanh that changes what comes back to it."""
+
+    @jax.custom_vjp
+    def same(x):
+        return x
+
+    same.defvjp(lambda x: (x, None), lambda _, g: (change(g),))
+    return lambda a: same(jnp.tanh(a))
+
+
+DERIVATIVES = {
+    "clipped": with_cotangents(lambda g: jnp.clip(g, -0.1, 0.1)),
+    "centred": with_cotangents(lambda g: g - jnp.mean(g, -1, keepdims=True)),
+    "normed": with_cotangents(lambda g: g / jnp.linalg.norm(g)),
+    "mean of tangents": mean_of_tangents,
+}
+
+
+@pytest.mark.parametrize("name", BY_SHAPE)
+def test_functions_that_depend_on_the_shape_are_refused(name):
+    params, xs, h0, _ = cell_of(4, activation=BY_SHAPE[name])
+    with pytest.raises(ValueError, match=r"^activation: .* depends on the shape"):
+        jaxrnn.unroll(params.cell, xs, h0)
+
+
+@pytest.mark.parametrize("name", DERIVATIVES)
+def test_derivatives_that_mix_units_are_refused(name):
+    params, xs, h0, _ = cell_of(4, activation=DERIVATIVES[name])
+    with pytest.raises(ValueError, match=r"^activation: .* that of no elementwise function$"):
+        jaxrnn.unroll(params.cell, xs, h0)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16"])
+def test_a_function_may_return_another_dtype(dtype):
+    def phi(a):
+        return jnp.tanh(a).astype(dtype)
+
+    params, xs, h0, _ = cell_of(4, activation=phi, leak=jnp.float32(0.3), dtype=jnp.float32)
+
+    def loss(cell):
+        return jnp.sum(jaxrnn.unroll(cell, xs, h0)[1])
+
+    found = jax.grad(loss)(params.cell)
+    plain = jaxrnn.Cell(params.cell.U, params.cell.W, params.cell.b, params.cell.leak)
+    # Half precision has 11 bits.
+    tolerance = 2.0**-8 if dtype == "float16" else 1e-5
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(jax.grad(loss)(plain)), strict=True):
+        assert a.dtype == jnp.float32
+        assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
 
 
 @pytest.mark.parametrize("size", [2, 3, 5, 16])

@@ -6,7 +6,8 @@ each is tried once, by values: where some units move, no other may.
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NoReturn
+from itertools import product
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +17,13 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from jaxrnn._api import checks
 from jaxrnn._base.arithmetic import accumulation_dtype
-from jaxrnn._base.forms import NAMED, resolve
+from jaxrnn._base.forms import NAMED, derivatives, resolve
 from jaxrnn._jax.error_checks import without_checks
+from jaxrnn._record import by_name
 from jaxrnn._types import Cell, Form
 
 # What a mixes with others may show only where it is small, or large: a norm that is clipped, say.
-SCALES = 1e-3, 1.0, -1.0, 30.0, 1e4, 1e8
+SCALES = 1e-3, 1.0, 30.0, 1e4, 1e8
 
 
 def check_functions(prefix: str, cell: Cell) -> None:
@@ -67,48 +69,82 @@ def _check(name, function, *how) -> None:
 @lru_cache(maxsize=256)
 def _probe(name: str, function: Callable, states: int, theta: Any, size: int, dtype) -> None:
     """Refuse a function of so many states, and θ, that is not elementwise over them all."""
-    said = getattr(function, "__name__", None) or repr(function)
-
-    def refuse(why: str, error: Exception | None = None) -> NoReturn:
-        expected = "an elementwise function of JAX arrays"
-        raise ValueError(f"{name}: expected {expected}, got {said}, {why}") from error
-
-    # Of each set some units move and the others do not: those with a bit in their number. Any two
-    # units are told apart by one of them.
-    units = np.arange(size)
-    bits = range(max(size - 1, 1).bit_length())
-    moving = np.stack([(units >> bit) % 2 == side for bit in bits for side in (0, 1)])
-    moving = np.tile(moving, (len(SCALES), 1))
-    generator, of_theta = np.random.default_rng(0), 0 if theta is None else theta.num_leaves
-    value = np.tile(generator.uniform(0.5, 1.5, (states + of_theta, 1, size)), (len(moving), 1))
-    value[:states] *= generator.choice([-1, 1], (states, 1, size))
-    value[:states] *= np.repeat(SCALES, len(moving) // len(SCALES))[:, None]
-    factor = np.repeat([-3, 1.5], [states, of_theta])[:, None, None]
-    moved = np.where(moving, value * factor, value)
 
     def run(*leaves):
         rest = () if theta is None else (theta.unflatten(leaves[states:]),)
         return function(*leaves[:states], *rest)
 
+    cause = None
     try:
-        traced = jax.make_jaxpr(run)(*jnp.zeros_like(value, dtype))
+        why = _fault(run, states, 0 if theta is None else theta.num_leaves, size, dtype)
     except Exception as error:
-        refuse(f"which fails: {str(error).strip().splitlines()[0]}", error)
+        why, cause = f"which fails: {str(error).strip().splitlines()[0]}", error
+    if why is not None:
+        expected, said = "an elementwise function of JAX arrays", by_name(function)
+        raise ValueError(f"{name}: expected {expected}, got {said}, {why}") from cause
+
+
+def _fault(run: Callable, states: int, of_theta: int, size: int, dtype) -> str | None:
+    """What is wrong with a function of so many states and parameters; None where nothing is."""
+    # Of each set some units move and the others do not: those with a bit in their number. Any two
+    # units are told apart by one of them.
+    units, count = np.arange(size), states + of_theta
+    bits = range(max(size - 1, 1).bit_length())
+    moving = np.stack([(units >> bit) % 2 == side for bit in bits for side in (0, 1)])
+    generator = np.random.default_rng(0)
+    value = np.tile(generator.uniform(0.5, 1.5, (count, 1, size)), (len(moving), 1))
+    mixed = np.where(units % 2, -1, 1)
+    is_state = (np.arange(count) < states)[:, None, None]
+
+    def arrays(x):
+        return [jnp.asarray(leaf, dtype) for leaf in x]
+
+    traced = jax.make_jaxpr(run)(*arrays(value))
     if any(isinstance(constant, Tracer) for constant in traced.consts):
-        refuse("which closes over a traced value: let it be one of the parameters of a Form")
+        return "which closes over a traced value: let it be one of the parameters of a Form"
     (out, *more) = traced.out_avals
     if more or out.shape != moving.shape or not jnp.issubdtype(out.dtype, jnp.floating):
         made = ", ".join(map(str, traced.out_avals))
-        refuse(f"which makes {made} of {traced.in_avals[0]}")
-    if traced.effects:  # without what it checks, and prints
-        traced = jax.make_jaxpr(without_checks(run))(*jnp.zeros_like(value, dtype))
+        return f"which makes {made} of {traced.in_avals[0]}"
+    quiet, of_wider = (_quiet(run, arrays(x)) for x in (value, np.stack([value] * 3, 1)))
+    with jax.ensure_compile_time_eval(), jax.debug_nans(False), jax.debug_infs(False):
+        for scale, sign in product(SCALES, (1, -1, mixed)):
+            x = np.where(is_state, scale * sign * value, value)
+            moved = np.where(moving, np.where(is_state, -7, 1.5) * x, x)
+            ys = (np.where(moving, 0, quiet(*arrays(x))) for x in (x, moved))
+            if not np.array_equal(*ys, equal_nan=True):
+                return "in which one unit, or one sequence, depends on others"
+        x = np.where(is_state, mixed * value, value)
+        y, ys = quiet(*arrays(x)), of_wider(*arrays(np.stack([x] * 3, 1)))
+        if not _agree(ys, y[None]):
+            return "in which a unit depends on the shape: noise, say, for which there is drive"
+        # Of an elementwise function cotangents are multiplied by its slopes, large ones and small.
+        g = jnp.asarray(np.geomspace(1e-3, 1e3, y.size).reshape(y.shape), y.dtype)
+        try:
+            pulled = jax.vjp(quiet, *arrays(x))[1](g)
+        except Exception:  # it has no derivative, or none in reverse mode
+            return None
+        slopes = derivatives(quiet, *arrays(x))
+        wide = np.asarray(g, np.float64)
+        if not all(
+            _agree(np.asarray(v) / wide, slope) for v, slope in zip(pulled, slopes, strict=True)
+        ):
+            return "whose derivative is that of no elementwise function"
+    return None
+
+
+def _quiet(run: Callable, leaves: list) -> Callable:
+    """The same, for leaves of these shapes, without what it checks, and prints."""
+    traced = jax.make_jaxpr(run)(*leaves)
+    if traced.effects:
+        traced = jax.make_jaxpr(without_checks(run))(*leaves)
     jaxpr = traced.jaxpr
     eqns = [eqn for eqn in jaxpr.eqns if eqn.outvars or not eqn.effects]
-    quiet = jaxpr_as_fun(ClosedJaxpr(jaxpr.replace(eqns=eqns), traced.consts))
-    with jax.ensure_compile_time_eval(), jax.debug_nans(False), jax.debug_infs(False):
-        try:
-            ys = [np.asarray(quiet(*jnp.asarray(x, dtype))[0]) for x in (value, moved)]
-        except Exception as error:
-            refuse(f"which fails: {str(error).strip().splitlines()[0]}", error)
-    if not np.array_equal(*(np.where(moving, 0, y) for y in ys), equal_nan=True):
-        refuse("in which one unit, or one sequence, depends on others")
+    evaluate = jaxpr_as_fun(ClosedJaxpr(jaxpr.replace(eqns=eqns), traced.consts))
+    return lambda *leaves: evaluate(*leaves)[0]
+
+
+def _agree(x: Any, y: Any) -> bool:
+    """Up to what vectors of another length round otherwise."""
+    x, y = (np.asarray(v, np.float64) for v in (x, y))
+    return np.allclose(x, y, rtol=1e-3, atol=1e-5, equal_nan=True)

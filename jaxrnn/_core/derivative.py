@@ -190,7 +190,7 @@ def linearised(options: Options, cell: Cell, steps: Sequences, h_before: jax.Arr
     elif voltage:
         q = forms.slope_basis(cell, s_prev, seen.astype(s_prev.dtype))
     elif a is not None:
-        moved = forms.function_of(cell)(a)
+        moved = forms.function_of(cell)(a).astype(a.dtype)
         p = forms.slope_basis(cell, moved, a)
     else:
         p = hs
