@@ -138,7 +138,7 @@ def test_a_function_may_return_another_dtype(dtype):
         assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
 
 
-@pytest.mark.parametrize("size", [2, 3, 5, 16])
+@pytest.mark.parametrize("size", [2, 5])
 @pytest.mark.parametrize("name", MIXING)
 def test_functions_that_mix_units_are_refused(name, size):
     if size == 2 and name == "roll":
