@@ -13,6 +13,7 @@ from benchmarks.subjects.registry import (
     TORCH_SUBJECTS,
     TWO_DEVICES,
 )
+from benchmarks.workloads import Workload
 
 # The largest H of the associative scan: it multiplies matrices [H, H] of all steps.
 ASSOCIATIVE_HIDDEN = 16
@@ -45,6 +46,10 @@ class Listed:
     base: str
     dtype: str = "float32"
     hidden: int | None = None
+
+    def dtype_on(self, workload: Workload) -> str:
+        """That of a workload that has its own, or the subject's."""
+        return workload.dtype or self.dtype
 
 
 def listed(device: str, quick: bool = False) -> list[Listed]:

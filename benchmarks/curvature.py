@@ -26,10 +26,10 @@ class Tangents(NamedTuple):
 def tangents(
     data: Data, tangent: Data, hs: np.ndarray, slopes: np.ndarray | None = None
 ) -> Tangents:
-    """The tangent of the states, and that of the gradients of Σ hs · g.
+    """The tangent of the states, and that of the gradients of Σ hs · g, of one layer without leak.
 
     Args:
-      data: the numbers of a workload.
+      data: the numbers of a workload; g `[B, H]` is the cotangent of the last state alone.
       tangent: the direction.
       hs: the states, float64 `[*members, T, B, H]`.
       slopes: φ' at every step, for a φ without curvature; by default tanh's, 1 − h².
@@ -38,6 +38,8 @@ def tangents(
       The `Tangents`.
     """
     U, W, g = (np.asarray(part, np.float64) for part in (data.U, data.W, data.g))
+    if g.ndim == 2:
+        g = np.concatenate([np.zeros((len(data.xs) - 1, *g.shape)), g[None]])
     xs, inputs_move = np.asarray(data.xs, np.float64), data.ids is None
     dU, dW, db, dxs = (
         np.asarray(part, np.float64) for part in (tangent.U, tangent.W, tangent.b, tangent.xs)

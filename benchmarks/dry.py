@@ -123,7 +123,10 @@ def _pretend_torch() -> None:
     torch.cuda.memory_allocated = torch.cuda.max_memory_allocated = lambda *_: 1
     for name in ("_layer", "_tensor"):
         real = getattr(torch_rnn, name)
-        on_cpu = lambda what, options, real=real: real(what, options._replace(device="cpu"))  # noqa: E731
+
+        def on_cpu(what, options, *more, real=real):
+            return real(what, options._replace(device="cpu"), *more)
+
         setattr(torch_rnn, name, on_cpu)
 
 

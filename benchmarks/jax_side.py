@@ -17,6 +17,7 @@ from benchmarks.catalogue import Listed, listed
 from benchmarks.checks import Checker
 from benchmarks.kernels import KERNEL, ROOFLINE
 from benchmarks.measures import BACKWARD, FORWARD
+from benchmarks.networks import ONE_LAYER, Network
 from benchmarks.programs import Program
 from benchmarks.side import NotOfferedError, Prepared
 from benchmarks.subjects import JaxSubject
@@ -55,7 +56,7 @@ class JaxSide:
         self.entries = on_device if entries is None else entries
         subjects = listed(device) if subjects is None else subjects
         self.listed = {subject.name: subject for subject in subjects if subject.kind == kind}
-        self.made: dict[str, JaxSubject] = {}
+        self.made: dict[tuple[str, Network], JaxSubject] = {}
         self.built: dict[tuple[str, str], tuple[Program, Built]] = {}
         self.drawn: tuple[Workload, str] | None = None
 
@@ -85,10 +86,12 @@ class JaxSide:
                 found.append({**about, "status": "failed", "reason": one_line(error)})
         return found
 
-    def _subject(self, base: str) -> JaxSubject:
-        if base not in self.made:
-            self.made[base] = self.entries[base].make()
-        return self.made[base]
+    def _subject(self, base: str, network: Network = ONE_LAYER) -> JaxSubject:
+        if (base, ONE_LAYER) not in self.made:
+            self.made[base, ONE_LAYER] = self.entries[base].make()
+        if (base, network) not in self.made:
+            self.made[base, network] = self.made[base, ONE_LAYER].on(network)
+        return self.made[base, network]
 
     def prepare(
         self, name: str, workload: Workload, measure: str, compiles: int, alike: int = 0
@@ -98,15 +101,16 @@ class JaxSide:
         A kernel's result is compared bit by bit with that of `alike` calls.
         """
         how = self.listed[name]
+        dtype = how.dtype_on(workload)
         program, built = None, None
-        if (workload, how.dtype) == self.drawn:
+        if (workload, dtype) == self.drawn:
             program, built = self.built.pop((name, measure), (None, None))
         if how.base == ROOFLINE:
             program = program or self._program(name, workload, measure)
             call, _, record = self._compiled(program, workload.tuned, compiles, built)
             record["flops"] = roofline.flops(workload, measure)
             return Prepared(call, lambda: None, record, self.wait)
-        subject = self._subject(how.base)
+        subject = self._subject(how.base, workload.network)
         if subject.variant == TWO_DEVICES and workload.B % len(jax.devices()):
             raise NotOfferedError(f"a batch of {workload.B} does not split over two devices")
         program = program or self._program(name, workload, measure)
@@ -120,7 +124,7 @@ class JaxSide:
                 states = self._program(name, workload, FORWARD)
                 hs = self._compiled(states, False, 1)[1]  # never timed
                 (self.states[name],) = programs.unloaded(subject, workload, FORWARD, hs)
-            tf32 = (self.device, how.dtype) == ("gpu", "float32")
+            tf32 = (self.device, dtype) == ("gpu", "float32")
             hs = self.states[name]
             if self.device == "gpu":
                 errors = self.checker.errors(measure, found)
@@ -129,7 +133,7 @@ class JaxSide:
                 record["errors"] = errors
             if how.base == KERNEL:
                 record["alike"], record["calls"] = _alike(call, result, alike), alike
-            return self.checker.wrong(measure, subject.activation, found, hs, how.dtype, tf32)
+            return self.checker.wrong(measure, subject.activation, found, hs, dtype, tf32)
 
         return Prepared(call, check, record, self.wait)
 
@@ -157,22 +161,23 @@ class JaxSide:
     def _program(self, name: str, workload: Workload, measure: str) -> Program:
         how = self.listed[name]
         if how.base == ROOFLINE:
-            return roofline.make(workload, measure, how.dtype)
-        given = self._arguments(name, workload)
-        return programs.make(self._subject(how.base), workload, measure, given)
+            return roofline.make(workload, measure, how.dtype_on(workload))
+        subject = self._subject(how.base, workload.network)
+        return programs.make(subject, workload, measure, self._arguments(name, workload))
 
     def _arguments(self, name: str, workload: Workload) -> programs.Arguments:
         """What a subject is called with, kept while the workload is the same."""
         how = self.listed[name]
-        if (workload, how.dtype) != self.drawn:
-            self.drawn, self.data = (workload, how.dtype), draw(workload, dtype=how.dtype)
+        dtype = how.dtype_on(workload)
+        if (workload, dtype) != self.drawn:
+            self.drawn, self.data = (workload, dtype), draw(workload, dtype=dtype)
             self.tangent = direction(self.data)
             self.checker = Checker(workload, self.data, self.tangent)
             self.given: dict[str, programs.Arguments] = {}
             self.states: dict[str, np.ndarray] = {}
         if name not in self.given:
-            subject = self._subject(how.base)
-            self.given[name] = programs.arguments(subject, self.data, how.dtype, self.tangent)
+            subject = self._subject(how.base, workload.network)
+            self.given[name] = programs.arguments(subject, self.data, dtype, self.tangent)
         return self.given[name]
 
     def _compiled(

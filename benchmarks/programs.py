@@ -5,7 +5,7 @@ alone; the tangent of the states; the Hessian of L times a vector, in the weight
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -41,6 +41,7 @@ class Arguments:
       g: the cotangent of hs.
       tangent: a direction for the weights.
       xs_tangent: and for the inputs; None for ids.
+      lengths: how many steps of each sequence are valid; None for all.
     """
 
     weights: Any
@@ -48,6 +49,7 @@ class Arguments:
     g: jax.Array
     tangent: Any
     xs_tangent: jax.Array | None
+    lengths: jax.Array | None = None
 
 
 def arguments(
@@ -76,7 +78,8 @@ def arguments(
     else:
         xs, xs_tangent = array(data.xs), array(moved.xs)
     weights, tangent = (_weights(subject, numbers, dtype) for numbers in (data, moved))
-    return Arguments(weights, xs, array(data.g), tangent, xs_tangent)
+    lengths = None if data.lengths is None else jnp.asarray(data.lengths)
+    return Arguments(weights, xs, array(data.g), tangent, xs_tangent, lengths)
 
 
 def make(subject: JaxSubject, workload: Workload, measure: str, given: Arguments) -> Program:
@@ -92,12 +95,15 @@ def make(subject: JaxSubject, workload: Workload, measure: str, given: Arguments
       The `Program`. Gradients and tangents have the subject's layout: see `unloaded`.
 
     Raises:
-      NotOfferedError: there is no such measure.
+      NotOfferedError: there is no such measure, or of this network none.
     """
-    unroll = _unroll(subject, workload)
+    unroll, network = _unroll(subject, workload), workload.network
+    lengths = () if given.lengths is None else (given.lengths,)
+    if measure in (JVP, HVP) and not replace(network, last=False).plain:
+        raise NotOfferedError(f"there is no reference for the {measure} of this network")
 
-    def loss(weights, xs, g):
-        return jnp.sum(unroll(weights, xs) * g)
+    def loss(weights, xs, g, *lengths):
+        return jnp.sum(unroll(weights, xs, *lengths) * g)
 
     def tangent_of_states(weights, xs, tangent, xs_tangent):
         if xs_tangent is None:
@@ -112,11 +118,11 @@ def make(subject: JaxSubject, workload: Workload, measure: str, given: Arguments
 
     weights, xs, g = given.weights, given.xs, given.g
     if measure == FORWARD:
-        return Program(unroll, (weights, xs))
+        return Program(unroll, (weights, xs, *lengths))
     if measure == PARAMETERS or (measure == BACKWARD and workload.ids):
-        return Program(jax.grad(loss), (weights, xs, g))
+        return Program(jax.grad(loss), (weights, xs, g, *lengths))
     if measure == BACKWARD:
-        return Program(jax.grad(loss, (0, 1)), (weights, xs, g))
+        return Program(jax.grad(loss, (0, 1)), (weights, xs, g, *lengths))
     if measure == BACKWARD_ALONE:
         forward = jax.jit(lambda *args: jax.vjp(unroll, *args)[1], compiler_options=NOT_TUNED)
         pull = forward(weights, xs)
@@ -138,8 +144,8 @@ def unloaded(subject: JaxSubject, workload: Workload, measure: str, result: Any)
       result: what the program returned.
 
     Returns:
-      (hs,), (dU, dW, db, dxs) or (dU, dW, db), (hs, tangent of hs), or the Hessian's product
-      as (dU, dW, db).
+      (hs,), (dU, dW, db, dxs) or (dU, dW, db), with those of each cell before dxs, (hs, tangent
+      of hs), or the Hessian's product as (dU, dW, db).
     """
 
     def sequences(array):
@@ -200,8 +206,10 @@ def _unroll(subject: JaxSubject, workload: Workload) -> Callable[[Any, Any], jax
 
 
 def _weights(subject: JaxSubject, data: Data, dtype: str) -> Any:
-    """The subject's pytree; for an ensemble its leaves are stacked."""
-    if data.W.ndim == 2:
+    """The subject's pytree; for an ensemble its leaves are stacked, for several cells a tuple."""
+    if data.more:
+        loaded = tuple(subject.load(*cell) for cell in data.cells)
+    elif data.W.ndim == 2:
         loaded = subject.load(data.U, data.W, data.b)
     else:
         members = [subject.load(*member) for member in zip(data.U, data.W, data.b, strict=True)]
@@ -210,6 +218,8 @@ def _weights(subject: JaxSubject, data: Data, dtype: str) -> Any:
 
 
 def _unload(subject: JaxSubject, workload: Workload, gradient: Any) -> tuple:
+    if workload.network.cells > 1:
+        return tuple(part for cell in gradient for part in subject.unload(cell))
     if not workload.members:
         return subject.unload(gradient)
     each = [

@@ -1,73 +1,193 @@
 """What every subject is compared with before it is timed: NumPy, float64, plain loops."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from benchmarks.networks import Network
 from benchmarks.workloads import Data, Workload
 
 PHI = {"tanh": np.tanh, "relu": lambda a, out: np.maximum(a, 0, out=out)}
+# φ', written with φ.
 SLOPE = {"tanh": lambda hs: 1 - np.square(hs), "relu": lambda hs: (hs > 0).astype(np.float64)}
 NAMES = ("hs", "dU", "dW", "db", "dxs")
 
 
-def states(data: Data, activation: str) -> np.ndarray:
-    """The states h_t = φ(U x_t + W h_{t−1} + b), h_0 = 0.
+def states(data: Data, network: Network) -> np.ndarray:
+    """What a network of h_0 = 0 puts out.
 
     Args:
       data: the numbers of a workload.
-      activation: "tanh" or "relu".
+      network: see `Network`.
 
     Returns:
-      hs, float64 `[*members, T, B, H]`.
+      hs, float64 `[*members, T, B, H]`, 0 after a sequence's end; of both directions
+      `[T, B, 2 H]`; or the last state, `[*members, B, H]`.
     """
-    U, W, b, xs, _ = _in_float64(data)
-    drive = np.matmul(xs, _transposed(U)[..., None, :, :]) + b[..., None, None, :]
-    hs, phi, Wt = np.empty_like(drive), PHI[activation], _transposed(W)
+    found = [hs for _, hs in _each(data, network)]
+    hs = found[-1]
+    if network.bidirectional:
+        return np.concatenate([found[0], _reversed(hs)], -1)
+    if network.lengths:
+        return hs * _valid(data)
+    return hs[..., -1, :, :] if network.last else hs
+
+
+def slopes(data: Data, network: Network, hs: np.ndarray) -> np.ndarray:
+    """φ' at every step of one layer whose states these are.
+
+    Args:
+      data: the numbers of a workload.
+      network: of one cell.
+      hs: `[*members, T, B, H]`.
+
+    Returns:
+      Float64, of the shape of hs.
+    """
+    hs = np.asarray(hs, np.float64)
+    return _slopes(_float64(*data.cells[0]), np.asarray(data.xs, np.float64), network, hs)
+
+
+def preactivations(data: Data, hs: np.ndarray) -> np.ndarray:
+    """The a_t of one layer of the rate form whose states these are.
+
+    Args:
+      data: the numbers of a workload.
+      hs: `[*members, T, B, H]`.
+
+    Returns:
+      Float64, of the shape of hs.
+    """
+    cell, xs = _float64(*data.cells[0]), np.asarray(data.xs, np.float64)
+    return _preactivations(cell, xs, np.asarray(hs, np.float64))
+
+
+def gradients(data: Data, network: Network, slopes: np.ndarray | None = None) -> tuple[Any, ...]:
+    """The gradients of Σ hs · g, by backpropagation through time.
+
+    Args:
+      data: the numbers of a workload.
+      network: see `Network`.
+      slopes: φ' at every step of one layer, as in `slopes`, of the states of the subject that is
+        compared. Where a pre-activation is 0 but for rounding, it may have fallen to either side
+        of relu's kink, and its gradients, which jump there, are right on its own side. By
+        default those of the reference.
+
+    Returns:
+      (dU, dW, db, dxs) of Data's shapes, float64, with the dU, dW and db of further cells before
+      dxs, which is summed over members, which share xs, and None for ids.
+    """
+    g, both = np.asarray(data.g, np.float64), list(_each(data, network))
+    if network.last:
+        g = np.concatenate([np.zeros((len(data.xs) - 1, *g.shape)), g[None]])
+    if network.lengths:
+        g = g * _valid(data)
+    asked = data.ids is None
+    if network.bidirectional:
+        parts = g[..., : g.shape[-1] // 2], _reversed(g[..., g.shape[-1] // 2 :])
+        given = zip(data.cells, both, parts, strict=True)
+        (*first, dxs), (*second, dxs_reversed) = (
+            _gradients(_float64(*cell), network, *found, part, None, asked)
+            for cell, found, part in given
+        )
+        return *first, *second, dxs + _reversed(dxs_reversed) if asked else None
+    found: tuple[np.ndarray, ...] = ()
+    for n, cell in reversed(list(enumerate(data.cells))):
+        *parameters, g = _gradients(_float64(*cell), network, *both[n], g, slopes, asked or n > 0)
+        found = *parameters, *found
+    dxs = g.sum(0) if g is not None and g.ndim == 4 else g
+    return *found, dxs
+
+
+def _each(data, network):
+    """(inputs, states) of each cell, in the order in which it reads."""
+    inputs = np.asarray(data.xs, np.float64)
+    for n, cell in enumerate(data.cells):
+        if network.bidirectional and n == 1:
+            inputs = _reversed(inputs)
+        hs = _states(_float64(*cell), inputs, network)
+        yield inputs, hs
+        inputs = inputs if network.bidirectional else hs
+
+
+def _states(cell, xs, network):
+    _, W, _ = cell
+    drive, leak = _drive(cell, xs), network.leak
+    voltage, phi = network.form == "voltage", PHI[network.activation]
+    hs, Wt = np.empty_like(drive), _transposed(W)
     h, a = np.zeros_like(drive[..., 0, :, :]), np.empty_like(drive[..., 0, :, :])
     for t in range(xs.shape[0]):
-        np.matmul(h, Wt, out=a)
+        np.matmul(phi(h, out=np.empty_like(h)) if voltage else h, Wt, out=a)
         a += drive[..., t, :, :]
-        phi(a, out=a)
+        if not voltage:
+            phi(a, out=a)
+        if leak is not None:
+            a *= leak
+            a += (1 - leak) * h
         hs[..., t, :, :] = a
         h, a = a, h
     return hs
 
 
-def gradients(
-    data: Data, activation: str, hs: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
-    """The gradients of Σ hs · g, by backpropagation through time.
+def _drive(cell, xs):
+    U, _, b = cell
+    return np.matmul(xs, _transposed(U)[..., None, :, :]) + b[..., None, None, :]
 
-    Args:
-      data: the numbers of a workload.
-      activation: "tanh" or "relu".
-      hs: for relu, the states `[*members, T, B, H]` of the subject that is compared. Where a
-        pre-activation is 0 but for rounding, it may have fallen to either side of the kink,
-        and its gradients, which jump there, are right on its own side. By default the states
-        of the reference.
 
-    Returns:
-      (dU, dW, db, dxs) of Data's shapes, float64; dxs is summed over members, which share xs,
-      and None for ids.
-    """
-    U, W, _, xs, g = _in_float64(data)
-    own = states(data, activation)
-    slopes = SLOPE[activation](own if hs is None or activation != "relu" else hs)
-    deltas = np.empty_like(own)
-    delta, adjoint = np.zeros_like(own[..., 0, :, :]), np.empty_like(own[..., 0, :, :])
+def _preactivations(cell, xs, hs):
+    return _before(hs) @ _transposed(cell[1])[..., None, :, :] + _drive(cell, xs)
+
+
+def _slopes(cell, xs, network, hs):
+    phi, slope = PHI[network.activation], SLOPE[network.activation]
+    if network.form == "voltage":
+        return slope(phi(hs, out=np.empty_like(hs)))
+    if network.leak is None:
+        return slope(hs)
+    a = _preactivations(cell, xs, hs)
+    return slope(phi(a, out=a))
+
+
+def _gradients(cell, network, xs, hs, g, slopes, inputs_asked):
+    """(dU, dW, db, dxs) of one cell, g the cotangent of its states."""
+    (U, W, _), voltage = cell, network.form == "voltage"
+    kept, taken = (0.0, 1.0) if network.leak is None else (1 - network.leak, network.leak)
+    slopes = _slopes(cell, xs, network, hs) if slopes is None else slopes
+    deltas = np.empty_like(hs)
+    later, delta = (np.zeros_like(hs[..., 0, :, :]) for _ in range(2))
+    adjoint = np.empty_like(later)
     for t in reversed(range(xs.shape[0])):
         np.matmul(delta, W, out=adjoint)
+        if voltage:
+            adjoint *= slopes[..., t, :, :]
+        if kept:
+            adjoint += kept * later
         adjoint += g[t]
-        np.multiply(adjoint, slopes[..., t, :, :], out=delta)
+        np.multiply(adjoint, taken if voltage else taken * slopes[..., t, :, :], out=delta)
         deltas[..., t, :, :] = delta
-    before = np.concatenate([np.zeros_like(own[..., :1, :, :]), own[..., :-1, :, :]], axis=-3)
+        later, adjoint = adjoint, later
+    before = _before(hs)
+    if voltage:
+        before = PHI[network.activation](before, out=before)
     over_steps = _transposed(_rows(deltas))
     dU, dW = over_steps @ _rows(xs), over_steps @ _rows(before)
-    dxs = None if data.ids is not None else np.matmul(deltas, U[..., None, :, :])
-    if dxs is not None and dxs.ndim == 4:
-        dxs = dxs.sum(0)
+    dxs = np.matmul(deltas, U[..., None, :, :]) if inputs_asked else None
     return dU, dW, over_steps.sum(-1), dxs
+
+
+def _before(hs):
+    return np.concatenate([np.zeros_like(hs[..., :1, :, :]), hs[..., :-1, :, :]], axis=-3)
+
+
+def _valid(data):
+    """`[T, B, 1]`: 1 up to a sequence's end."""
+    steps = np.arange(len(data.xs))[:, None]
+    return (steps < np.asarray(data.lengths))[..., None].astype(np.float64)
+
+
+def _reversed(array):
+    return np.flip(array, -3)
 
 
 def directional_derivative(
@@ -87,8 +207,8 @@ def directional_derivative(
 
 
 def mismatch(
-    found: Sequence[np.ndarray | None],
-    expected: Sequence[np.ndarray | None],
+    found: Sequence[Any],
+    expected: Sequence[Any],
     workload: Workload,
     dtype: str,
     tf32: bool = False,
@@ -96,7 +216,8 @@ def mismatch(
     """Where a subject's results differ from the reference's by more than rounding explains.
 
     Args:
-      found: (hs, dU, dW, db, dxs), or the first of them; dxs is ignored for ids.
+      found: (hs, dU, dW, db, dxs), or the first of them, as `names` says; dxs is ignored for
+        ids.
       expected: the same arrays, of the reference.
       workload: the shapes.
       dtype: the subject's, "float64", "float32", "bfloat16" or "float16".
@@ -106,17 +227,25 @@ def mismatch(
       None, or a line that says which array, its error relative to its largest entry, and the
       tolerance.
     """
-    count = 4 if workload.ids else 5
+    named = names(workload)
+    count = len(named) - (1 if workload.ids else 0)
     found, expected = found[:count], expected[:count]
-    for name, array, correct in zip(NAMES, found, expected, strict=False):
+    for name, array, correct in zip(named, found, expected, strict=False):
         if array is None or array.shape != correct.shape:
             shape = None if array is None else list(array.shape)
             return f"{name} has shape {shape}, not {list(correct.shape)}"
-    for name, error in errors(found, expected).items():
+    for name, error in errors(found, expected, named).items():
         allowed = tolerance(name, workload, dtype, tf32)
         if not error <= allowed:  # NaN too
             return f"{name} is off by {error:.1e} of its largest entry, allowed is {allowed:.1e}"
     return None
+
+
+def names(workload: Workload) -> tuple[str, ...]:
+    """NAMES with those of every cell: "dU of 2" is the second one's."""
+    more = range(2, workload.network.cells + 1)
+    *first, dxs = NAMES
+    return *first, *(f"{name} of {n}" for n in more for name in first[1:]), dxs
 
 
 def errors(
@@ -146,7 +275,7 @@ def tolerance(name: str, workload: Workload, dtype: str, tf32: bool = False) -> 
     """How far rounding may take an array from the reference, relative to its largest entry.
 
     Args:
-      name: of NAMES.
+      name: of `names`.
       workload: the shapes.
       dtype: as for `mismatch`.
       tf32: as for `mismatch`.
@@ -161,6 +290,8 @@ def tolerance(name: str, workload: Workload, dtype: str, tf32: bool = False) -> 
     #   a delta by that on the way forward and again on the way backward,
     #   a parameter's gradient by u √T more where a scan adds up T products over the batch, by
     #   v √(T B) where one product has them all.
+    # With a leak α a step forgets less, 0.9 α + 1 − α for 0.9, and takes α of its product's error.
+    # A layer adds its own errors to those of the layers below.
     # Four is for the largest of many errors; the largest entry of a gradient is itself some
     # four times a usual one.
     v = 2.0**-53 if dtype == "float64" else 2.0**-24
@@ -168,14 +299,13 @@ def tolerance(name: str, workload: Workload, dtype: str, tf32: bool = False) -> 
     # its 10 bits of mantissa, twice what rounding is.
     u = 2.0**-10 if tf32 else {"bfloat16": 2.0**-8, "float16": 2.0**-11}.get(dtype, v)
     T, B, D, H = workload.T, workload.B, workload.D, workload.H
-    states = 4 * (u + v * np.sqrt(D + H)) / np.sqrt(1 - 0.9**2)
+    network = workload.network
+    leak = 1.0 if network.leak is None else network.leak
+    states = 4 * (u + leak * v * np.sqrt(D + H)) / np.sqrt(1 - (1 - 0.1 * leak) ** 2)
+    states *= network.layers
     if name == "hs":
         return states
     return 2 * states + u * np.sqrt(T) + v * np.sqrt(T * B)
-
-
-def _in_float64(data):
-    return _float64(data.U, data.W, data.b, data.xs, data.g)
 
 
 def _float64(*arrays):

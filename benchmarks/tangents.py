@@ -15,7 +15,7 @@ def direction(data: Data, seed: int = 1) -> Data:
       seed: of the draws.
 
     Returns:
-      The tangents in the places of U, W, b and xs.
+      The tangents in the places of U, W, b, xs and more.
     """
     rng = np.random.default_rng(seed)
 
@@ -24,4 +24,6 @@ def direction(data: Data, seed: int = 1) -> Data:
         scale = np.linalg.norm(array) / np.linalg.norm(drawn)
         return (scale * drawn).astype(np.float32)
 
-    return Data(like(data.U), like(data.W), like(data.b), like(data.xs), data.g, data.ids)
+    moved = like(data.U), like(data.W), like(data.b), like(data.xs)
+    more = tuple((like(U), like(W), like(b)) for U, W, b in data.more)
+    return Data(*moved, data.g, data.ids, data.lengths, more)

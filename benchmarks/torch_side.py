@@ -97,7 +97,8 @@ class TorchSide:
                 found = tuple(gradients if measure == BACKWARD else gradients[:3])
             if self.device == "gpu":
                 record["errors"] = self.checker.errors(measure, found)
-            return self.checker.wrong(measure, "tanh", found, hs, options.dtype, options.tf32)
+            phi, how = workload.network.activation, (options.dtype, options.tf32)
+            return self.checker.wrong(measure, phi, found, hs, *how)
 
         return Prepared(call, check, record, self._wait if self.device == "gpu" else None)
 

@@ -5,10 +5,12 @@ from dataclasses import dataclass, replace
 import ml_dtypes
 import numpy as np
 
+from benchmarks.networks import ONE_LAYER, Network
+
 
 @dataclass(frozen=True)
 class Workload:
-    """One recurrent layer over a batch of sequences; the loss is Σ hs · g for a given g.
+    """A recurrent network over a batch of sequences; the loss is Σ hs · g for a given g.
 
     Args:
       name: how the tables call it.
@@ -21,6 +23,8 @@ class Workload:
       distinct: sequences that differ; the others repeat them, and only as many are compared with
         the reference. Its square divides B. 0: all differ, and are compared.
       tuned: whether XLA tries, on a GPU, which program for each product is the fastest.
+      network: what is unrolled: one tanh layer by default.
+      dtype: of weights, inputs and results; None for the subject's own.
     """
 
     name: str
@@ -32,6 +36,13 @@ class Workload:
     members: int = 0
     distinct: int = 0
     tuned: bool = True
+    network: Network = ONE_LAYER
+    dtype: str | None = None
+
+    def __post_init__(self):
+        """Take a network as JSON has it."""
+        if isinstance(self.network, dict):
+            object.__setattr__(self, "network", Network(**self.network))
 
     @property
     def compared(self) -> slice:
@@ -95,8 +106,11 @@ class Data:
       W: `[*members, H, H]`, 0.9 times an orthogonal matrix.
       b: `[*members, H]`.
       xs: `[T, B, D]`; for ids the one-hot rows.
-      g: the cotangent of hs, `[T, B, H]`; members share it.
+      g: the cotangent of the result, `[T, B, H]`, of both directions `[T, B, 2 H]`, of the last
+        state `[B, H]`; members share it.
       ids: `[T, B]` int32, or None.
+      lengths: how many steps of each sequence are valid, `[B]` int32, or None for all.
+      more: U, W and b of the other layers, or of the other direction.
     """
 
     U: np.ndarray
@@ -105,6 +119,13 @@ class Data:
     xs: np.ndarray
     g: np.ndarray
     ids: np.ndarray | None = None
+    lengths: np.ndarray | None = None
+    more: tuple[tuple[np.ndarray, np.ndarray, np.ndarray], ...] = ()
+
+    @property
+    def cells(self) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], ...]:
+        """(U, W, b) of each cell."""
+        return (self.U, self.W, self.b), *self.more
 
 
 def draw(workload: Workload, seed: int = 0, dtype: str = "float32") -> Data:
@@ -132,17 +153,27 @@ def draw(workload: Workload, seed: int = 0, dtype: str = "float32") -> Data:
     def normal(*shape, scale=1.0):
         return rounded(scale * rng.standard_normal(shape))
 
-    U = normal(*members, H, D, scale=D**-0.5)
-    W = 0.9 * np.linalg.qr(rng.standard_normal((*members, H, H)))[0]
-    b = normal(*members, H, scale=0.1)
-    ids = None
+    def cell(inputs):
+        U = normal(*members, H, inputs, scale=inputs**-0.5)
+        W = 0.9 * np.linalg.qr(rng.standard_normal((*members, H, H)))[0]
+        return U, rounded(W), normal(*members, H, scale=0.1)
+
+    network, (U, W, b), ids = workload.network, cell(D), None
     if workload.ids or "one-hot" in workload.name:
         ids = rng.integers(0, D, (T, B)).astype(np.int32)
         xs = np.eye(D, dtype=np.float32)[ids]
     else:
         xs = _repeated(normal(T, workload.distinct or B, D), B)
-    g = _repeated(normal(T, workload.distinct or B, H), B)
-    return Data(U, rounded(W), b, xs, g, ids if workload.ids else None)
+    if network.last:
+        g = normal(B, H)
+    else:
+        wide = 2 * H if network.bidirectional else H
+        g = _repeated(normal(T, workload.distinct or B, wide), B)
+    lengths = None
+    if network.lengths:
+        lengths = rng.integers(T // 4, T + 1, B).astype(np.int32)
+    more = tuple(cell(D if network.bidirectional else H) for _ in range(1, network.cells))
+    return Data(U, W, b, xs, g, ids if workload.ids else None, lengths, more)
 
 
 def _repeated(array: np.ndarray, batch: int) -> np.ndarray:

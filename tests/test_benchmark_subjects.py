@@ -3,10 +3,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import reference
-from benchmarks.measures import BACKWARD, HVP, JVP, MEASURES
+from benchmarks import curvature, programs, reference
+from benchmarks.checks import Checker
+from benchmarks.measures import BACKWARD, FORWARD, HVP, JVP, MEASURES
+from benchmarks.networks import ONE_LAYER, Network
+from benchmarks.side import NotOfferedError
 from benchmarks.subjects import naive, registry, sharded
 from benchmarks.subjects.registry import JAX_SUBJECTS, TORCH_SUBJECTS
+from benchmarks.tangents import direction
 from benchmarks.workloads import Data, Workload, draw
 
 TINY = Workload("tiny", T=5, B=2, D=3, H=4)
@@ -19,6 +23,7 @@ CASES = [
     # To all others ids are one-hot rows.
     *((name, IDS) for name in PLAIN if JAX_SUBJECTS[name].package in ("jax", "jaxrnn")),
 ]
+PEERS = [name for name in PLAIN if JAX_SUBJECTS[name].package not in ("jax", "jaxrnn")]
 SHARDED = [name for name, entry in JAX_SUBJECTS.items() if entry.variant == registry.TWO_DEVICES]
 
 
@@ -67,7 +72,8 @@ def computed(subject, workload, data):
 
 
 def expected(data, activation):
-    return reference.states(data, activation), *reference.gradients(data, activation)
+    network = Network(activation)
+    return reference.states(data, network), *reference.gradients(data, network)
 
 
 @pytest.mark.parametrize(("name", "workload"), CASES, ids=lambda part: getattr(part, "name", part))
@@ -132,13 +138,13 @@ def test_torch_is_the_network(workload):
 def gradients_at(scale, data):
     """The reference's, at so many times the weights."""
     U, W, b = (scale * array.astype(np.float64) for array in (data.U, data.W, data.b))
-    return reference.gradients(Data(U, W, b, data.xs, data.g, data.ids), "tanh")
+    return reference.gradients(Data(U, W, b, data.xs, data.g, data.ids), ONE_LAYER)
 
 
 @pytest.mark.parametrize("workload", [TINY, IDS, MEMBERS], ids=lambda w: w.name)
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
 def test_reference_gradient_is_the_slope(workload, activation):
-    data, step = draw(workload), 1e-6
+    data, step, network = draw(workload), 1e-6, Network(activation)
     rng = np.random.default_rng(2)
     arrays = [np.asarray(a, np.float64) for a in (data.U, data.W, data.b, data.xs)]
     direction = [rng.standard_normal(a.shape) for a in arrays]
@@ -147,20 +153,114 @@ def test_reference_gradient_is_the_slope(workload, activation):
 
     def loss(by):
         moved = [a + by * d for a, d in zip(arrays, direction, strict=True)]
-        return np.sum(reference.states(Data(*moved, data.g, data.ids), activation) * data.g)
+        return np.sum(reference.states(Data(*moved, data.g, data.ids), network) * data.g)
 
-    found = reference.directional_derivative(reference.gradients(data, activation), direction)
+    found = reference.directional_derivative(reference.gradients(data, network), direction)
     np.testing.assert_allclose(found, (loss(step) - loss(-step)) / (2 * step), rtol=1e-7)
 
 
 def test_reference_takes_the_side_of_the_kink_that_it_is_given():
-    data = draw(TINY)
-    off = np.zeros((TINY.T, TINY.B, TINY.H))
-    assert not any(np.any(array) for array in reference.gradients(data, "relu", off))
-    for own, given in zip(
-        reference.gradients(data, "tanh"), reference.gradients(data, "tanh", off), strict=True
-    ):
-        np.testing.assert_array_equal(own, given)
+    data, network = draw(TINY), Network("relu")
+    off = reference.slopes(data, network, np.zeros((TINY.T, TINY.B, TINY.H)))
+    assert not any(np.any(array) for array in reference.gradients(data, network, off))
+
+
+EVERY_NETWORK = {
+    "tanh": Network(),
+    "relu": Network("relu"),
+    "rate, tanh": Network(leak=0.2),
+    "rate, relu": Network("relu", leak=0.2),
+    "voltage, tanh": Network(leak=0.2, form="voltage"),
+    "voltage, relu": Network("relu", leak=0.2, form="voltage"),
+    "voltage without leak": Network(form="voltage"),
+    "lengths": Network(lengths=True),
+    "lengths, leak": Network(leak=0.2, lengths=True),
+    "stack": Network(layers=3),
+    "leaky stack": Network(leak=0.2, layers=2),
+    "bidirectional": Network(bidirectional=True),
+    "remat": Network(remat=True),
+    "last": Network(last=True),
+}
+
+
+def by_jax(name, network, measure, dtype="float64"):
+    """A subject's result in the layout of Data, and the numbers."""
+    workload = Workload("small", T=9, B=4, D=3, H=5, network=network)
+    subject, data = make(name).on(network), draw(workload)
+    program = programs.make(subject, workload, measure, programs.arguments(subject, data, dtype))
+    result = jax.jit(program.function)(*program.args)
+    return programs.unloaded(subject, workload, measure, result), data
+
+
+@pytest.mark.parametrize("network", EVERY_NETWORK.values(), ids=EVERY_NETWORK)
+@pytest.mark.parametrize("name", ["naive scan", "jaxrnn"])
+def test_every_network_is_the_reference_in_float64(name, network):
+    (hs,), data = by_jax(name, network, FORWARD)
+    gradients, _ = by_jax(name, network, BACKWARD)
+    right = reference.states(data, network), *reference.gradients(data, network)
+    assert len(gradients) == 3 * network.cells + 1
+    for found, expected in zip((hs, *gradients), right, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-11)
+    if network.lengths:
+        past = np.arange(len(data.xs))[:, None] >= data.lengths
+        assert past.any() and not hs[past].any()
+
+
+@pytest.mark.parametrize("name", ["naive scan", "jaxrnn"])
+def test_hessian_of_the_last_state_is_the_reference(name):
+    network = EVERY_NETWORK["last"]
+    found, data = by_jax(name, network, HVP)
+    hs = reference.states(data, ONE_LAYER)
+    right = curvature.tangents(data, direction(data), hs)
+    for array, expected in zip(found, right.gradients, strict=True):
+        np.testing.assert_allclose(array, expected, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_peers_have_relu_and_say_what_they_lack(name):
+    network = Network("relu")
+    workload = Workload("small", T=9, B=4, D=3, H=5, network=network)
+    subject, data = make(name).on(network), draw(workload)
+    found = computed(subject, workload, data)
+    assert reference.mismatch(found, expected(data, "relu"), workload, "float32") is None
+    with pytest.raises(NotOfferedError):
+        make(name).on(Network(leak=0.2))
+
+
+def test_a_subject_of_one_layer_says_so():
+    with pytest.raises(NotOfferedError, match="one tanh layer only"):
+        make("jaxrnn, vmap").on(Network(layers=2))
+    assert make("naive scan, small loops").on(Network(layers=2)).variant == registry.SMALL_LOOPS
+
+
+@pytest.mark.parametrize(
+    "wrong", [dict(layers=2, form="voltage"), dict(layers=2, bidirectional=True),
+              dict(last=True, lengths=True), dict(layers=2, last=True)],
+    ids=str,
+)  # fmt: skip
+def test_networks_that_no_row_has_are_refused(wrong):
+    with pytest.raises(ValueError):
+        Network(**wrong)
+
+
+def test_a_unit_at_the_kink_may_be_on_either_side():
+    """Beside a state that is kept, the states do not tell on which side it was."""
+    network = Network("relu", leak=0.2)
+    workload = Workload("small", T=9, B=4, D=3, H=5, network=network)
+    data = draw(workload)
+    data.xs[0, 0], data.b[2] = 0, 1e-9  # a of the first step: next to nothing
+    checker = Checker(workload, data, direction(data))
+    hs = reference.states(data, network)
+    slopes = reference.slopes(data, network, hs)
+    assert slopes[0, 0, 2] == 1
+    at_the_kink, elsewhere = slopes.copy(), slopes.copy()
+    at_the_kink[0, 0, 2] = 0
+    elsewhere[4, 1, 3] = 1 - elsewhere[4, 1, 3]
+    both = np.where(at_the_kink != slopes, at_the_kink, elsewhere)
+    for given, right in ((slopes, True), (at_the_kink, True), (elsewhere, False), (both, False)):
+        gradients = reference.gradients(data, network, given)
+        wrong = checker.wrong(BACKWARD, "relu", gradients, hs)
+        assert (wrong is None) is right
 
 
 @pytest.mark.parametrize(

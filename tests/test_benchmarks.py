@@ -22,6 +22,7 @@ from benchmarks.catalogue import Listed, listed
 from benchmarks.cli import main
 from benchmarks.jax_side import JaxSide
 from benchmarks.measures import BACKWARD, FORWARD, HVP, JVP, MEASURES, PARAMETERS
+from benchmarks.networks import Network
 from benchmarks.picture import plot
 from benchmarks.progress import Reporter, reporter
 from benchmarks.rounds import Limits, Trial
@@ -150,6 +151,23 @@ def test_other_dtypes_are_checked_at_their_own():
     described = Listed("jaxrnn, other", "jaxrnn", workers.JAX, "jaxrnn", "bfloat16")
     worker = Bench(JaxSide(workers.JAX, subjects=[described]))
     assert prepare(worker, "jaxrnn, other", BACKWARD)["status"] == "ready"
+
+
+def test_a_workload_may_have_its_own_dtype():
+    worker = bench(jaxrnn=ours.native, scan=naive.batched)
+    for name in ("jaxrnn", "scan"):
+        assert prepare(worker, name, BACKWARD, replace(TINY, dtype="bfloat16"))["status"] == "ready"
+        given = worker.side.given[name]
+        leaves = jax.tree.leaves((given.weights, given.xs, given.g))
+        assert {str(leaf.dtype) for leaf in leaves} == {"bfloat16"}
+
+
+def test_derivatives_without_a_reference_are_not_offered():
+    leaky = replace(TINY, network=Network(leak=0.2))
+    assert prepare(bench(scan=naive.batched), "scan", HVP, leaky)["status"] == "not offered"
+    last = replace(TINY, network=Network(last=True))
+    for measure in MEASURES:
+        assert prepare(bench(scan=naive.batched), "scan", measure, last)["status"] == "ready"
 
 
 def test_the_roofline_counts_its_products():
@@ -597,6 +615,13 @@ def test_results_survive_writing_and_reading(tmp_path):
     assert results.new_path(path) == path.with_name("a-2.json")
     assert results.new_path(path, force=True) == path
     assert results.new_path(tmp_path / "b.json") == tmp_path / "b.json"
+
+
+def test_a_workload_is_read_as_it_was_written():
+    workload = replace(TINY, network=Network("relu", leak=0.2), dtype="bfloat16")
+    assert Workload(**json.loads(json.dumps(asdict(workload)))) == workload
+    old = {name: value for name, value in asdict(TINY).items() if name not in ("network", "dtype")}
+    assert Workload(**old) == TINY
 
 
 def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from benchmarks.checks import Checker
 from benchmarks.jax_side import JaxSide
 from benchmarks.kernels import KERNEL, SCAN, boxes, won
 from benchmarks.measures import BACKWARD, BACKWARD_ALONE, FORWARD
+from benchmarks.networks import ONE_LAYER
 from benchmarks.roofline import flops, least_seconds
 from benchmarks.subjects import naive, ours
 from benchmarks.subjects.registry import Entry
@@ -170,7 +171,7 @@ def error_of_states(workload, of_inputs, of_states):
     for a in drive:
         h = np.tanh(of_states(h) @ W.T + a)
         hs.append(h)
-    return reference.errors((np.stack(hs),), (reference.states(few, "tanh"),))["hs"]
+    return reference.errors((np.stack(hs),), (reference.states(few, ONE_LAYER),))["hs"]
 
 
 @pytest.mark.parametrize("of_states", [truncated, rounded])
@@ -253,8 +254,8 @@ def test_few_sequences_stand_for_all():
     assert few.shape == (3, 4, 4) and (np.sort(few[:, :, 0]) == np.sort(data.xs[:, :4, 0])).all()
     everything = draw(Workload("all", *(getattr(TINY, n) for n in "TBDH")))
     assert len(np.unique(everything.xs[0, :, 0])) == 16 and len(np.unique(data.xs[0, :, 0])) == 4
-    whole = Checker(Workload("all", 3, 16, 4, 64), data, direction(data))._gradients("tanh")
-    part = Checker(TINY, data, direction(data))._gradients("tanh")
+    whole = Checker(Workload("all", 3, 16, 4, 64), data, direction(data))._gradients(ONE_LAYER)
+    part = Checker(TINY, data, direction(data))._gradients(ONE_LAYER)
     for all_of_it, from_few in zip(whole[:3], part, strict=False):
         np.testing.assert_allclose(from_few, all_of_it, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(part[3], whole[3][:, TINY.compared])

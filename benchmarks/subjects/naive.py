@@ -1,10 +1,12 @@
 """A scan as a competent user writes it, differentiated by JAX."""
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks.networks import ONE_LAYER
 from benchmarks.subjects import JaxSubject
 
 PHI = {"tanh": jnp.tanh, "relu": jax.nn.relu}
@@ -27,7 +29,8 @@ class Weights(NamedTuple):
 def batched(activation: str = "tanh") -> JaxSubject:
     """A scan over `[T, B, D]`."""
     name = "naive scan" if activation == "tanh" else f"naive scan, {activation}"
-    return _subject(name, _scan(PHI[activation]), activation=activation)
+    unroll = _scan(PHI[activation])
+    return _subject(name, unroll, activation, of=None if activation != "tanh" else _of)
 
 
 def mapped() -> JaxSubject:
@@ -38,10 +41,15 @@ def mapped() -> JaxSubject:
 
 def unrolled(steps: int = 8) -> JaxSubject:
     """The scan with so many steps in each turn of the loop."""
-    return _subject(f"naive scan, unroll {steps}", _scan(jnp.tanh, steps))
+    return _subject(f"naive scan, unroll {steps}", _scan(jnp.tanh, steps=steps))
 
 
-def _subject(name, unroll, activation="tanh", batch_first=False):
+def _of(network):
+    unroll = _scan(PHI[network.activation], network)
+    return _subject("naive scan", unroll, network.activation)
+
+
+def _subject(name, unroll, activation="tanh", batch_first=False, of=None):
     return JaxSubject(
         name=name,
         package="jax",
@@ -51,20 +59,57 @@ def _subject(name, unroll, activation="tanh", batch_first=False):
         batch_first=batch_first,
         takes_ids=True,
         activation=activation,
+        of=of,
     )
 
 
-def _scan(phi, steps=1):
-    def unroll(weights, xs):
+def _scan(phi, network=ONE_LAYER, steps=1):
+    def unroll(weights, xs, lengths=None):
+        if network.bidirectional:
+            forward, backward = weights
+            hs, hs_back = layer(forward, xs)[1], layer(backward, xs, reverse=True)[1]
+            return jnp.concatenate([hs, hs_back], -1)
+        if network.layers > 1:
+            for each in weights:
+                xs = layer(each, xs)[1]
+            return xs
+        h, hs = layer(weights, xs, lengths)
+        return h if network.last else hs
+
+    def layer(weights, xs, lengths=None, reverse=False) -> Any:
         ids = jnp.issubdtype(xs.dtype, jnp.integer)
 
-        def step(h, x):
+        def following(h, x):
             inputs = weights.U.T[x] if ids else x @ weights.U.T
-            h = phi(inputs + h @ weights.W.T + weights.b)
-            return h, h
+            if network.form == "voltage":
+                new = inputs + phi(h) @ weights.W.T + weights.b
+            else:
+                new = phi(inputs + h @ weights.W.T + weights.b)
+            return new if network.leak is None else (1 - network.leak) * h + network.leak * new
+
+        def step(h, x):
+            h = following(h, x)
+            return h, None if network.last else h
+
+        def step_to_the_end(h, t_and_x):
+            t, x = t_and_x
+            new, valid = following(h, x), (t < lengths)[:, None]
+            return jnp.where(valid, new, h), jnp.where(valid, new, 0)
 
         batch = xs.shape[1:] if ids else xs.shape[1:-1]
         h0 = jnp.zeros((*batch, weights.b.size), weights.b.dtype)
-        return jax.lax.scan(step, h0, xs, unroll=steps)[1]
+        if lengths is not None:
+            return jax.lax.scan(step_to_the_end, h0, (jnp.arange(len(xs)), xs))
+        if network.remat:
+            return _checkpointed(step, h0, xs)
+        return jax.lax.scan(step, h0, xs, unroll=steps, reverse=reverse)
 
     return unroll
+
+
+def _checkpointed(step, h0, xs):
+    """A scan over √T segments, of each of which the gradient keeps the first state alone."""
+    segments = xs.reshape(-1, math.isqrt(len(xs)), *xs.shape[1:])
+    segment = jax.checkpoint(lambda h, xs: jax.lax.scan(step, h, xs))
+    h, hs = jax.lax.scan(segment, h0, segments)
+    return h, None if hs is None else hs.reshape(len(xs), *hs.shape[2:])

@@ -1,5 +1,6 @@
 """jaxrnn itself: the native batch, and the single sequence under `jax.vmap`."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -12,7 +13,7 @@ from benchmarks.subjects import JaxSubject
 def native(activation: str = "tanh") -> JaxSubject:
     """The batch as `jaxrnn.unroll` takes it, time first."""
     name = "jaxrnn" if activation == "tanh" else f"jaxrnn, {activation}"
-    return _subject(name, _states, activation=activation)
+    return _subject(name, _states, activation, of=None if activation != "tanh" else _of)
 
 
 def run_by(implementation: str) -> JaxSubject:
@@ -32,9 +33,13 @@ def mapped_axis_1() -> JaxSubject:
     return _subject("jaxrnn, vmap axis 1", unroll)
 
 
-def _subject(name, unroll, activation="tanh", batch_first=False):
+def _of(network):
+    return _subject("jaxrnn", partial(_outputs, network), network.activation, form=network.form)
+
+
+def _subject(name, unroll, activation="tanh", form="rate", batch_first=False, of=None):
     def load(U, W, b):
-        return jaxrnn.Cell(*map(jnp.asarray, (U, W, b)), activation=activation)
+        return jaxrnn.Cell(*map(jnp.asarray, (U, W, b)), activation=activation, form=form)
 
     return JaxSubject(
         name=name,
@@ -45,6 +50,7 @@ def _subject(name, unroll, activation="tanh", batch_first=False):
         batch_first=batch_first,
         takes_ids=True,
         activation=activation,
+        of=of,
     )
 
 
@@ -52,3 +58,18 @@ def _states(cell, xs, implementation="auto"):
     if jnp.issubdtype(xs.dtype, jnp.integer):
         xs = jaxrnn.Ids(xs)
     return jaxrnn.unroll(cell, xs, implementation=implementation)[1]
+
+
+def _outputs(network, cells, xs, lengths=None):
+    def leaky(cell):
+        return replace(cell, leak=jnp.asarray(network.leak, cell.U.dtype))
+
+    if network.leak is not None:
+        cells = jax.tree.map(leaky, cells, is_leaf=lambda part: isinstance(part, jaxrnn.Cell))
+    if network.bidirectional:
+        return jaxrnn.bidirectional(*cells, xs)[1]
+    if network.layers > 1:
+        return jaxrnn.unroll_layers(cells, xs)[1]
+    every = "sqrt" if network.remat else None
+    h_last, hs = jaxrnn.unroll(cells, xs, lengths=lengths, checkpoint_every=every)
+    return h_last if network.last else hs

@@ -11,16 +11,20 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 
-from benchmarks.subjects import JaxSubject
+from benchmarks.networks import Network
+from benchmarks.side import NotOfferedError
+from benchmarks.subjects import JaxSubject, of_activation
+from benchmarks.subjects.naive import PHI
 
 
-def flax_nnx() -> JaxSubject:
+def flax_nnx(activation: str = "tanh") -> JaxSubject:
     """`nnx.RNN(nnx.SimpleCell)`, split into a graph and parameters, merged inside the function."""
     from flax import nnx
 
     def layer(input_size, hidden_size, dtype):
         rngs = nnx.Rngs(0)
-        cell = nnx.SimpleCell(input_size, hidden_size, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        how = dict(dtype=dtype, param_dtype=dtype, activation_fn=PHI[activation])
+        cell = nnx.SimpleCell(input_size, hidden_size, rngs=rngs, **how)
         return nnx.RNN(cell, time_major=True, rngs=False)
 
     @cache
@@ -50,10 +54,11 @@ def flax_nnx() -> JaxSubject:
             cell.dense_i.bias[...],
         )
 
-    return JaxSubject("flax.nnx", "flax", unroll, load, unload)
+    of = of_activation(flax_nnx)
+    return JaxSubject("flax.nnx", "flax", unroll, load, unload, activation=activation, of=of)
 
 
-def flax_linen() -> JaxSubject:
+def flax_linen(activation: str = "tanh") -> JaxSubject:
     """`nn.RNN(nn.SimpleCell)`, applied."""
     from flax import linen as nn
 
@@ -63,13 +68,15 @@ def flax_linen() -> JaxSubject:
 
     def unroll(variables, xs):
         hidden_size = variables["params"]["cell"]["h"]["kernel"].shape[0]
-        return nn.RNN(nn.SimpleCell(hidden_size), time_major=True).apply(variables, xs)
+        cell = nn.SimpleCell(hidden_size, activation_fn=PHI[activation])
+        return nn.RNN(cell, time_major=True).apply(variables, xs)
 
     def unload(grads):
         cell = grads["params"]["cell"]
         return cell["i"]["kernel"].mT, cell["h"]["kernel"].mT, cell["i"]["bias"]
 
-    return JaxSubject("flax.linen", "flax", unroll, load, unload)
+    of = of_activation(flax_linen)
+    return JaxSubject("flax.linen", "flax", unroll, load, unload, activation=activation, of=of)
 
 
 def haiku() -> JaxSubject:
@@ -95,22 +102,30 @@ def haiku() -> JaxSubject:
     def unload(grads):
         return grads[inputs]["w"].mT, grads[recurrent]["w"].mT, grads[inputs]["b"]
 
-    return JaxSubject("haiku, relu", "dm-haiku", unroll, load, unload, activation="relu")
+    def of(network):
+        if network != Network("relu"):
+            raise NotOfferedError("it is a relu network, of one layer without more")
+        return subject
+
+    subject = JaxSubject("haiku, relu", "dm-haiku", unroll, load, unload, activation="relu", of=of)
+    return subject
 
 
-def keras() -> JaxSubject:
+def keras(activation: str = "tanh") -> JaxSubject:
     """`keras.layers.SimpleRNN` on the JAX backend, through `stateless_call`."""
     os.environ["KERAS_BACKEND"] = "jax"
-    import keras
+    import keras as library
 
-    if keras.backend.backend() != "jax":
+    if library.backend.backend() != "jax":
         raise RuntimeError("keras was imported before, with another backend than jax")
 
     @cache
     def layer(input_size, hidden_size, dtype):
         # A layer's variables must hold arrays, also when it is built while JAX traces.
         with jax.ensure_compile_time_eval():
-            rnn = keras.layers.SimpleRNN(hidden_size, return_sequences=True, dtype=dtype)
+            rnn = library.layers.SimpleRNN(
+                hidden_size, activation=activation, return_sequences=True, dtype=dtype
+            )
             rnn.build((None, None, input_size))
         return rnn
 
@@ -127,10 +142,13 @@ def keras() -> JaxSubject:
     def unload(grads):
         return grads[0].mT, grads[1].mT, grads[2]
 
-    return JaxSubject("keras", "keras", unroll, load, unload, batch_first=True)
+    of = of_activation(keras)
+    return JaxSubject(
+        "keras", "keras", unroll, load, unload, batch_first=True, activation=activation, of=of
+    )
 
 
-def equinox() -> JaxSubject:
+def equinox(activation: str = "tanh") -> JaxSubject:
     """A cell of two `eqx.nn.Linear`, scanned and mapped: equinox has no Elman cell.
 
     The scan and the map are those of the documentation of its `GRUCell`.
@@ -148,7 +166,7 @@ def equinox() -> JaxSubject:
 
         def __call__(self, xs):
             def step(h, x):
-                h = jnp.tanh(self.inputs(x) + self.recurrent(h))
+                h = PHI[activation](self.inputs(x) + self.recurrent(h))
                 return h, h
 
             h0 = jnp.zeros(self.recurrent.out_features, self.recurrent.weight.dtype)
@@ -164,4 +182,7 @@ def equinox() -> JaxSubject:
     def unroll(model, xs):
         return jax.vmap(model)(xs)
 
-    return JaxSubject("equinox", "equinox", unroll, load, arrays, batch_first=True)
+    of = of_activation(equinox)
+    return JaxSubject(
+        "equinox", "equinox", unroll, load, arrays, batch_first=True, activation=activation, of=of
+    )

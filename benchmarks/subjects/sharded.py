@@ -34,4 +34,4 @@ def split_batch(subject: JaxSubject, name: str, variant: str) -> JaxSubject:
             raise ValueError(f"batch of {batch} does not split over {mesh.size} devices")
         return mapped(weights, xs)
 
-    return replace(subject, name=name, unroll=unroll, variant=variant)
+    return replace(subject, name=name, unroll=unroll, variant=variant, of=None)

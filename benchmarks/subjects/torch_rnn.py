@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from benchmarks.measures import BACKWARD, FORWARD, HVP, JVP, PARAMETERS
+from benchmarks.side import NotOfferedError
 from benchmarks.subjects.registry import TorchOptions
 from benchmarks.workloads import Data, Workload
 
@@ -45,9 +46,15 @@ def build(
 
     Returns:
       A `Built`.
+
+    Raises:
+      NotOfferedError: the network is more than one layer of some φ, or in a dtype of its own.
     """
+    if not workload.network.plain or workload.dtype not in (None, options.dtype):
+        raise NotOfferedError("it is measured with one layer without more only")
+    phi = workload.network.activation
     # torch.func.vmap has no rule for rnn_tanh (torch 2.13), so members are a loop.
-    layers = [_layer(member, options) for member in _members(data)]
+    layers = [_layer(member, options, phi) for member in _members(data)]
     parameters = [list(layer.parameters()) for layer in layers]
     flat = [parameter for each in parameters for parameter in each]
     g, xs = _tensor(data.g, options), _tensor(data.xs, options)
@@ -55,7 +62,7 @@ def build(
         xs = torch.as_tensor(data.ids, device=options.device).long()
     called = [_compiled(layer, options) for layer in layers]
     # cuDNN in training mode keeps what a backward needs.
-    still = [_compiled(_layer(member, options).eval(), options) for member in _members(data)]
+    still = [_compiled(_layer(member, options, phi).eval(), options) for member in _members(data)]
 
     def inputs():
         return torch.nn.functional.one_hot(xs, workload.D).to(g.dtype) if workload.ids else xs
@@ -122,10 +129,10 @@ def _members(data):
     return list(zip(data.U, data.W, data.b, strict=True))
 
 
-def _layer(member, options):
+def _layer(member, options, activation="tanh"):
     H, D = member[0].shape
     dtype = getattr(torch, options.dtype)
-    layer = torch.nn.RNN(D, H, nonlinearity="tanh", device=options.device, dtype=dtype)
+    layer = torch.nn.RNN(D, H, nonlinearity=activation, device=options.device, dtype=dtype)
     with torch.no_grad():
         for parameter, value in zip(layer.parameters(), _values(member, options), strict=True):
             parameter.copy_(value)
