@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -66,6 +67,8 @@ def make_parser() -> argparse.ArgumentParser:
     for name, what in (("workload", "workload"), ("subject", "subject"), ("measure", "measure")):
         run.add_argument(f"--{name}", action="append", metavar="NAME", help=f"only that {what}; "
                          "may be repeated")  # fmt: skip
+    run.add_argument("--rows", choices=("old", "new"), help="only workloads of one tanh layer, or "
+                     "only those of other networks, dtypes and batches")  # fmt: skip
     run.add_argument("--rounds", type=_count, metavar="N", help="at most so many (default: 15)")
     run.add_argument("--compiles", type=_count, metavar="N", help="how often each program is "
                      "compiled (default: 3)")  # fmt: skip
@@ -105,6 +108,7 @@ def make_parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> int:
     from benchmarks.catalogue import listed
     from benchmarks.plans import FULL, GPU, QUICK
+    from benchmarks.workloads import is_new
 
     plan = QUICK if args.quick else FULL
     if args.device == "gpu":
@@ -123,23 +127,29 @@ def _run(args: argparse.Namespace) -> int:
             if name not in names:
                 known_ones = ", ".join(map(repr, names))
                 raise InputError(f"--{option}: no {name!r}; there are {known_ones}")
-    limits = plan.limits
-    if args.rounds is not None:
-        limits = replace(limits, most=args.rounds, least=min(limits.least, args.rounds))
-    if args.compiles is not None:
-        limits = replace(limits, compiles=args.compiles)
-    if args.budget is not None:
-        limits = replace(limits, budget=args.budget)
-    chosen = (args.workload, args.subject, args.measure) != (None, None, None)
-    plan = replace(plan, limits=limits, sweeps=plan.sweeps and not chosen)
+    chosen = any((args.workload, args.subject, args.measure, args.rows))
+    plan = replace(plan, sweeps=plan.sweeps and not chosen)
     if args.workload:
         plan = replace(plan, steps=tuple(s for s in steps if s.workload.name in args.workload))
+    if args.rows:
+        of_them = [s for s in plan.steps if is_new(s.workload) == (args.rows == "new")]
+        plan = replace(plan, steps=tuple(of_them))
     if args.measure:
-        plan = replace(plan, measures=tuple(m for m in MEASURES if m in args.measure))
+        plan = plan.only([measure for measure in MEASURES if measure in args.measure])
+    plan = plan.limited(partial(_limits, args))
     if args.subject:
         subjects = [s for s in subjects if s.name in args.subject]
     label = "-quick" if args.quick else "-part" if chosen else ""
     return _measure(args, plan, subjects, label)
+
+
+def _limits(args: argparse.Namespace, limits: Any) -> Any:
+    """What the options make of them."""
+    if args.rounds is not None:
+        limits = replace(limits, most=args.rounds, least=min(limits.least, args.rounds))
+    if args.compiles is not None:
+        limits = replace(limits, compiles=args.compiles)
+    return limits if args.budget is None else replace(limits, budget=args.budget)
 
 
 def _first(args: argparse.Namespace) -> int:
@@ -170,8 +180,8 @@ def _measure(args: argparse.Namespace, plan: Any, subjects: list, label: str) ->
     from benchmarks.workers import Crew, TimeIsUpError, Worker
 
     started = time.monotonic()
-    names = ("quick", "device", "workload", "subject", "measure", "rounds", "compiles", "budget",
-             "minutes", "dry")  # fmt: skip
+    names = ("quick", "device", "rows", "workload", "subject", "measure", "rounds", "compiles",
+             "budget", "minutes", "dry")  # fmt: skip
     options = {name: getattr(args, name, None) for name in names}
     minutes, rehearsed = options["minutes"], bool(options["dry"])
     plan = plan if minutes is None else replace(plan, minutes=minutes)

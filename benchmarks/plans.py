@@ -1,14 +1,20 @@
 """What a run measures, in which order, and in what time."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from benchmarks import sweeps
 from benchmarks.kernels import ASSOCIATIVE, KERNEL, LARGEST, SCAN
-from benchmarks.measures import BACKWARD, BACKWARD_ALONE, FORWARD, MEASURES
+from benchmarks.measures import BACKWARD, BACKWARD_ALONE, FORWARD, HVP, MEASURES
 from benchmarks.rounds import DEFAULT, Limits
 from benchmarks.workloads import (
     GRID,
+    LAST,
+    LEAKY,
     MAIN_BATCH,
+    OTHERS,
+    RELU,
+    SMALL,
     WORKLOADS,
     Workload,
     on_gpu,
@@ -26,12 +32,34 @@ class Step:
       dtype: only subjects of this dtype; None for all.
       bases: only these, by their names in the registry; None for all.
       measures: in order; None for those of the plan.
+      limits: how much; None for those of the plan.
     """
 
     workload: Workload
     dtype: str | None = None
     bases: tuple[str, ...] | None = None
     measures: tuple[str, ...] | None = None
+    limits: Limits | None = None
+
+
+# Every network is measured beside its naive twin, and where others have it beside them.
+TWINS = ("jaxrnn", "naive scan")
+OF_RELU = (
+    *TWINS, "flax.nnx", "flax.linen", "equinox", "keras", "haiku, relu", "torch", "torch.compile",
+)  # fmt: skip
+# A pair takes some three seconds.
+BRIEF = Limits(most=15, least=5, budget=2.0, compiles=1)
+
+
+def _new_steps() -> tuple[Step, ...]:
+    both = FORWARD, BACKWARD
+    return (
+        *(Step(workload, None, TWINS, both, BRIEF) for workload in LEAKY),
+        *(Step(workload, None, OF_RELU, both, BRIEF) for workload in RELU),
+        *(Step(workload, None, None, both, BRIEF) for workload in SMALL),
+        Step(LAST, None, TWINS, (*both, HVP), BRIEF),
+        *(Step(workload, None, TWINS, both, BRIEF) for workload in OTHERS),
+    )
 
 
 @dataclass(frozen=True)
@@ -47,7 +75,7 @@ class Plan:
       ahead: whether the workers get a step's programs ready side by side, before it is timed.
     """
 
-    steps: tuple[Step, ...] = tuple(map(Step, WORKLOADS))
+    steps: tuple[Step, ...] = (*map(Step, WORKLOADS), *_new_steps())
     measures: tuple[str, ...] = MEASURES
     limits: Limits = DEFAULT
     sweeps: bool = True
@@ -57,6 +85,24 @@ class Plan:
     def measures_of(self, step: Step) -> tuple[str, ...]:
         """In order."""
         return step.measures or self.measures
+
+    def limits_of(self, step: Step) -> Limits:
+        """How much of it is measured."""
+        return step.limits or self.limits
+
+    def limited(self, change: Callable[[Limits], Limits]) -> "Plan":
+        """The same with other limits, of its steps too."""
+        steps = (replace(s, limits=change(s.limits)) if s.limits else s for s in self.steps)
+        return replace(self, steps=tuple(steps), limits=change(self.limits))
+
+    def only(self, measures: Sequence[str]) -> "Plan":
+        """The same with these measures; a step that has others only is left out."""
+        steps = []
+        for step in self.steps:
+            few = tuple(measure for measure in step.measures or () if measure in measures)
+            if few or step.measures is None:
+                steps.append(replace(step, measures=few or None))
+        return replace(self, steps=tuple(steps), measures=tuple(measures))
 
     def units(self) -> int:
         """How many measures of a workload there are."""

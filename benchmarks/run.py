@@ -133,7 +133,7 @@ def run(
                 if not them:
                     continue
                 them = refused.without(them, workload, measure)
-                limits = plan.limits
+                limits = plan.limits_of(step)
                 if measure not in (FORWARD, BACKWARD):
                     limits = replace(limits, compiles=1)  # no table shows what they cost
                 trial = Trial(crew, them, workload, measure, limits, report, checked)

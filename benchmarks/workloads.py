@@ -69,6 +69,41 @@ WORKLOADS = (
     Workload("ensemble", 100, 8, 16, 64, members=64),
 )
 
+LEAK = 0.2
+LEAKY = (
+    *(
+        Workload(f"{form} {phi}, B {B}, H {H}", 60, B, 3, H, network=Network(phi, LEAK, form))
+        for form in ("rate", "voltage")
+        for phi in ("tanh", "relu")
+        for B in (16, 64)
+        for H in (64, 128, 256)
+    ),
+    Workload("rate tanh, T 200", 200, 32, 64, 128, network=Network("tanh", LEAK)),
+    Workload("rate relu, T 200", 200, 32, 64, 128, network=Network("relu", LEAK)),
+)
+RELU = (
+    Workload("relu, T 60", 60, 64, 3, 128, network=Network("relu")),
+    Workload("relu, T 200", 200, 32, 64, 128, network=Network("relu")),
+)
+SMALL = (Workload("small, B 96", 60, 96, 3, 32), Workload("small, B 256", 60, 256, 3, 32))
+LAST = Workload("last state", 60, 256, 3, 32, network=Network(last=True))
+OTHERS = (
+    Workload("lengths", 60, 64, 3, 128, network=Network(lengths=True)),
+    Workload("lengths, leak", 60, 64, 3, 128, network=Network(leak=LEAK, lengths=True)),
+    Workload("two layers", 60, 64, 16, 128, network=Network(layers=2)),
+    Workload("bidirectional", 60, 64, 16, 128, network=Network(bidirectional=True)),
+    Workload("checkpointed", 1024, 16, 32, 128, network=Network(remat=True)),
+    Workload("bfloat16, T 60", 60, 64, 16, 128, dtype="bfloat16"),
+    Workload("bfloat16, T 256", 256, 32, 128, 128, dtype="bfloat16"),
+)
+# What WORKLOADS lack: another network, another dtype, or a batch of another size.
+NEW_WORKLOADS = (*LEAKY, *RELU, *SMALL, LAST, *OTHERS)
+
+
+def is_new(workload: Workload) -> bool:
+    """Whether it is of NEW_WORKLOADS, by its name."""
+    return workload.name in {new.name for new in NEW_WORKLOADS}
+
 
 def on_gpu(H: int, B: int) -> Workload:
     """What kernels are measured on."""

@@ -30,7 +30,7 @@ from benchmarks.subjects import JaxSubject, naive, ours
 from benchmarks.subjects.registry import Entry, _two_devices
 from benchmarks.text import one_line, without_directories
 from benchmarks.worker import Bench
-from benchmarks.workloads import WORKLOADS, Workload
+from benchmarks.workloads import NEW_WORKLOADS, WORKLOADS, Workload, is_new
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = Workload("tiny", 3, 2, 4, 5)
@@ -735,6 +735,26 @@ def test_plans_fit_their_time(capsys):
     assert {step.workload.name for step in plans.QUICK.steps} == {
         "document", "char-rnn, ids", "one long stream", "medium",
     }  # fmt: skip
+
+
+def test_new_rows_have_names_of_their_own_and_take_little_time():
+    names = [step.workload.name for step in plans.FULL.steps]
+    assert len(set(names)) == len(names) == len(WORKLOADS) + len(NEW_WORKLOADS)
+    known = {subject.base for subject in listed("cpu")}
+    for step in plans.FULL.steps:
+        assert set(step.bases or ()) <= known
+        few = plans.FULL.limits_of(step).compiles == 1
+        assert is_new(step.workload) == few == (step.workload not in WORKLOADS)
+
+
+def test_steps_with_measures_of_their_own_keep_to_those_that_are_asked_for():
+    plan = plans.FULL.only([FORWARD, JVP])
+    assert {plan.measures_of(step) for step in plan.steps} == {(FORWARD, JVP), (FORWARD,)}
+    assert [step.workload.name for step in plans.FULL.only([HVP]).steps] == [
+        *(workload.name for workload in WORKLOADS), "last state",
+    ]  # fmt: skip
+    few = plans.FULL.limited(lambda limits: replace(limits, most=2))
+    assert {few.limits_of(step).most for step in few.steps} == {2}
 
 
 def test_imports_go_one_way():
