@@ -28,6 +28,7 @@ class Bench:
     def __init__(self, side: Side):
         self.side = side
         self.ready: dict[str, tuple[Callable[[], Any], int, Callable[[Any], object] | None]] = {}
+        self.called: set[str] = set()  # since another was prepared
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """The reply to one request: never an exception, but for the interpreter's own end."""
@@ -59,6 +60,7 @@ class Bench:
     ) -> dict[str, Any]:
         """Compile, check against the reference, and find out how often to call for a sample."""
         self.ready.pop(subject, None)
+        self.called.clear()
         prepared = self.side.prepare(subject, Workload(**workload), measure, compiles, alike)
         wrong = prepared.check()
         if wrong is not None:
@@ -75,8 +77,15 @@ class Bench:
         return {"status": "ready", "seconds": self.side.compile(pairs, Workload(**workload))}
 
     def do_sample(self, subject: str) -> dict[str, Any]:
-        """One sample, in seconds per call."""
-        return {"status": "ready", "seconds": timing.sample(*self.ready[subject])}
+        """One sample, in seconds per call.
+
+        Preparing another dropped what JAX had compiled: the first call afterwards compiles again.
+        """
+        call, repeats, wait = self.ready[subject]
+        if subject not in self.called:
+            timing.seconds(call, 1, wait)
+            self.called.add(subject)
+        return {"status": "ready", "seconds": timing.sample(call, repeats, wait)}
 
     def do_forget(self) -> dict[str, Any]:
         """Give back all that was prepared."""

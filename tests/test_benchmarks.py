@@ -124,6 +124,28 @@ def test_every_measure_of_a_right_subject_is_timed(workload):
             assert worker.answer({"do": "sample", "subject": name})["seconds"] > 0
 
 
+def test_a_sample_does_not_compile(monkeypatch):
+    """Preparing a subject drops the compiled programs of those before it."""
+    traced, within, seconds = [], [], timing.seconds
+
+    def phi(a):
+        traced.append(a.shape)
+        return jnp.tanh(a)
+
+    def counted(*args):
+        before, found = len(traced), seconds(*args)
+        within.append(len(traced) - before)
+        return found
+
+    slow = replace(TINY, T=2000, H=256)  # a sample is one call
+    worker = bench(first=lambda: stub(phi), second=naive.batched)
+    assert prepare(worker, "first", FORWARD, slow)["repeats"] == 1
+    prepare(worker, "second", FORWARD, slow)
+    monkeypatch.setattr(timing, "seconds", counted)
+    worker.answer({"do": "sample", "subject": "first"})
+    assert within[0] > 0 and within[-1] == 0
+
+
 def test_missing_packages_and_exceptions_are_rows():
     def missing():
         raise ModuleNotFoundError("No module named 'peer'")
