@@ -257,7 +257,7 @@ def _paper() -> Any:
     from rich.console import Console
 
     console = Console()
-    return console if console.is_terminal else Console(width=180)
+    return console if console.is_terminal else Console(width=220)
 
 
 def _report(args: argparse.Namespace) -> int:

@@ -10,10 +10,11 @@ from benchmarks.kernels import ROOFLINE
 from benchmarks.measures import BACKWARD, FORWARD
 from benchmarks.ratios import Spread, geometric_mean, slope, spread
 from benchmarks.tables import NOTHING, Table, number, ratio
-from benchmarks.view import NAIVE, OURS, Rival, View
-from benchmarks.workloads import Workload
+from benchmarks.view import NAIVE, OURS, TWO_DEVICES, Rival, View, means
+from benchmarks.workloads import Workload, is_new
 
 MB = 1e6
+BEYOND = "temporaries beyond naive, in [T, B, H] arrays"  # a difference: it has no mean
 Cell = Rival | Spread | float | None
 
 
@@ -115,7 +116,12 @@ def _summary(view: View, measure: str) -> Table:
         "vmap": against("jaxrnn, vmap"),
         "vmap axis 1": against("jaxrnn, vmap axis 1"),
         "fraction of roofline": against(ROOFLINE),
+        TWO_DEVICES: lambda w: view.ratio(
+            w, measure, f"{NAIVE}, {TWO_DEVICES}", f"{OURS}, {TWO_DEVICES}"
+        ),
         "memory, naive": lambda w: view.figures_ratio("memory", w, measure, "temporaries"),
+        BEYOND: lambda w: view.beyond_naive(w, measure),
+        "trace, naive": lambda w: view.figures_ratio("compile", w, measure, "trace"),
         "compile, naive": lambda w: view.figures_ratio("compile", w, measure, "trace", "compile"),
     }
     if measure == BACKWARD:
@@ -128,11 +134,13 @@ def _summary(view: View, measure: str) -> Table:
         cells = [cells[n] for cells in found.values()]
         texts = [named(c) if isinstance(c, Rival) else ratio(c) for c in cells]
         rows.append([f"{workload.name} {workload.shape}", *texts])
-    means = []
-    for cells in found.values():
-        values = [_middle(cell) for cell in cells if cell is not None]
-        means.append(ratio(geometric_mean(value for value in values if value > 0)))
-    rows.append(["geometric mean", *means])
+    for mean, which in means(measured).items():
+        texts = []
+        for name, cells in found.items():
+            some = [cell for cell in (cells[n] for n in which) if cell is not None]
+            values = [_middle(cell) for cell in some if name != BEYOND]
+            texts.append(ratio(geometric_mean(value for value in values if value > 0)))
+        rows.append([mean, *texts])
     return Table(f"{measure}: others / jaxrnn", ["workload (T, B, D, H)", *found], rows)
 
 
@@ -142,19 +150,25 @@ def _middle(cell: Rival | Spread | float) -> float:
 
 
 def _by_subject(view, measure, title, scale, value) -> Iterator[Table]:
-    """A row for each subject: names are long, and numbers are not."""
-    rows = []
-    for subject in view.subjects:
-        values = [value(w, measure, subject) for w in view.workloads]
-        if all(v is None for v in values):
-            continue
-        texts = []
-        for workload, found in zip(view.workloads, values, strict=True):
-            failed = view.status(workload, measure, subject) == "failed"
-            texts.append("failed" if failed else number(None if found is None else scale * found))
-        rows.append([subject, *texts])
-    if rows:
-        yield Table(title, ["", *(f"{w.name} {w.shape}" for w in view.workloads)], rows)
+    """A row for each subject: names are long, and numbers are not. New rows are many: turned."""
+    for new in (False, True):
+        workloads = [w for w in view.workloads if is_new(w) == new]
+        columns = {}
+        for subject in view.subjects:
+            values = [value(w, measure, subject) for w in workloads]
+            if all(v is None for v in values):
+                continue
+            columns[subject] = texts = []
+            for workload, found in zip(workloads, values, strict=True):
+                failed = view.status(workload, measure, subject) == "failed"
+                figure = number(None if found is None else scale * found)
+                texts.append("failed" if failed else figure)
+        names = [f"{w.name} {w.shape}" for w in workloads]
+        if columns and new:
+            turned = zip(names, *columns.values(), strict=True)
+            yield Table(f"{title}, new rows", ["", *columns], [list(row) for row in turned])
+        elif columns:
+            yield Table(title, ["", *names], [[name, *texts] for name, texts in columns.items()])
 
 
 def _rooflines(view: View, measure: str) -> Iterator[Table]:

@@ -1,14 +1,34 @@
 """Questions to the results of a run: who was how many times slower than whom."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from benchmarks.measures import BACKWARD, FORWARD
 from benchmarks.ratios import Spread, paired, spread
-from benchmarks.workloads import Workload
+from benchmarks.workloads import Workload, is_new
 
 OURS, NAIVE, ROOFLINE = "jaxrnn", "naive scan", "roofline"
+TWO_DEVICES = "two host devices"
+MEAN = "geometric mean"
+
+
+def means(workloads: Sequence[Workload]) -> dict[str, list[int]]:
+    """Which rows go into which mean, by its name; all into the last.
+
+    Args:
+      workloads: of the rows.
+
+    Returns:
+      The rows' numbers.
+    """
+    new = [n for n, workload in enumerate(workloads) if is_new(workload)]
+    old = [n for n, workload in enumerate(workloads) if not is_new(workload)]
+    parts = {f"{MEAN}, old rows": old, f"{MEAN}, new rows": new} if old and new else {}
+    return {**parts, MEAN: [*range(len(workloads))]}
 
 
 @dataclass(frozen=True)
@@ -107,10 +127,12 @@ class View:
 
     def best(self, workload: Workload, measure: str, peers: dict[str, str]) -> Rival | None:
         """The peer that comes closest to ours, or leaves it farthest behind."""
+        # Where the row itself is a relu network, so is what else is measured there.
+        relu = workload.network.activation == "relu"
         ratios = [
             Rival(ratio, name)
             for name, ours in peers.items()
-            if (ratio := self.ratio(workload, measure, name, ours)) is not None
+            if (ratio := self.ratio(workload, measure, name, OURS if relu else ours)) is not None
         ]
         return min(ratios, key=lambda rival: rival.ratio.median, default=None)
 
@@ -130,6 +152,18 @@ class View:
         """A figure of the naive scan over ours; None where one is missing or 0."""
         naive, ours = (self.figure(table, workload, measure, s, *names) for s in (NAIVE, OURS))
         return naive / ours if naive and ours else None
+
+    def beyond_naive(self, workload: Workload, measure: str) -> float | None:
+        """Our temporaries less the naive scan's, in arrays of all states."""
+        ours, naive = (
+            self.figure("memory", workload, measure, subject, "temporaries")
+            for subject in (OURS, NAIVE)
+        )
+        if ours is None or naive is None:
+            return None
+        itemsize = 4 if workload.dtype is None else np.dtype(workload.dtype).itemsize
+        states = workload.T * workload.B * workload.H * max(workload.members, 1)
+        return (ours - naive) / (states * itemsize)
 
     def backward_over_forward(self, workload: Workload) -> float | None:
         """What the backward pass takes beyond the forward one, in forward passes."""

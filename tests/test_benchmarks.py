@@ -581,8 +581,8 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
 # Results.
 
 
-def document():
-    """Two workloads, of which one is half as fast; everything that can be missing is."""
+def document(workloads=WORKLOADS, naive=2.0):
+    """Each workload takes longer than the one before; everything that can be missing is."""
     device = {"processor": "AMD EPYC", "cores": 2, "memory_gib": 23.5, "gpu": None}
     made = results.new(device, {"python": "3.11.7", "jax": "0.10.2", "keras": None}, {})
     made["subjects"] = [
@@ -596,10 +596,11 @@ def document():
         )
     ]  # fmt: skip
     milliseconds = {
-        "roofline": 0.5, "jaxrnn": 1.0, "jaxrnn, vmap": 1.05, "naive scan": 2.0,
-        "flax.linen": 1.8, "jaxrnn, relu": 0.8, "haiku, relu": 1.2, "torch": 3.0,
+        "roofline": 0.5, "jaxrnn": 1.0, "jaxrnn, vmap": 1.05, "naive scan": naive,
+        "flax.linen": 1.8, "jaxrnn, relu": 0.8, "haiku, relu": 1.2,
+        "jaxrnn, two host devices": 0.6, "naive scan, two host devices": 1.5, "torch": 3.0,
     }  # fmt: skip
-    for n, workload in enumerate(WORKLOADS):
+    for n, workload in enumerate(workloads):
         for measure, factor in ((FORWARD, 1), (BACKWARD, 3)):
             key = {"workload": asdict(workload), "measure": measure}
             for name, ms in milliseconds.items():
@@ -702,6 +703,46 @@ def test_tables_say_who_is_how_many_times_slower():
     assert "| torch | failed | dW is off by 1 | ensemble: forward+backward |" in text
     assert "| T | naive scan | 64 – 4096 | 41.0 – 167,772 | 2.00 | 2.00 |" in text
     assert "2 cores of AMD EPYC" in text and "keras" not in text.split("\n\n")[0]
+
+
+def cells_of(text, title):
+    """The table of that title: by row, by column."""
+    lines = text.split(f"**{title}**")[1].strip().split("\n\n")[0].splitlines()
+    header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    return {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+
+
+def test_new_rows_have_a_mean_of_their_own():
+    new = NEW_WORKLOADS[0], replace(NEW_WORKLOADS[-1], name="bfloat16, T 60")
+    made = document((WORKLOADS[3], *new))
+    for row in made["rows"]:
+        if row["subject"] == "naive scan" and is_new(Workload(**row["workload"])):
+            row["seconds"] = [2 * seconds for seconds in row["seconds"]]
+    text = report.markdown(made)
+    found = cells_of(text, "forward+backward: others / jaxrnn")
+    means = {name: row["naive scan"] for name, row in found.items() if "mean" in name}
+    assert means == {
+        "geometric mean, old rows": "2.00", "geometric mean, new rows": "4.00",
+        "geometric mean": f"{2 ** (5 / 3):.2f}",
+    }  # fmt: skip
+    beyond = {name: row[report.BEYOND] for name, row in found.items()}
+    sizes = [4 * 256 * 32 * 128, 4 * 60 * 16 * 64, 2 * 256 * 32 * 128]
+    assert list(beyond.values())[:3] == [f"{-1e6 / size:.2f}" for size in sizes]
+    assert beyond["geometric mean"] == "–"
+    row = found["medium (256, 32, 128, 128)"]
+    assert row["two host devices"] == "2.50 (2.50–2.50)" and row["trace, naive"] == "1.00"
+    turned = cells_of(text, "forward, milliseconds, new rows")
+    assert turned["rate tanh, B 16, H 64 (60, 16, 3, 64)"]["jaxrnn"] == "2.00"
+    assert list(cells_of(text, "forward, milliseconds")["jaxrnn"])[1:] == [
+        "medium (256, 32, 128, 128)"
+    ]
+
+
+def test_relu_peers_are_paired_with_ours_on_rows_that_are_relu():
+    made = document([w for w in NEW_WORKLOADS if w.name == "relu, T 60"])
+    made["rows"] = [row for row in made["rows"] if row["subject"] != "jaxrnn, relu"]
+    found = cells_of(report.markdown(made), "forward: others / jaxrnn")
+    assert found["relu, T 60 (60, 64, 3, 128)"]["best JAX peer"] == "1.20 haiku, relu (1.20–1.20)"
 
 
 def test_the_report_of_a_file_in_a_terminal_and_as_a_picture(tmp_path, capsys):
