@@ -96,8 +96,10 @@ def make_parser() -> argparse.ArgumentParser:
                              "directory (default: in benchmarks/results/)")  # fmt: skip
         command.add_argument("--force", action="store_true", help="overwrite a file of that name")
 
-    report = commands.add_parser("report", help="the tables and the picture of a run")
-    report.add_argument("file", metavar="FILE", help="what a run has saved")
+    report = commands.add_parser("report", help="the tables and the picture of a run, or the best "
+                                 "and the worst of several")  # fmt: skip
+    report.add_argument("files", metavar="FILE", nargs="+", help="what a run has saved; of several "
+                        "the ratio to the naive scan is shown")  # fmt: skip
     report.add_argument("--markdown", action="store_true", help="for a README")
     report.add_argument("--plot", metavar="FILE.png", help="draw ratios and scaling curves")
     report.set_defaults(go=_report)
@@ -261,12 +263,22 @@ def _paper() -> Any:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from benchmarks import report
+    from benchmarks import report, runs, tables
 
     try:
-        document = results.read(Path(args.file))
+        documents = [results.read(Path(file)) for file in args.files]
     except results.ResultsError as error:
         raise InputError(str(error)) from error
+    document = documents[0]
+    if len(documents) > 1:
+        if args.plot:
+            raise InputError("--plot: expected one FILE")
+        for table in runs.all_tables(documents):
+            if args.markdown:
+                print(f"{tables.markdown(table)}\n")
+            else:
+                tables.show(table, _paper())
+        return 0
     if args.markdown:
         print(report.markdown(document))
     else:

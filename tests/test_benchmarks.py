@@ -745,6 +745,23 @@ def test_relu_peers_are_paired_with_ours_on_rows_that_are_relu():
     assert found["relu, T 60 (60, 64, 3, 128)"]["best JAX peer"] == "1.20 haiku, relu (1.20–1.20)"
 
 
+def test_several_runs_show_the_best_and_the_worst(tmp_path, capsys):
+    files = []
+    workloads = WORKLOADS[0], NEW_WORKLOADS[0]
+    for milliseconds, of_run in ((2.0, workloads), (3.0, workloads[:1])):
+        files.append(str(tmp_path / f"{len(of_run)}.json"))
+        results.write(document(of_run, milliseconds), pathlib.Path(files[-1]))
+    assert main(["report", *files, "--markdown"]) == 0
+    found = cells_of(capsys.readouterr().out, "forward, best of 2 runs: naive / jaxrnn")
+    assert [list(row.values())[1:] for row in found.values()] == [
+        ["3.00", "2.00", "2"], ["2.00", "2.00", "1"],
+        ["3.00", "2.00", ""], ["2.00", "2.00", ""], ["2.45", "2.00", ""],
+    ]  # fmt: skip
+    assert main(["report", *files]) == 0 and "best of 2 runs" in capsys.readouterr().out
+    assert main(["report", *files, "--plot", str(tmp_path / "a.png")]) == 2
+    assert "expected one FILE" in capsys.readouterr().err
+
+
 def test_the_report_of_a_file_in_a_terminal_and_as_a_picture(tmp_path, capsys):
     path, picture = tmp_path / "a.json", tmp_path / "a.png"
     results.write(document(), path)
