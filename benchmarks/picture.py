@@ -7,10 +7,11 @@ from benchmarks import machine
 from benchmarks.measures import BACKWARD
 from benchmarks.ratios import Spread, geometric_mean, slope
 from benchmarks.report import curves
-from benchmarks.view import NAIVE, OURS, View
+from benchmarks.view import NAIVE, OURS, View, means
 from jaxrnn._plots import new_figure, save_png
 
 COLORS = {"best JAX peer": "tab:blue", "naive scan": "tab:orange", "torch": "tab:green"}
+CROWD = 20  # of so many workloads each gets one line
 SUBJECT_COLORS = {OURS: "tab:blue", NAIVE: "tab:orange"}
 
 
@@ -26,7 +27,9 @@ def plot(document: dict[str, Any], path: Path, measure: str = BACKWARD) -> None:
     by_axis: dict[str, list] = {}
     for axis, subject, points in curves(document):
         by_axis.setdefault(axis, []).append((subject, points))
-    height = max(4.0, 1.6 + 0.55 * (len(view.workloads) + 1), 2.3 * len(by_axis))
+    lines = len(view.workloads) + len(means(view.workloads))
+    inches = 0.3 if len(view.workloads) > CROWD else 0.55
+    height = max(4.0, 1.6 + inches * lines, 2.3 * len(by_axis))
     figure = new_figure(13 if by_axis else 8, height)
     parts = figure.subfigures(1, 2, width_ratios=(1.45, 1)) if by_axis else [figure]
     _ratios(parts[0].subplots(), view, measure)
@@ -55,11 +58,10 @@ def _ratios(axes: Any, view: View, measure: str) -> None:
             spreads["naive scan"] = naive
         for name, spread in spreads.items():
             found[name].append((n, spread))
-    last = len(view.workloads)
+    last, groups = len(view.workloads), means(view.workloads)
     for offset, (name, points) in zip((-0.22, 0.0, 0.22), found.items(), strict=True):
         if not points:
             continue
-        mean = geometric_mean(spread.median for _, spread in points)
         xs = [spread.median for _, spread in points]
         whiskers = [
             [spread.median - spread.low for _, spread in points],
@@ -68,17 +70,22 @@ def _ratios(axes: Any, view: View, measure: str) -> None:
         ys = [n + offset for n, _ in points]
         color = COLORS[name]
         axes.errorbar(xs, ys, xerr=whiskers, fmt="o", color=color, markersize=5, label=name)
-        axes.plot([mean], [last + offset], "D", color=color, markersize=6)
-        axes.annotate(
-            f"{mean:.2f}", (mean, last + offset), (7, 0), textcoords="offset points",
-            va="center", fontsize=8, color=color,
-        )  # fmt: skip
+        for y, which in enumerate(groups.values(), last):
+            mean = geometric_mean(spread.median for n, spread in points if n in which)
+            if mean is None:
+                continue
+            axes.plot([mean], [y + offset], "D", color=color, markersize=6)
+            axes.annotate(
+                f"{mean:.2f}", (mean, y + offset), (7, 0), textcoords="offset points",
+                va="center", fontsize=8, color=color,
+            )  # fmt: skip
     axes.axvline(1, color="black", linewidth=1)
     if last > 1:
         axes.axhline(last - 0.5, color="gray", linewidth=0.5)
-    names = [f"{workload.name}\n{workload.shape}" for workload in view.workloads]
-    axes.set_yticks(range(last + 1), [*names, "geometric mean"], fontsize=8)
-    axes.set_ylim(last + 0.5, -0.5)
+    between = " " if last > CROWD else "\n"
+    names = [f"{workload.name}{between}{workload.shape}" for workload in view.workloads]
+    axes.set_yticks(range(last + len(groups)), [*names, *groups], fontsize=8)
+    axes.set_ylim(last + len(groups) - 0.5, -0.5)
     axes.set_xscale("log")
     _plain_ticks(axes)
     axes.set_xlabel("how many times longer than jaxrnn")

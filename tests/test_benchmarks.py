@@ -776,10 +776,11 @@ def test_the_report_of_a_file_in_a_terminal_and_as_a_picture(tmp_path, capsys):
 def test_a_picture_and_tables_of_next_to_nothing(tmp_path):
     made = document()
     plot({**made, "sweeps": []}, tmp_path / "a.png")
+    plot(document((*WORKLOADS, *NEW_WORKLOADS)), tmp_path / "d.png")
     plot({**made, "rows": []}, tmp_path / "b.png")
     empty = {**made, "rows": [], "sweeps": [], "compile": [], "memory": []}
     plot(empty, tmp_path / "c.png")
-    assert len(list(tmp_path.iterdir())) == 3 and "AMD EPYC" in report.markdown(empty)
+    assert len(list(tmp_path.iterdir())) == 4 and "AMD EPYC" in report.markdown(empty)
 
 
 def test_bad_input_is_one_line(tmp_path, capsys):
