@@ -138,6 +138,8 @@ def _run(args: argparse.Namespace) -> int:
         plan = replace(plan, steps=tuple(of_them))
     if args.measure:
         plan = plan.only([measure for measure in MEASURES if measure in args.measure])
+    if not plan.steps:
+        raise InputError("expected options that some workload fits, got none that fits all")
     plan = plan.limited(partial(_limits, args))
     if args.subject:
         subjects = [s for s in subjects if s.name in args.subject]

@@ -787,6 +787,7 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     for arguments, expected in (
         (["--subject", "nobody"], "no 'nobody'; there are 'roofline', 'jaxrnn'"),
         (["run", "--workload", "nothing"], "--workload: no 'nothing'; there are 'document'"),
+        (["--quick", "--rows", "new"], "expected options that some workload fits"),
         (["report", str(tmp_path / "none.json")], "cannot be read: No such file"),
     ):
         assert main(arguments) == 2
