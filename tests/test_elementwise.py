@@ -73,6 +73,8 @@ BY_SHAPE = {
     "rank": lambda a: jnp.tanh(a) * a.ndim,
     "size": lambda a: jnp.tanh(a) / a.size,
     "sequences": lambda a: jnp.tanh(a) * a.shape[0],
+    "one row": lambda a: jnp.tanh(a) * (1 + (a.ndim < 2)),
+    "many steps": lambda a: jnp.tanh(a) * (1 + (a.ndim > 1 and a.shape[0] > 10)),
 }
 
 
@@ -102,6 +104,10 @@ DERIVATIVES = {
     "centred": with_cotangents(lambda g: g - jnp.mean(g, -1, keepdims=True)),
     "normed": with_cotangents(lambda g: g / jnp.linalg.norm(g)),
     "mean of tangents": mean_of_tangents,
+    "without sign": with_cotangents(jnp.abs),
+    "above 0 alone": with_cotangents(jax.nn.relu),
+    "clipped far out": with_cotangents(lambda g: jnp.clip(g, -1e4, 1e4)),
+    "dead near 0": with_cotangents(lambda g: jnp.where(abs(g) < 1e-4, 0, g)),
 }
 
 
@@ -117,6 +123,20 @@ def test_derivatives_that_mix_units_are_refused(name):
     params, xs, h0, _ = cell_of(4, activation=DERIVATIVES[name])
     with pytest.raises(ValueError, match=r"^activation: .* that of no elementwise function$"):
         jaxrnn.unroll(params.cell, xs, h0)
+
+
+FEW_BITS = "bfloat16", "float16", "float8_e5m2", "float8_e4m3fn"
+
+
+@pytest.mark.parametrize("size", [1, 4, 64])
+@pytest.mark.parametrize("dtype", FEW_BITS)
+def test_a_function_may_compute_in_few_bits(dtype, size):
+    for phi in (
+        lambda a: jnp.tanh(a.astype(dtype)).astype(a.dtype),
+        lambda a: jnp.tanh(a.astype(dtype).astype(a.dtype)),
+    ):
+        cell = jaxrnn.init_cell(jax.random.key(0), 3, size, activation=phi, dtype="float32")
+        jaxrnn.step(cell, jnp.ones(3, "float32"), jnp.zeros(size, "float32"))
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float16"])
