@@ -255,6 +255,19 @@ def test_a_mean_over_devices_is_refused():
         run(xs, h0)
 
 
+@pytest.mark.parametrize("custom", [False, True])
+def test_a_new_function_is_tried_inside_an_eager_shard_map(custom):
+    mesh = jax.make_mesh((2,), ("devices",), axis_types=(AxisType.Auto,))
+    form = Form(lambda a, h, p: jnp.tanh(p * a), lambda h, p: jnp.sin(h))
+    how = {"form": form, "parameters": jnp.ones(4)} if custom else {"activation": lambda a: a**3}
+    params, xs, h0, _ = cell_of(4, **how)
+    specs = P(), P(None, "devices"), P("devices")
+    run = jax.shard_map(lambda *args: jaxrnn.unroll(*args)[1],
+                        mesh=mesh, in_specs=specs, out_specs=specs[1])  # fmt: skip
+    found = run(params.cell, xs, h0)
+    np.testing.assert_allclose(found, jaxrnn.unroll(params.cell, xs, h0)[1], rtol=1e-12)
+
+
 @pytest.mark.parametrize("known", ["linear", "gelu", "silu", "nonsense", ""])
 def test_unknown_names_say_that_any_callable_will_do(known):
     params, xs, *_ = cell_of(4, activation=known)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
+from jax.core import Tracer, eval_context
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from jaxrnn._api import checks
@@ -77,7 +77,8 @@ def _probe(name: str, function: Callable, states: int, theta: Any, size: int, dt
 
     cause = None
     try:
-        why = _fault(run, states, 0 if theta is None else theta.num_leaves, size, dtype)
+        with eval_context():  # that of an eager shard_map is left by no other
+            why = _fault(run, states, 0 if theta is None else theta.num_leaves, size, dtype)
     except Exception as error:
         why, cause = f"which fails: {str(error).strip().splitlines()[0]}", error
     if why is not None:
@@ -108,7 +109,7 @@ def _fault(run: Callable, states: int, of_theta: int, size: int, dtype) -> str |
         made = ", ".join(map(str, traced.out_avals))
         return f"which makes {made} of {traced.in_avals[0]}"
     quiet = _quiet(run, arrays(value))
-    with jax.ensure_compile_time_eval(), jax.debug_nans(False), jax.debug_infs(False):
+    with jax.debug_nans(False), jax.debug_infs(False):
         for scale, sign in product(SCALES, (1, -1, mixed)):
             x = np.where(is_state, scale * sign * value, value)
             moved = np.where(moving, np.where(is_state, -7, 1.5) * x, x)
