@@ -332,3 +332,17 @@ def test_a_function_without_reverse_mode_has_its_derivatives():
     found = jax.grad(partial(loss, jaxrnn.unroll))(looped)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13)
+
+
+def test_an_error_in_a_derivative_is_the_users_own():
+    @jax.custom_vjp
+    def phi(a):
+        return jnp.tanh(a)
+
+    def backward(a, g):
+        raise ValueError("no slope today")
+
+    phi.defvjp(lambda a: (phi(a), a), backward)
+    params, xs, h0, _ = cell_of(4, activation=phi)
+    with pytest.raises(ValueError, match="^no slope today"):
+        jax.grad(lambda cell: jnp.sum(jaxrnn.unroll(cell, xs, h0)[0]))(params.cell)

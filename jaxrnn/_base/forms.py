@@ -107,7 +107,9 @@ def derivatives(function: Callable, *args) -> tuple:
     try:
         y, pull = jax.vjp(function, *args)
         return pull(sharding.varying_like(jnp.ones_like(y), y))
-    except ValueError:  # of a loop whose length is not known
+    except ValueError as error:
+        if "Reverse-mode" not in str(error):  # of a loop whose length is not known
+            raise
         leaves, tree = jax.tree.flatten(args)
 
         def by(n):
