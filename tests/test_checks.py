@@ -414,7 +414,9 @@ OF_LAYERS = [
     ({"cells": XS, "xs": CELL}, TypeError, "cells: expected a jaxrnn.Cell, "
      "got float64 array of shape [5, 2, 4]; cells and xs look swapped"),
     ({"cells": ()}, ValueError, "cells: expected at least one layer, got none"),
-    ({"cells": XS, "xs": STACK}, TypeError,
+    ({"cells": XS, "xs": STACK}, TypeError, "cells: expected a jaxrnn.Cell, "
+     "got float64 array of shape [5, 2, 4]; cells and xs look swapped"),
+    ({"cells": XS}, TypeError,
      "cells: expected a jaxrnn.Cell or a tuple of layers, got float64 array of shape [5, 2, 4]"),
     ({"cells": PARAMS}, TypeError,
      "cells: expected a jaxrnn.Cell or a tuple of layers, got Params; take its cell"),
