@@ -54,8 +54,8 @@ class _Short(str):
 
 
 def by_name(value: Any) -> str:
-    """A function as its name, anything else as its repr."""
-    return getattr(value, "__name__", None) or repr(value)
+    """A function as its name, a partial one as that of its function, anything else as its repr."""
+    return getattr(getattr(value, "func", value), "__name__", None) or repr(value)
 
 
 def _same(x: Any, y: Any) -> bool:

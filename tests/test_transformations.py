@@ -337,13 +337,12 @@ def test_debug_nans_sees_none(case):
 def test_an_activation_over_a_traced_value_is_refused(case, transformed):
     params, xs, h0, _ = case
 
-    def loss(scale):
-        cell = jaxrnn.Cell(
-            params.cell.U, params.cell.W, params.cell.b, activation=lambda a: jnp.tanh(scale * a)
-        )
+    def loss(scale, over):
+        U, W, b = params.cell.U, params.cell.W, params.cell.b
+        cell = jaxrnn.Cell(U, W, b, activation=over(lambda scale, a: jnp.tanh(scale * a), scale))
         return jnp.sum(jaxrnn.unroll(cell, xs, h0)[0])
 
-    with pytest.raises(
-        ValueError, match=r"activation: .* traced value: let it be one of the parameters"
-    ):
-        transformed(loss)
+    said = r"activation: .* got <lambda>, .* traced value: let it be one of the parameters"
+    for over in (lambda f, scale: lambda a: f(scale, a), jax.tree_util.Partial):
+        with pytest.raises(ValueError, match=said):
+            transformed(lambda scale, over=over: loss(scale, over))
