@@ -1,5 +1,6 @@
 """Functions of a cell that are not elementwise are refused by name, wherever they enter."""
 
+import math
 from functools import partial
 
 import jax
@@ -54,8 +55,18 @@ ELEMENTWISE = {
     ),
     "a constant": lambda a: jnp.full_like(a, 2),
 }  # fmt: skip
+
+
+def _fails(a):
+    raise KeyError
+
+
 WRONG = {
-    "NumPy": (np.tanh, "tanh, which fails"),
+    "NumPy": (np.tanh, "of jax.numpy say.* got tanh, which fails"),
+    "math": (math.tanh, "of jax.numpy say.* got tanh, which fails: TypeError: "),
+    "an error without text": (_fails, "_fails, which fails: KeyError$"),
+    "None": (lambda a: None, "which makes None of float64"),
+    "a list": (lambda a: [a], "which makes list of float64"),
     "a sum": (jnp.sum, "sum, which makes float64"),
     "bools": (lambda a: a > 0, "which makes bool"),
     "complex": (lambda a: a + jnp.asarray(1j, jnp.complex128) * a, "which"),
@@ -344,5 +355,5 @@ def test_an_error_in_a_derivative_is_the_users_own():
 
     phi.defvjp(lambda a: (phi(a), a), backward)
     params, xs, h0, _ = cell_of(4, activation=phi)
-    with pytest.raises(ValueError, match="^no slope today"):
+    with pytest.raises(ValueError, match=r"^no slope today"):
         jax.grad(lambda cell: jnp.sum(jaxrnn.unroll(cell, xs, h0)[0]))(params.cell)

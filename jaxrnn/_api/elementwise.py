@@ -5,6 +5,7 @@ each is tried once, by values: where some units move, no other may.
 """
 
 import re
+import traceback
 from collections.abc import Callable
 from functools import lru_cache
 from itertools import product
@@ -80,10 +81,11 @@ def _probe(name: str, function: Callable, states: int, theta: Any, size: int, dt
         with eval_context():  # that of an eager shard_map is left by no other
             why = _fault(run, states, 0 if theta is None else theta.num_leaves, size, dtype)
     except Exception as error:
-        why, cause = f"which fails: {str(error).strip().splitlines()[0]}", error
+        first = traceback.format_exception_only(error)[0].splitlines()[0]
+        why, cause = f"which fails: {first}", error
     if why is not None:
-        expected, said = "an elementwise function of JAX arrays", by_name(function)
-        raise ValueError(f"{name}: expected {expected}, got {said}, {why}") from cause
+        expected = "an elementwise function of JAX arrays, of jax.numpy say and not NumPy or math"
+        raise ValueError(f"{name}: expected {expected}, got {by_name(function)}, {why}") from cause
 
 
 def _fault(run: Callable, states: int, of_theta: int, size: int, dtype) -> str | None:
@@ -101,12 +103,12 @@ def _fault(run: Callable, states: int, of_theta: int, size: int, dtype) -> str |
     def arrays(x):
         return [jnp.asarray(leaf, dtype) for leaf in x]
 
-    traced = jax.make_jaxpr(run)(*arrays(value))
+    traced, out = jax.make_jaxpr(run, return_shape=True)(*arrays(value))
     if any(isinstance(constant, Tracer) for constant in traced.consts):
         return "which closes over a traced value: let it be one of the parameters of a Form"
-    (out, *more) = traced.out_avals
-    if more or out.shape != moving.shape or not jnp.issubdtype(out.dtype, jnp.floating):
-        made = ", ".join(map(str, traced.out_avals))
+    if getattr(out, "shape", 0) != moving.shape or not jnp.issubdtype(out.dtype, jnp.floating):
+        known = hasattr(out, "shape") or isinstance(out, tuple)
+        made = ", ".join(map(str, traced.out_avals)) if known else checks.came(out)
         return f"which makes {made} of {traced.in_avals[0]}"
     quiet = _quiet(run, arrays(value))
     with jax.debug_nans(False), jax.debug_infs(False):
