@@ -220,8 +220,21 @@ def test_forms_that_mix_units_are_refused(name):
 def test_a_derivative_that_mixes_units_is_refused():
     phi = Activation(jnp.tanh, lambda h: 1 - h * jnp.max(h, -1, keepdims=True))
     params, xs, h0, _ = cell_of(4, activation=phi)
-    with pytest.raises(ValueError, match=r"^activation: .* depends on others$"):
+    match = r"^activation\.derivative_from_output: .* depends on others$"
+    with pytest.raises(ValueError, match=match):
         jaxrnn.unroll(params.cell, xs, h0)
+
+
+@pytest.mark.parametrize("phi", [Activation("tanh"), Activation(None), Activation(jnp.tanh, 3)])
+def test_the_part_of_an_activation_that_is_no_function_is_named(phi):
+    which = "derivative_from_output" if phi.derivative_from_output else "function"
+    with pytest.raises(TypeError, match=rf"^activation\.{which}: expected a callable, got "):
+        jaxrnn.init_cell(jax.random.key(0), 3, 4, activation=phi)
+
+
+def test_a_form_has_an_update():
+    with pytest.raises(TypeError, match=r"^form\.update: expected a callable, got None$"):
+        jaxrnn.init_cell(jax.random.key(0), 3, 4, form=Form(None))
 
 
 def everywhere(phi):
@@ -297,7 +310,8 @@ def test_a_callable_without_a_hash_is_refused():
         def __call__(self, a):
             return jnp.tanh(a)
 
-    with pytest.raises(TypeError, match=r"^activation: expected a callable that can be static"):
+    said = r"^activation: expected a callable that can be static .* Form takes .* parameters$"
+    with pytest.raises(TypeError, match=said):
         jaxrnn.init_cell(jax.random.key(0), 3, 4, activation=Gain())
 
 

@@ -19,10 +19,10 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from jaxrnn._api import checks
 from jaxrnn._base.arithmetic import accumulation_dtype
-from jaxrnn._base.forms import NAMED, resolve
+from jaxrnn._base.forms import NAMED
 from jaxrnn._jax.error_checks import without_checks
 from jaxrnn._record import by_name
-from jaxrnn._types import Cell, Form
+from jaxrnn._types import Activation, Cell, Form
 
 # What a mixes with others may show only where it is small, or large: a norm that is clipped, say.
 SCALES = 1e-3, 1.0, 30.0, 1e4, 1e8
@@ -37,7 +37,7 @@ def check_functions(prefix: str, cell: Cell) -> None:
         return check_activation(cell.activation, size, dtype)
     theta = jax.tree.structure(cell.parameters)
     for which, function, states in (("update", form.update, 2), ("output", form.output, 1)):
-        if function is not None:
+        if function is not None or which == "update":
             _check(f"{prefix}form.{which}", function, states, theta, size, dtype)
 
 
@@ -49,12 +49,14 @@ def check_activation(activation: Any, size: int, dtype: jnp.dtype) -> None:
     if isinstance(activation, str):
         known = ", ".join(map(repr, NAMED))
         checks.bad_value("activation", f"one of {known}, {others}", repr(activation))
-    resolved = resolve(activation)
-    if not callable(resolved.function):
-        checks.bad_type("activation", f"a name, {others}", checks.came(resolved.function))
-    for function in (resolved.function, resolved.derivative_from_output):
-        if function is not None:
-            _check("activation", function, 1, None, size, dtype)
+    if not isinstance(activation, Activation):
+        if not callable(activation):
+            checks.bad_type("activation", f"a name, {others}", checks.came(activation))
+        return _check("activation", activation, 1, None, size, dtype)
+    for which in ("function", "derivative_from_output"):
+        function = getattr(activation, which)
+        if function is not None or which == "function":
+            _check(f"activation.{which}", function, 1, None, size, dtype)
 
 
 def _check(name, function, *how) -> None:
@@ -63,7 +65,7 @@ def _check(name, function, *how) -> None:
     try:
         hash(function)
     except TypeError:
-        got = f"a {type(function).__name__} that has no hash"
+        got = f"a {type(function).__name__} that has no hash; a Form takes arrays as parameters"
         checks.bad_type(name, "a callable that can be static under jit", got)
     _probe(name, function, *how)
 
