@@ -237,6 +237,16 @@ def test_a_form_has_an_update():
         jaxrnn.init_cell(jax.random.key(0), 3, 4, form=Form(None))
 
 
+def test_a_function_that_is_no_form_is_told_what_makes_one():
+    said = r"^form: expected one of .*, got residual; jaxrnn\.Form\(residual\) makes one$"
+
+    def residual(a, h, _):
+        return a + h
+
+    with pytest.raises(ValueError, match=said):
+        jaxrnn.init_cell(jax.random.key(0), 3, 4, form=residual)
+
+
 def everywhere(phi):
     params, xs, h0, targets = cell_of(4, activation=phi)
     cell, hs = params.cell, jnp.zeros((3, 2, 4))

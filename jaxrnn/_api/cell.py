@@ -12,6 +12,7 @@ from jaxrnn._api import checks
 from jaxrnn._api.elementwise import check_functions
 from jaxrnn._base.arithmetic import accumulation_dtype, cast
 from jaxrnn._base.forms import FORMS
+from jaxrnn._record import by_name
 from jaxrnn._types import Cell, Cells, Form, Ids, Params, Readout, output_size
 
 LECUN = initializers.lecun_normal(in_axis=1, out_axis=0)
@@ -154,7 +155,8 @@ def check_form(prefix: str, cell: Cell) -> Cell:
             checks.bad_value(f"{prefix}leak", expected, checks.came(leak))
     elif not isinstance(form, str) or form not in FORMS:
         expected = "one of " + ", ".join(map(repr, FORMS)) + ", or a jaxrnn.Form"
-        checks.bad_value(f"{prefix}form", expected, repr(form))
+        hint = f"; jaxrnn.Form({by_name(form)}) makes one" if callable(form) else ""
+        checks.bad_value(f"{prefix}form", expected, by_name(form) + hint)
     elif parameters is not None:
         expected = f"None with form={form!r}: a custom jaxrnn.Form has them"
         checks.bad_value(f"{prefix}parameters", expected, checks.came(parameters))
