@@ -7,6 +7,7 @@ from dataclasses import MISSING, fields
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from jax import export
 
 _Class = TypeVar("_Class", bound=type)
@@ -47,7 +48,8 @@ class _Short(str):
     def of(cls, value: Any) -> Any:
         if not (hasattr(value, "dtype") and hasattr(value, "shape")):
             return value
-        name = re.sub(r"^(bf|f|u|i|c)[a-z]*(?=\d)", r"\1", str(value.dtype))
+        name = "float0" if value.dtype == jax.dtypes.float0 else str(value.dtype)
+        name = re.sub(r"^(bf|f|u|i|c)[a-z]*(?=\d)", r"\1", name)
         return cls(f"{name}[{','.join(map(str, value.shape))}]")
 
     __repr__ = str.__str__
@@ -63,7 +65,7 @@ def _same(x: Any, y: Any) -> bool:
         return True
     if any(not hasattr(z, "dtype") for z in (x, y)):
         return type(x) is type(y) and bool(x == y)
-    return x.dtype == y.dtype and x.shape == y.shape and bool((x == y).all())
+    return x.dtype == y.dtype and x.shape == y.shape and bool(np.all(x == y))
 
 
 def pytree(cls: _Class) -> _Class:

@@ -228,6 +228,15 @@ def test_equality_looks_at_structure_and_names_too():
     assert STATE == STATE and STATE != dataclasses.replace(STATE, key=jax.random.key(4))
 
 
+def test_shapes_without_values_and_arrays_without_bits_are_compared_and_shown():
+    shapes = jax.eval_shape(a_cell), jax.eval_shape(a_cell), jax.eval_shape(lambda: a_cell(4))
+    assert shapes[0] == shapes[1] != shapes[2] and shapes[0] != a_cell()
+    assert repr(shapes[0]) == repr(a_cell())
+    empty = Ids(np.zeros(3, jax.dtypes.float0))
+    assert empty == copy.deepcopy(empty) != Ids(np.zeros(2, jax.dtypes.float0))
+    assert repr(empty) == "Ids(ids=f0[3])"
+
+
 def test_repr_is_one_line_of_shapes():
     cell = jaxrnn.init_cell(jax.random.key(0), 3, 16)
     assert repr(cell) == "Cell(U=f32[16,3], W=f32[16,16], b=f32[16], activation='tanh')"
