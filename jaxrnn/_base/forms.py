@@ -111,12 +111,8 @@ def derivatives(function: Callable, *args) -> tuple:
         if "Reverse-mode" not in str(error):  # of a loop whose length is not known
             raise
         leaves, tree = jax.tree.flatten(args)
-
-        def by(n):
-            ones = [jnp.full_like(x, n == m) for m, x in enumerate(leaves)]
-            return jax.jvp(lambda *leaves: function(*tree.unflatten(leaves)), leaves, ones)[1]
-
-        return tree.unflatten(map(by, range(len(leaves))))
+        by = [[jnp.full_like(x, n == m) for m, x in enumerate(leaves)] for n in range(len(leaves))]
+        return tree.unflatten(jax.jvp(function, args, tree.unflatten(t))[1] for t in by)
 
 
 def slope_of(cell: Cell) -> Elementwise:
