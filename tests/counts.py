@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from helpers import naive_unroll
 
 import jaxrnn
@@ -109,6 +110,7 @@ def eager_calls() -> dict[str, Callable[[], Any]]:
         "callable": replace(cell, activation=lambda a: jnp.tanh(a)),
         "leak": replace(cell, leak=jnp.asarray(0.5)),
         "custom": replace(cell, form=form, parameters=jnp.ones(16)),
+        "number and NumPy": replace(cell, b=np.ones(16), leak=0.5),
     }
     xs, h = jnp.ones((5, 3)), jnp.zeros(16)
     jitted = jax.jit(lambda cell, xs: jaxrnn.unroll(cell, xs))

@@ -716,6 +716,20 @@ def test_an_activation_without_a_function():
         unroll(**cell(activation=jaxrnn.Activation("tanh")))
 
 
+def test_numbers_and_numpy_are_arrays_from_the_second_call_on():
+    made = cell(leak=0.5, b=np.ones(H), W=np.eye(H))["cell"]
+    x, h = np.ones(D), np.zeros(H)
+    arrays = jax.tree.map(jnp.asarray, (made, x, h))
+    for _ in range(3):
+        found = jaxrnn.step(made, x, h)
+        assert isinstance(found, jax.Array) and found.dtype == jaxrnn.step(*arrays).dtype
+        np.testing.assert_array_equal(found, jaxrnn.step(*arrays))
+        with jax.disable_jit():
+            np.testing.assert_allclose(jaxrnn.step(made, x, h), found, rtol=1e-12)
+        with pytest.raises(TypeError, match=r"^x: expected an array, got a masked one"):
+            jaxrnn.step(made, np.ma.masked_array(x, False), h)
+
+
 def test_constructors_take_anything():
     made = Params(Cell("U", None, 3, leak={}, activation=None), Readout(object(), Ids("a")))
     assert made.cell.U == "U" and made.readout.c.ids == "a"
