@@ -1,6 +1,8 @@
 """Functions of a cell that are not elementwise are refused by name, wherever they enter."""
 
+import gc
 import math
+import weakref
 from functools import partial
 
 import jax
@@ -342,6 +344,17 @@ def test_a_function_is_tried_once_for_each_size(capfd):
     for _ in range(3):
         jaxrnn.step(params.cell, xs[0], h0)
     assert len(calls) == count
+
+
+def test_functions_that_were_tried_are_not_kept():
+    def try_one(n):
+        phi = lambda a: a + n  # noqa: E731
+        jaxrnn.init_cell(jax.random.key(0), 1, 1, activation=phi)
+        return weakref.ref(phi)
+
+    kept = [try_one(n) for n in range(50)]
+    gc.collect()
+    assert sum(ref() is not None for ref in kept) < 40
 
 
 def test_nan_that_is_tried_is_no_error_of_debug_nans():

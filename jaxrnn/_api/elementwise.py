@@ -70,7 +70,7 @@ def _check(name, function, *how) -> None:
     _probe(name, function, *how)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)
 def _probe(name: str, function: Callable, states: int, theta: Any, size: int, dtype) -> None:
     """Refuse a function of so many states, and θ, that is not elementwise over them all."""
 
