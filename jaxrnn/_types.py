@@ -20,7 +20,7 @@ Elementwise = Callable[[jax.Array], jax.Array]
 class Activation:
     """A nonlinearity φ and, where there is one, φ' written with the output.
 
-    One wants it where φ' costs less from φ(a) than from a: then nothing is formed again.
+    Worth it where φ' costs less from φ(a) than from a: then nothing is formed again.
 
     Args:
       function: φ, elementwise, `a -> φ(a)`.
@@ -28,7 +28,9 @@ class Activation:
         `function` at its argument, which is computed again for it.
 
     Both are static under jit: two Activations are equal when their functions are, and a new
-    lambda at every call compiles at every call. Neither may close over a traced value.
+    lambda at every call compiles at every call. None may hold a traced value, or change what it
+    closes over: what a function held when it was first used stays, and has no gradient later.
+    What is differentiated is one of the `parameters` of a `Form`.
     """
 
     function: Elementwise
@@ -45,16 +47,17 @@ class Form:
 
     a_t = W s_{t−1} + U x_t + b + drive_t,   h_t = f(a_t, h_{t−1}; θ),   s_t = g(h_t; θ)
 
-    One wants it where "rate" and "voltage" do not say the equation: a φ with learned parameters
-    (modReLU), a time constant and a threshold of each unit, a residual network.
+    For what "rate" and "voltage" do not say: a φ with learned parameters (modReLU), a time
+    constant and a threshold of each unit, a residual network.
 
     Args:
       update: f, `(a, h, parameters) -> h`, elementwise.
       output: g, `(h, parameters) -> s`, elementwise; None where s = h.
 
     Both get arrays of one shape, `[..., H]`, for one step or for many: a, h and each leaf of the
-    cell's `parameters`. JAX differentiates them unit by unit, in reverse mode. They are static
-    under jit, as in `Activation`, and learned values go to the cell as `parameters`.
+    cell's `parameters`. They may look at `a.shape[-1]`, at no other axis. JAX differentiates them
+    unit by unit, in reverse mode, where each derivative must be a slope times the cotangent. They
+    are static as in `Activation`; what is learned, or traced, goes to the cell as `parameters`.
 
     >>> import jax, jaxrnn
     >>> modrelu = jaxrnn.Form(lambda a, h, bias: jax.numpy.sign(a) * jax.nn.relu(abs(a) + bias))

@@ -40,7 +40,7 @@ def bptt(
     p = α, q = φ'(h), s = φ(h) in the voltage form, and k = 1 − α in both; p = ∂f/∂a, q = g'(h),
     s = g(h), k = ∂f/∂h in a custom form.
 
-    One wants it for δ and λ themselves: learning rules, penalties on adjoints, plots of how they
+    For those who want δ and λ themselves: learning rules, penalties on adjoints, plots of how they
     fade. Where only gradients count, `jax.grad` of `unroll` runs the same loops.
 
     Args:

@@ -176,7 +176,7 @@ def outputs(cell: Cell, hs: jax.Array) -> jax.Array:
     """What the units put out, given the states that `unroll` returns.
 
     s_t = h_t in the rate form, φ(h_t) in the voltage form, g(h_t) in a custom one: what W and a
-    readout multiply. One wants it for rates, and for losses on them.
+    readout multiply: rates to plot, or to put a loss on.
 
     Args:
       cell: the `Cell`.
