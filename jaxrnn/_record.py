@@ -61,11 +61,9 @@ def by_name(value: Any) -> str:
 
 
 def _same(x: Any, y: Any) -> bool:
-    if x is y:
-        return True
     if any(not hasattr(z, "dtype") for z in (x, y)):
-        return type(x) is type(y) and bool(x == y)
-    return x.dtype == y.dtype and x.shape == y.shape and bool(np.all(x == y))
+        return x is y or (type(x) is type(y) and bool(x == y))
+    return x is y or (x.dtype == y.dtype and x.shape == y.shape and bool(np.all(x == y)))
 
 
 def pytree(cls: _Class) -> _Class:

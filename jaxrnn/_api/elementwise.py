@@ -5,17 +5,17 @@ each is tried once, by values: where some units move, no other may.
 """
 
 import re
-import traceback
 from collections.abc import Callable
 from functools import lru_cache
 from itertools import product
+from traceback import format_exception_only
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer, eval_context
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.extend.core import jaxpr_as_fun
 
 from jaxrnn._api import checks
 from jaxrnn._base.arithmetic import accumulation_dtype
@@ -83,8 +83,7 @@ def _probe(name: str, function: Callable, states: int, theta: Any, size: int, dt
         with eval_context():  # that of an eager shard_map is left by no other
             why = _fault(run, states, 0 if theta is None else theta.num_leaves, size, dtype)
     except Exception as error:
-        first = traceback.format_exception_only(error)[0].splitlines()[0]
-        why, cause = f"which fails: {first}", error
+        why, cause = f"which fails: {format_exception_only(error)[0].splitlines()[0]}", error
     if why is not None:
         expected = "an elementwise function of JAX arrays, of jax.numpy say and not NumPy or math"
         raise ValueError(f"{name}: expected {expected}, got {by_name(function)}, {why}") from cause
@@ -147,9 +146,8 @@ def _quiet(run: Callable, leaves: list) -> Callable:
     traced = jax.make_jaxpr(run)(*leaves)
     if traced.effects:
         traced = jax.make_jaxpr(without_checks(run))(*leaves)
-    jaxpr = traced.jaxpr
-    eqns = [eqn for eqn in jaxpr.eqns if eqn.outvars or not eqn.effects]
-    evaluate = jaxpr_as_fun(ClosedJaxpr(jaxpr.replace(eqns=eqns), traced.consts))
+    eqns = [eqn for eqn in traced.jaxpr.eqns if eqn.outvars or not eqn.effects]
+    evaluate = jaxpr_as_fun(traced.replace(jaxpr=traced.jaxpr.replace(eqns=eqns)))
     return lambda *leaves: evaluate(*leaves)[0]
 
 
