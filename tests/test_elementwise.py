@@ -3,6 +3,7 @@
 import gc
 import math
 import weakref
+from contextlib import nullcontext
 from functools import partial
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import naive_unroll, random_case
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxrnn
@@ -292,15 +293,18 @@ def test_a_mean_over_devices_is_refused():
 
 
 @pytest.mark.parametrize("custom", [False, True])
-def test_a_new_function_is_tried_inside_an_eager_shard_map(custom):
-    mesh = jax.make_mesh((2,), ("devices",), axis_types=(AxisType.Auto,))
+@pytest.mark.parametrize("kind", [None, AxisType.Auto, AxisType.Explicit])
+def test_a_new_function_is_tried_inside_an_eager_shard_map(custom, kind):
+    mesh = jax.make_mesh((2,), ("devices",), axis_types=(kind or AxisType.Auto,))
     form = Form(lambda a, h, p: jnp.tanh(p * a), lambda h, p: jnp.sin(h))
     how = {"form": form, "parameters": jnp.ones(4)} if custom else {"activation": lambda a: a**3}
     params, xs, h0, _ = cell_of(4, **how)
     specs = P(), P(None, "devices"), P("devices")
     run = jax.shard_map(lambda *args: jaxrnn.unroll(*args)[1],
                         mesh=mesh, in_specs=specs, out_specs=specs[1])  # fmt: skip
-    found = run(params.cell, xs, h0)
+    with jax.set_mesh(mesh) if kind else nullcontext():
+        places = jax.tree.map(partial(NamedSharding, mesh), specs)
+        found = run(*jax.device_put((params.cell, xs, h0), places))
     np.testing.assert_allclose(found, jaxrnn.unroll(params.cell, xs, h0)[1], rtol=1e-12)
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer, eval_context
 from jax.extend.core import jaxpr_as_fun
+from jax.sharding import AbstractMesh, get_abstract_mesh, use_abstract_mesh
 
 from jaxrnn._api import checks
 from jaxrnn._base.arithmetic import accumulation_dtype
@@ -80,7 +81,8 @@ def _probe(name: str, function: Callable, states: int, theta: Any, size: int, dt
 
     cause = None
     try:
-        with eval_context():  # that of an eager shard_map is left by no other
+        mesh = get_abstract_mesh()  # within a shard_map, where nothing else is a way out
+        with eval_context(), use_abstract_mesh(AbstractMesh((), ()) if mesh.manual_axes else mesh):
             why = _fault(run, states, 0 if theta is None else theta.num_leaves, size, dtype)
     except Exception as error:
         why, cause = f"which fails: {format_exception_only(error)[0].splitlines()[0]}", error
