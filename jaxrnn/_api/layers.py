@@ -73,8 +73,7 @@ def unroll_layers(
     >>> [h.shape for h in h_last], hs.shape
     ([(2, 3), (2, 5)], (7, 2, 5))
     """
-    first = xs[0] if isinstance(xs, tuple) and xs else xs
-    checks.not_swapped("cells", cells, "xs", first, Cell)
+    checks.not_swapped("cells", cells, "xs", xs[0] if isinstance(xs, tuple) and xs else xs, Cell)
     args = check_sequences(check_cells("cells", cells), xs, h0, lengths, mask, drive)
     if checks.boolean("residual", residual) and not isinstance(args[0], Cell):
         sizes = [output_size([layer]) for layer in args[0]]
