@@ -265,7 +265,7 @@ def test_one_all_reduce_carries_all_gradients(layers, length, place):
     """Of a batch that is split: after all loops, with the loss; the tests and norms need none."""
     hidden_size, batch_size, steps = LENGTHS[length]
     placement = place(4, 1, batch_size, hidden_size)
-    segment = segment_length(steps, (batch_size // 4,), hidden_size)
+    segment = segment_length(steps, (batch_size // 4,), hidden_size, hidden_size)
     assert (segment < steps) == (length == "segments")
     found, parameters = collectives_of_an_update(placement, layers, hidden_size, batch_size, steps)
     arrays = 3 * layers + 2 + 1  # and the loss

@@ -247,7 +247,7 @@ def test_temporaries(sizes, arrays, leaner):
     """The states; of a segment eight arrays more; weights and their like."""
     T, B, D, H = sizes
     state = 4 * B * H
-    length = schedule.segment_length(T, (B,), H)
+    length = schedule.segment_length(T, (B,), D, H)
     rest = 8 * length * state * (length < T) + 4 * 8 * H * (H + D)
     limit = arrays * T * state + rest
     assert temporaries(jaxrnn.unroll, *sizes) <= limit
@@ -282,7 +282,7 @@ def test_loss_and_grads_keeps_no_more_than_the_states():
     ids = shape(T, B, dtype=jnp.int32)
     run = jax.jit(lambda params, ids, y: jaxrnn.loss_and_grads(params, jaxrnn.Ids(ids), y))
     found = run.lower(params, ids, ids).compile().memory_analysis().temp_size_in_bytes
-    length = schedule.segment_length(T, (B,), H)
+    length = schedule.segment_length(T, (B,), D, H)
     assert length < T
     assert found <= 4 * B * (T * (H + 2) + length * (4 * H + 3 * K)) + 4 * 8 * H * (H + D + K)
 

@@ -275,7 +275,7 @@ def segment_length(options: Options, cell: Cell, hs, h0, widest: int = 0):
     time, batch, size = hs.shape[0], h0.shape[:-1], hs.shape[-1]
     if choose(options, cell.W, batch, forms.slope_of(cell), cell.form) != "scan":
         return time
-    return schedule.segment_length(time, batch, max(size, widest))
+    return schedule.segment_length(time, batch, cell.U.shape[1], max(size, widest))
 
 
 # Its transpose: backpropagation through time, segment by segment.

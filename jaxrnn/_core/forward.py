@@ -64,7 +64,7 @@ def _scan(options, cell, sequences, h0):
     hoisted = not isinstance(xs, Ids) and schedule.hoists_inputs(*sizes)
     if hoisted:
         xs, drive = from_inputs(weights, xs, drive), None
-    left = schedule.puts_weights_left(batch, *weights.W_T.shape)
+    left = schedule.puts_weights_left(batch, cell.W.shape[0])
     W_times = repeated_product(weights.W_T, options.precision, left)
 
     def step(h_prev, now):

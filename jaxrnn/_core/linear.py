@@ -139,7 +139,7 @@ def _backward(J, g, from_later, *, as_delta):
 
 
 def _repeated(matrix, y, options):
-    left = schedule.puts_weights_left(y.shape[:-1], *matrix.shape)
+    left = schedule.puts_weights_left(y.shape[:-1], matrix.shape[0])
     return repeated_product(matrix, options.precision, left)
 
 

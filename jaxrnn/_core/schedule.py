@@ -1,60 +1,84 @@
-"""How the loops are run, chosen by shape in one place; `python -m benchmarks tune` measures it.
+"""How the loops are run, chosen by shape in one table; `python -m benchmarks tune` measures it.
 
-Every choice is between two ways to compute the same; none changes what is computed. Sizes are
-those after the fold: B counts all sequences that share the weights. What was measured are
-CPUs; elsewhere a step should be few kernels, and caches are not what bounds it.
+Every choice is between ways to compute the same; none changes what is computed. The figures are
+milliseconds on two cores of a Xeon with AVX-512 (float32, jax 0.10.2, 2026-11-28): of the answer,
+and of others in parentheses. The table is for CPUs. Elsewhere a step should be few kernels, and
+caches are not what bounds it: U x stands before the loop, W on the right, and no segment is cut.
 """
 
+from collections.abc import Callable
 from math import prod
+from typing import Any, NamedTuple
 
 import jax
 
 from jaxrnn._jax.batch_axes import members_now
 
 
-def _unmeasured(*sizes) -> bool:
+class Line(NamedTuple):
+    """One line of a choice: it holds for shapes (T, B, D, H) that no line before it takes.
+
+    B counts all sequences that share the weights, T the steps of all members that have their own.
+    """
+
+    where: Callable[[int, int, int, int], bool]
+    answer: Any
+    shape: tuple[int, int, int, int]  # what was measured
+    measured: str
+
+
+TABLE = {
+    # U x of all steps is one product before the loop (one large product, and U is read once; but
+    # all of [T, B, H] is written and read again), or one in each step. Forward.
+    "hoists_inputs": (
+        Line(lambda T, B, D, H: D >= 16 * B, True, (100, 16, 1024, 1024),
+             "50.0 (in the loop 89.1)"),
+        Line(lambda T, B, D, H: D >= 16 and T * B * H <= 2**20, True, (256, 8, 128, 128),
+             "2.54 (in the loop 4.02)"),
+        Line(lambda T, B, D, H: True, False, (784, 128, 1, 128), "74.2 (before the loop 88.7)"),
+    ),
+    # W hᵀ in place of h Wᵀ: XLA packs the right operand at every call, and of few sequences and a
+    # large W that should be the sequences. Forward.
+    "puts_weights_left": (
+        Line(lambda T, B, D, H: H >= 1024 and 2 <= B <= 64, True, (40, 16, 8, 1024),
+             "10.1 (on the right 21.4)"),
+        Line(lambda T, B, D, H: True, False, (100, 64, 8, 256), "12.8 (on the left 13.8)"),
+    ),
+    # How many rows [H], of all sequences, the backward takes at once. Then comes one product for
+    # each parameter, added to the sum so far. Few rows where products by x are skinny, and cheap
+    # beside what is read and written again. Forward and gradient.
+    "segment_rows": (
+        Line(lambda T, B, D, H: D < 16 and H <= 128 and B >= 32, 256, (60, 256, 3, 32),
+             "4.86 (2,048 rows 5.79); beside a busy core (60, 64, 3, 128) 4.53 (all rows 5.54)"),
+        Line(lambda T, B, D, H: True, 2048, (256, 32, 128, 128),
+             "22.1 (256 rows 24.6, all rows 20.4); (784, 128, 1, 128) 214 (all rows 263)"),
+    ),
+}  # fmt: skip
+
+
+def _answer(choice: str, elsewhere: Any, *shape: Any) -> Any:
     # A program exported for sizes to come has symbols for them.
-    symbolic = not all(isinstance(size, int) for size in sizes)
-    return symbolic or jax.default_backend() != "cpu"
+    if jax.default_backend() != "cpu" or not all(isinstance(size, int) for size in shape):
+        return elsewhere
+    return next(line.answer for line in TABLE[choice] if line.where(*shape))
 
 
 def hoists_inputs(time: int, batch: tuple[int, ...], input_size: int, hidden_size: int) -> bool:
-    """Whether U x of all steps is one product before the loop, not one in each step.
-
-    Before the loop it is one large product, and U is read once; but all of `[T, B, H]` is written
-    and read again. That pays where U outweighs what a step writes, or all of it stays in cache.
-    """
-    if _unmeasured(time, *batch, input_size, hidden_size):
-        return True
-    B = prod(batch)
-    fits = members_now.get() * time * B * hidden_size <= 2**20
-    return input_size >= 16 * B or (input_size >= 16 and fits)
+    """Whether U x of all steps is one product before the loop, not one in each step."""
+    steps = members_now.get() * time
+    return _answer("hoists_inputs", True, steps, prod(batch), input_size, hidden_size)
 
 
-def puts_weights_left(batch: tuple[int, ...], rows: int, columns: int) -> bool:
-    """Whether a product of a step is formed as W hᵀ, not as h Wᵀ.
-
-    XLA's CPU back end packs the right operand at every call: of few sequences and a large W,
-    that should be the sequences.
-    """
-    if _unmeasured(*batch, rows, columns):
-        return False
-    fewest, most = (2, 64) if rows * columns >= 2**20 else (8, 32)
-    return rows * columns >= 2**16 and fewest <= prod(batch) <= most
+def puts_weights_left(batch: tuple[int, ...], hidden_size: int) -> bool:
+    """Whether a product of a step is formed as W hᵀ, not as h Wᵀ."""
+    return _answer("puts_weights_left", False, 1, prod(batch), 1, hidden_size)
 
 
-def segment_length(time: int, batch: tuple[int, ...], hidden_size: int) -> int:
-    """How many steps the backward takes at once, where arrays of all steps outgrow the caches.
-
-    A segment ends in one product for each parameter, which is added to the sum so far: it has to
-    be large enough to pay for reading and writing a whole W.
-    """
-    B = prod(batch)
-    if _unmeasured(time, B, hidden_size) or time * B * hidden_size <= 2**19:
+def segment_length(time: int, batch: tuple[int, ...], input_size: int, hidden_size: int) -> int:
+    """How many steps the backward takes at once: all, or at most a quarter, if it can a divisor."""
+    rows = _answer("segment_rows", None, time, prod(batch), input_size, hidden_size)
+    if rows is None or 2 * rows > time * prod(batch):
         return time
-    rows = max(2**18 // hidden_size, 6 * hidden_size)
-    length = max(rows // B, 1)
-    if 2 * length > time:
-        return time
+    length = max(min(rows // prod(batch), time // 4), 1)
     near = [n for n in range(length, 2 * length) if time % n == 0]
     return near[0] if near else length

@@ -50,7 +50,7 @@ def _of_an_update(config, corpus, placement) -> int:
     window = segment = config.seq_length
     if config.layers == 1:
         longest = max(config.hidden_size, alphabet)
-        segment = schedule.segment_length(window, (sequences,), longest)
+        segment = schedule.segment_length(window, (sequences,), alphabet, longest)
     units, gathered = _units(config, placement)
     of_a_segment = ARRAYS_OF_ADJOINTS * units + gathered + ARRAYS_OF_LOGITS * alphabet
     return sequences * (window * ARRAYS_OF_STATES * units + segment * of_a_segment)
