@@ -1531,6 +1531,27 @@ def test_slopes_that_are_infinite_at_0_do_not_reach_gradients_from_invalid_steps
     assert np.all(np.isfinite(outputs[0].W)) and np.all(np.isfinite(outputs[0].parameters))
 
 
+def test_outputs_that_are_infinite_at_0_do_not_reach_gradients_from_invalid_steps():
+    form = jaxrnn.Form(
+        lambda a, h, p: h / 2 + jax.nn.sigmoid(p * a), lambda h, p: jnp.log(jnp.abs(p * h))
+    )
+    params, xs, h0, _ = network()
+    cell = dataclasses.replace(params.cell, form=form, parameters=jnp.linspace(0.5, 1, H))
+    h0 = h0.at[1].set(0)
+    assert LENGTHS[1] == 0
+
+    def gradient(lengths, *args):
+        def loss(cell, xs, h0):
+            return jnp.sum(jnp.sin(jaxrnn.unroll(cell, xs, h0, lengths=lengths)[1]))
+
+        return jax.grad(loss)(*args)
+
+    there = np.array([0, 2])
+    expected = gradient(LENGTHS[there], cell, xs[:, there], h0[there])
+    assert np.all(np.isfinite(expected.W)) and np.all(np.isfinite(expected.parameters))
+    assert_close(gradient(LENGTHS, cell, xs, h0), expected)
+
+
 # Errors ---------------------------------------------------------------------------------------
 
 

@@ -293,8 +293,7 @@ MUTANTS = {
         lax, "custom_linear_solve", wrong_matvec, "curvature",
     ),
     "a segment that starts from the first state": (
-        remat, "starts", lambda right: lambda *args: right(*args)[:1].repeat(T // 2, 0),
-        "segments",
+        derivative, "state_before", lambda right: lambda options, known, *_: known[2], "segments",
     ),
     "the source's sign": (
         loss, "output_error", lambda right: lambda *args: -right(*args), "loss_and_grads",
@@ -447,7 +446,7 @@ TEXT_MUTANTS = {
         "hessian_vector_products and tanh and reverse",
     ),
     "a segment that starts from the state after": (
-        "_core/remat.py", "else (length - 1, time - 1)", "else (length, time)",
+        "_core/derivative.py", "if reverse else start - 1", "if reverse else start",
         "gradients_under_every_choice and plain and 2",
     ),
     "a segment that forgets what the later ones pass back": (

@@ -191,6 +191,29 @@ def test_the_compiled_program_has_no_gradient_that_nobody_asked_for(case):
     assert compiled_products(jax.grad(of_bias), case[0].b, *case)[0] == 1
 
 
+NETWORKS = {
+    "leak": {"leak": 0.5},
+    "relu with leak": {"leak": 0.5, "activation": "relu"},
+    "a callable with leak": {"leak": 0.5, "activation": jax.nn.softplus},
+    "a callable": {"activation": jax.nn.softplus},
+    "voltage": {"leak": 0.5, "form": "voltage"},
+    "custom": {"form": jaxrnn.Form(lambda a, h, _: 0.5 * h + jnp.sin(a), lambda h, _: jnp.cos(h))},
+}
+
+
+@pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS.keys())
+def test_no_preactivation_is_formed_again(case, network):
+    def of_weights(weights, cell, xs, h0):
+        cell = dataclasses.replace(cell, **weights)
+        return loss(jaxrnn.unroll)(cell, xs, h0)
+
+    cell, xs, h0 = case
+    cell = dataclasses.replace(cell, **network)
+    weights = {"U": cell.U, "W": cell.W, "b": cell.b}
+    # As of tanh without a leak: U x, dU and dW.
+    assert compiled_products(jax.grad(of_weights), weights, cell, xs, h0) == (3, [1, 1])
+
+
 def test_arrays_of_all_steps():
     """Beyond inputs and outputs, of which the states are one, at most two of [T, B, H]."""
     T, B, D, H = 100, 16, 64, 64

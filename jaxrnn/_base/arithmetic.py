@@ -122,9 +122,13 @@ def from_inputs(
         # The ids have been made safe: an invalid one names the row of NaN.
         laid_out = sharding.of_rows(weights.U_T, x.ids)
         a = weights.U_T.at[x.ids].get(mode="promise_in_bounds", out_sharding=laid_out)
-    else:
-        a = product(x, weights.U_T, weights.precision)
-        a = a if weights.b is None else a + like(weights.b, a)
+        return a if drive is None else a + drive.astype(a.dtype)
+    return shifted(weights, product(x, weights.U_T, weights.precision), drive)
+
+
+def shifted(weights: RowWeights, a: jax.Array, drive: jax.Array | None) -> jax.Array:
+    """a + b + drive, of those that there are."""
+    a = a if weights.b is None else a + like(weights.b, a)
     return a if drive is None else a + drive.astype(a.dtype)
 
 

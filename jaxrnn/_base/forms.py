@@ -11,7 +11,7 @@ So φ' stands on one side of W or on the other, and the leak acts in the same wa
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,10 +64,19 @@ def _for_units(cell: Cell, a: jax.Array) -> Any:
 
 def update(cell: Cell, a: jax.Array, h_prev: jax.Array) -> jax.Array:
     """h = f(a, h_prev), in the dtype of h_prev."""
+    return move(cell, inner(cell, a), h_prev)
+
+
+def inner(cell: Cell, a: jax.Array) -> jax.Array:
+    """What a unit moves to: φ(a) in the rate form, a in the others."""
+    return function_of(cell)(a) if cell.form == "rate" else a
+
+
+def move(cell: Cell, moved: jax.Array, h_prev: jax.Array) -> jax.Array:
+    """h, from what `inner` has found."""
     if is_custom(cell):
-        h = _form(cell).update(a, h_prev.astype(a.dtype), _for_units(cell, a))
+        h = _form(cell).update(moved, h_prev.astype(moved.dtype), _for_units(cell, moved))
         return h.astype(h_prev.dtype)
-    moved = function_of(cell)(a) if cell.form == "rate" else a
     if cell.leak is not None:
         alpha = like(cell.leak, moved)
         moved = (1 - alpha) * h_prev.astype(moved.dtype) + alpha * moved
@@ -82,6 +91,30 @@ def output(cell: Cell, h: jax.Array) -> jax.Array:
     if is_custom(cell):
         return _form(cell).output(h, _for_units(cell, h))
     return function_of(cell)(h)
+
+
+class Kept(NamedTuple):
+    """What the forward pass keeps of a step for derivatives, beside the state.
+
+    Args:
+      s_prev: s_{t−1}.
+      a: a_t, or φ(a_t) where φ' is found from it; None in the voltage form.
+      on: of relu, where a_t > 0, so that without a gradient of the leak φ(a) is dropped.
+    """
+
+    s_prev: jax.Array
+    a: Any = None
+    on: Any = None
+
+
+def kept(cell: Cell, s_prev: jax.Array, a: jax.Array, moved: jax.Array) -> Kept | None:
+    """None where the states are enough: without a leak, where φ' is found from φ."""
+    if cell.form == "voltage":
+        return Kept(s_prev)
+    if slope_of(cell) is identity:
+        return Kept(s_prev, a)
+    on = moved > 0 if resolve(cell.activation) is NAMED["relu"] else None
+    return None if cell.leak is None else Kept(s_prev, moved, on)
 
 
 def update_derivatives(cell: Cell, a: jax.Array, h_prev: jax.Array) -> tuple:

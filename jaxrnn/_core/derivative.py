@@ -122,14 +122,15 @@ def prepared(cell, xs, h0, lengths, mask, drive, options) -> tuple[Cell, Sequenc
 
 def _valid_states(cell, sequences, h0, options):
     sequences = clean(sequences, cell.U.shape[1])
-    h_last, hs = states(cell, sequences, h0, options)
+    h_last, (hs, _) = states(cell, sequences, h0, options)
     return h_last, without_padding(hs, sequences.mask)
 
 
 def states(cell: Cell, sequences: Sequences, h0: jax.Array, options: Options):
-    """(h_last, states of all steps, frozen where the mask is False): what JAX differentiates.
+    """(h_last, (states of all steps, what is kept)): what JAX differentiates.
 
-    Two results, so that what wants the first alone keeps nothing for the others.
+    The states are frozen where the mask is False. h_last is a result of its own, so that what wants
+    it alone keeps nothing for the others.
     """
     run, tangent = partial(forward.states, options), partial(_tangent, options)
     return run_loop(run, cell, sequences, h0, tangent)
@@ -139,8 +140,12 @@ def _tangent(options, arguments, results, tangents):
     """The derivative rule of `states`."""
     (cell, sequences, h0), (dcell, moved, dh0) = arguments, tangents
     dxs = None if isinstance(moved.xs, Ids) else moved.xs
-    known = cell, sequences._replace(hs=results[1]), h0
-    return derivative(options, cell)(known, Tangents(dcell, dxs, moved.drive, dh0), results)
+    h_last, (hs, kept) = results
+    known = cell, sequences._replace(hs=hs, kept=kept), h0
+    given = Tangents(dcell, dxs, moved.drive, dh0)
+    dh_last, dhs = derivative(options, cell)(known, given, like=(h_last, hs))
+    # Derivatives of the second order read nothing that is kept.
+    return dh_last, (dhs, jax.tree.map(lambda _: None, kept))
 
 
 def derivative(options: Options, cell: Cell) -> LinearMap:
@@ -169,29 +174,36 @@ class At(NamedTuple):
 
 def linearised(options: Options, cell: Cell, steps: Sequences, h_before: jax.Array) -> At:
     """The Jacobians of these steps, and what the tangents of the parameters are multiplied by."""
-    xs, drive, mask, cut, hs = steps
+    xs, drive, mask, cut, hs, kept = steps
     h_prev = seen = previous(hs, h_before, options.reverse)
     if cut is not None:
         # Of the same value: a cut shows where JAX differentiates this.
         seen = jnp.where(cut[..., None], lax.stop_gradient(h_prev), h_prev)
     if forms.has_output(cell):
         seen = select(mask, seen, 0.5)  # any value: at 0 a slope may be infinite
-    s_prev, slope_of = forms.output(cell, seen), forms.slope_of(cell)
+    slope_of, wide = forms.slope_of(cell), accumulation_dtype(hs.dtype)
     custom, voltage = forms.is_custom(cell), cell.form == "voltage"
     p = q = k = by_alpha = by_theta = by_g = None
-    a: Any = None  # formed where it is read
-    moved: Any = None
-    if cell.leak is not None or (slope_of is forms.identity and not voltage):
+    known = forms.Kept(forms.output(cell, seen)) if kept is None else cast(kept, wide)
+    s_prev, a, on = known
+    if kept is not None and forms.has_output(cell):
+        s_prev = select(mask, s_prev, forms.output(cell, jnp.full_like(s_prev[:1], 0.5)))
+    elif kept is not None:
+        h_prev = s_prev
+    # What was not kept is formed again, where it is read.
+    if known.a is None and (cell.leak is not None or (slope_of is forms.identity and not voltage)):
         weights = arithmetic.row_weights(cell, xs, options.precision)
-        a = moved = arithmetic.preactivation(weights, xs, s_prev, drive)
+        a = arithmetic.preactivation(weights, xs, s_prev, drive)
+    moved: Any = a
     if custom:
         p, k, by_theta = forms.update_derivatives(cell, a, h_prev)
         q, by_g = forms.output_derivatives(cell, seen.astype(a.dtype))
     elif voltage:
         q = forms.slope_basis(cell, s_prev, seen.astype(s_prev.dtype))
     elif a is not None:
-        moved = forms.function_of(cell)(a).astype(a.dtype)
-        p = forms.slope_basis(cell, moved, a)
+        if kept is None or slope_of is forms.identity:  # else φ(a) is what was kept
+            moved = forms.function_of(cell)(a).astype(a.dtype)
+        p = forms.slope_basis(cell, moved, a) if on is None else on
     else:
         p = hs
     if cell.leak is not None:
@@ -253,21 +265,27 @@ def _push_forward(options, known, tangents):
     dtype = steps.hs.dtype
     wide = accumulation_dtype(dtype)
 
-    def segment(dh_before, now, h_before):
+    def segment(dh_before, now, start):
         steps, dxs, ddrive, dstate = now
-        at = linearised(options, cell, steps, h_before)
+        at = linearised(options, cell, steps, state_before(options, known, start, steps))
         moved = cast(Tangents(tangents.cell, dxs, ddrive, None, dstate), wide)
         dhs = linear.tangent_states(at.J, _sources(at, moved), dh_before)
         return dhs[options.last], dhs.astype(dtype)
 
     dh0 = jnp.zeros_like(h0, wide) if tangents.h0 is None else tangents.h0.astype(wide)
     length = segment_length(options, cell, steps.hs, h0)
-    before = remat.starts(steps.hs, h0, length, options.reverse)
     now = steps, tangents.xs, tangents.drive, tangents.state
-    dh_last, dhs = remat.over_segments(
-        segment, dh0, now, before, length, steps.hs, reverse=options.reverse
-    )
+    over = partial(remat.over_segments, segment, dh0, now, length, steps.hs)
+    dh_last, dhs = over(reverse=options.reverse)
     return dh_last.astype(dtype), dhs
+
+
+def state_before(options, known, start, steps):
+    """The state before these steps in scan order; `start` is the index of the first one."""
+    (_, (*_, hs, _), h0), reverse = known, options.reverse
+    t = start + steps.hs.shape[0] if reverse else start - 1
+    inside = t < hs.shape[0] if reverse else t >= 0
+    return jnp.where(inside, lax.dynamic_index_in_dim(hs, t, keepdims=False), h0)
 
 
 def segment_length(options: Options, cell: Cell, hs, h0, widest: int = 0):
@@ -283,8 +301,9 @@ def _pull_back(options, known, cotangents, wanted):
     (cell, steps, h0), (g_last, g) = known, cotangents
     wide = accumulation_dtype(h0.dtype)
 
-    def segment(carry, now, h_before):
+    def segment(carry, now, start):
         (steps, g), (from_later, sums) = now, carry
+        h_before = state_before(options, known, start, steps)
         g = None if g is None else g.astype(wide)
         share = segment_gradient(options, cell, steps, h_before, g, from_later, wanted)
         sums = jax.tree.map(jnp.add, sums, share.cell)
@@ -294,9 +313,8 @@ def _pull_back(options, known, cotangents, wanted):
     sums = jax.tree.map(jnp.zeros_like, _only(wanted.cell, cell))
     carry = cast((jnp.zeros_like(h0) if g_last is None else g_last, sums), wide)
     length = segment_length(options, cell, steps.hs, h0)
-    before = remat.starts(steps.hs, h0, length, options.reverse)
     (dh0, sums), (dxs, ddrive, dstate) = remat.over_segments(
-        segment, carry, (steps, g), before, length, per_step, reverse=not options.reverse
+        segment, carry, (steps, g), length, per_step, reverse=not options.reverse
     )
     found = Tangents(sums, dxs, ddrive, None if wanted.h0 is None else dh0, dstate)
     return cast_like(found, wanted)
@@ -310,7 +328,7 @@ def segment_gradient(options, cell, steps, h_before, g, from_later, wanted) -> T
     of sums, in which all shares come. That of h0 is the gradient of h_before, wanted or not.
     """
     at = linearised(options, cell, steps, h_before)
-    both = cell.leak is not None or at.J.k is not None or wanted.state is not None  # λ and δ
+    both = jax.tree.leaves((wanted.state, _theta(wanted.cell)))  # λ and δ
     dh_before, adjoint = linear.adjoint_states(at.J, g, from_later, as_delta=not both)
     if both:
         adjoint = select(steps.mask, adjoint, 0)
@@ -373,7 +391,7 @@ def _plain(options, known, tangents):
 
 def _by_all_steps(options, known, tangents, solve):
     cell, steps, h0 = known
-    at = linearised(options, cell, steps, h0)
+    at = linearised(options, cell, steps._replace(kept=None), h0)
     moved = cast(tangents, accumulation_dtype(h0.dtype))
     dhs = solve(at, _sources(at, moved), moved.h0).astype(h0.dtype)
     return dhs[options.last], dhs
@@ -398,7 +416,7 @@ def _pull_in_window(options, known, cotangents, wanted):
 
 
 def _plain_in_window(options, known, tangents):
-    cell, (xs, drive, mask, _, hs), h0 = known
+    cell, (xs, drive, mask, _, hs, _), h0 = known
     held = lax.stop_gradient((hs, h0))
 
     def recomputed(cell, xs, drive, h0, state):

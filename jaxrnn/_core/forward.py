@@ -13,8 +13,9 @@ from jax import lax
 
 from jaxrnn._backends import select
 from jaxrnn._backends.kernels import run as kernels
+from jaxrnn._base import arithmetic
 from jaxrnn._base.arithmetic import from_inputs, repeated_product, row_weights, safe_ids
-from jaxrnn._base.forms import function_of, output, update
+from jaxrnn._base.forms import function_of, inner, kept, move, output
 from jaxrnn._base.masking import select as where_valid
 from jaxrnn._base.masking import without_padding
 from jaxrnn._base.options import Options
@@ -31,6 +32,7 @@ class Sequences(NamedTuple):
       mask: which steps are valid; on the others the state is frozen.
       cut: at which steps derivatives do not pass from a_t to h_{t−1}; of no effect on values.
       hs: the states themselves, where they are known, frozen on invalid steps.
+      kept: what else the forward pass keeps for derivatives: see `forms.kept`.
     """
 
     xs: jax.Array | Ids
@@ -38,6 +40,7 @@ class Sequences(NamedTuple):
     mask: jax.Array | None
     cut: jax.Array | None
     hs: Any = None
+    kept: Any = None
 
 
 def clean(sequences: Sequences, input_size: int) -> Sequences:
@@ -50,33 +53,42 @@ def clean(sequences: Sequences, input_size: int) -> Sequences:
 
 def states(
     options: Options, cell: Cell, sequences: Sequences, h0: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """(the last h_t in scan order, h_t of every step), frozen where the mask is False."""
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array | None]]:
+    """(the last h_t in scan order, (h_t, what is kept) of every step), frozen without the mask."""
     name = select.choose(options, cell.W, h0.shape[:-1], function_of(cell), cell.form)
-    by = dict(scan=partial(_scan, options), kernel=partial(_kernel, options, name))
+    keep = name not in select.KERNELS
+    by = dict(scan=partial(_scan, options, keep), kernel=partial(_kernel, options, name))
     return select.perform(name, options, (cell, sequences, h0), **by)
 
 
-def _scan(options, cell, sequences, h0):
-    xs, drive, mask, *_ = sequences
+def _scan(options, keep, cell, sequences, h0):
+    xs = sequences.xs
     weights, batch = row_weights(cell, xs, options.precision), h0.shape[:-1]
     sizes = leading_shape(xs)[0], batch, *cell.U.shape[::-1]
     hoisted = not isinstance(xs, Ids) and schedule.hoists_inputs(*sizes)
-    if hoisted:
-        xs, drive = from_inputs(weights, xs, drive), None
+    if hoisted and not isinstance(xs, Ids):
+        # b is added in the loop: in all of [T, B, H] it would be one more array.
+        xs = arithmetic.product(xs, weights.U_T, options.precision)
+    of_x = partial(arithmetic.shifted if hoisted else from_inputs, weights)
     left = schedule.puts_weights_left(batch, cell.W.shape[0])
     W_times = repeated_product(weights.W_T, options.precision, left)
 
     def step(h_prev, now):
         x, drive, mask = now
-        a = W_times(output(cell, h_prev)) + (x if hoisted else from_inputs(weights, x, drive))
-        h = where_valid(mask, update(cell, a, h_prev), h_prev)
-        return h, h
+        s_prev = output(cell, h_prev)
+        a = W_times(s_prev) + of_x(x, drive)
+        moved = inner(cell, a)
+        h = where_valid(mask, move(cell, moved, h_prev), h_prev)
+        beside = kept(cell, s_prev, a, moved) if keep else None
+        return h, (h, arithmetic.cast(beside, h.dtype))
 
-    return lax.scan(step, h0, (xs, drive, mask), reverse=options.reverse)
+    steps = xs, sequences.drive, sequences.mask
+    return lax.scan(step, h0, steps, reverse=options.reverse)
 
 
 def _kernel(options, name, cell, sequences, h0):
     xs, drive, mask, *_ = sequences
     a = from_inputs(row_weights(cell, xs, options.precision), xs, drive)
-    return kernels.states(name, options, cell.W, cell.leak, function_of(cell), a, mask, h0)
+    how = name, options, cell.W, cell.leak, function_of(cell)
+    h_last, hs = kernels.states(*how, a, mask, h0)
+    return h_last, (hs, None)

@@ -91,11 +91,13 @@ def _by_hand(params, targets, xs, h0, lengths, mask, drive, *, options):
     h_last = h0
     if leading_shape(xs)[0]:
         sequences = clean(sequences, cell.U.shape[1])
-        h_last, hs = derivative.states(cell, sequences, h0, options)
+        h_last, (hs, kept) = derivative.states(cell, sequences, h0, options)
+        known = cell, sequences._replace(hs=hs, kept=kept), h0
         length = derivative.segment_length(options, cell, hs, h0, params.readout.V.shape[0])
 
-        def segment(carry, now, h_before):
+        def segment(carry, now, start):
             (now, targets), (from_later, sums, loss) = now, carry
+            h_before = derivative.state_before(options, known, start, now)
             s = output(cell, now.hs)
             Omega = logits(params.readout, s.astype(h0.dtype), precision)
             loss += jnp.sum(cross_entropy(Omega, targets, now.mask))
@@ -120,10 +122,9 @@ def _by_hand(params, targets, xs, h0, lengths, mask, drive, *, options):
             share = Params(found.cell, Readout(V, c))
             return (found.h0, jax.tree.map(jnp.add, sums, share), loss), ()
 
-        before = remat.starts(hs, h0, length, options.reverse)
-        steps = sequences._replace(hs=hs), targets
+        steps = known[1], targets
         back = not options.reverse
-        carry, _ = remat.over_segments(segment, carry, steps, before, length, (), reverse=back)
+        carry, _ = remat.over_segments(segment, carry, steps, length, (), reverse=back)
     dh0, sums, loss = carry
     dh0 = dh0.astype(h0.dtype if given_h0 is None else given_h0.dtype)
     return loss, Gradients(cast_like(sums, params), dh0, h_last)

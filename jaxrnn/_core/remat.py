@@ -49,40 +49,28 @@ def recomputed(segment: Callable, carry, steps, length: int, *, reverse: bool) -
     return carry, jax.tree.map(lambda *p: jnp.concatenate(p), *parts)
 
 
-def starts(hs: jax.Array, h0: jax.Array, length: int, reverse: bool) -> jax.Array:
-    """The state before each segment in scan order, `[segments, *batch, H]`."""
-    time = hs.shape[0]
-    first, end = (length, time) if reverse else (length - 1, time - 1)
-    between = hs[min(first, end) : end : length]
-    return jnp.concatenate([between, h0[None]] if reverse else [h0[None], between])
-
-
 def over_segments(
-    segment: Callable, carry, steps, before, length: int, like: Any, *, reverse: bool
+    segment: Callable, carry, steps, length: int, like: Any, *, reverse: bool
 ) -> tuple[Any, Any]:
-    """Run `segment(carry, steps, before) -> (carry, outputs)` along time.
+    """Run `segment(carry, steps, index of the first one) -> (carry, outputs)` along time.
 
     Nothing is copied: each segment is read, and its outputs are written, in place. So JAX is
     not to transpose this: a slice in the loop would become a sum of whole arrays.
 
-    Each segment sees its own entry of `before`, a pytree of `[segments, …]`. `like` has arrays of
-    the shapes and dtypes of the outputs of all steps. The rest is as in `recomputed`.
+    `like` has arrays of the shapes and dtypes of the outputs of all steps. The rest is as in
+    `recomputed`.
     """
     time = jax.tree.leaves(steps)[0].shape[0]
-
-    def entry(n):
-        return jax.tree.map(lambda b: b[n], before)
-
     if length >= time:
-        return segment(carry, steps, entry(0))
+        return segment(carry, steps, 0)
     count, rest = divmod(time, length)
 
-    def run(carry, start, size, before):
+    def run(carry, start, size):
         now = jax.tree.map(lambda s: lax.dynamic_slice_in_dim(s, start, size), steps)
-        return segment(carry, now, before)
+        return segment(carry, now, start)
 
-    def write(state, start, size, before):
-        carry, y = run(state[0], start, size, before)
+    def write(state, start, size):
+        carry, y = run(state[0], start, size)
         put = partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
         return carry, jax.tree.map(put, state[1], y)
 
@@ -91,13 +79,12 @@ def over_segments(
     else:
         # Inside shard_map and under explicit sharding a type is more than shape and dtype: it
         # is taken from a segment that XLA removes again.
-        after, first = run(carry, 0, length, entry(0))
+        after, first = run(carry, 0, length)
         carry = jax.tree.map(lambda c, a: c + jnp.zeros_like(a), carry, after)
         out = jax.tree.map(lambda y: jnp.repeat(jnp.zeros_like(y[:1]), time, 0), first)
     state, last = (carry, out), count * length
     if rest and reverse:
-        state = write(state, last, rest, entry(-1))
-    every = (jnp.arange(count) * length, jax.tree.map(lambda b: b[:count], before))
-    body = lambda state, now: (write(state, now[0], length, now[1]), None)  # noqa: E731
-    state, _ = lax.scan(body, state, every, reverse=reverse)
-    return write(state, last, rest, entry(-1)) if rest and not reverse else state
+        state = write(state, last, rest)
+    body = lambda state, start: (write(state, start, length), None)  # noqa: E731
+    state, _ = lax.scan(body, state, jnp.arange(count) * length, reverse=reverse)
+    return write(state, last, rest) if rest and not reverse else state

@@ -89,7 +89,9 @@ def _differentiate(primals, tangents, *, call, loop, tangent, tree, out_tree, me
         jax.tree.unflatten(out_tree, out),
         jax.tree.unflatten(tree, moved),
     )
-    return out, jax.tree.leaves(of_results)
+    found = out_tree.flatten_up_to(of_results)
+    zero = [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in out]
+    return out, [z if t is None else t for t, z in zip(found, zero, strict=True)]
 
 
 ad.primitive_jvps[_loop_p] = _differentiate
