@@ -34,8 +34,8 @@ class Jacobians:
     Args:
       W: recurrent weights.
       leak: α, or None.
-      p: rate form: what φ'(a_t) is found from. Without a leak that is h_t itself, so that beyond
-        inputs and parameters only h is kept, and φ' is found inside the loops.
+      p: rate form: what φ'(a_t) is found from, inside the loops. Without a leak that is h_t itself,
+        so that beyond inputs and parameters only h is kept; of relu with one, whether a_t > 0.
       q: voltage form: what φ'(h_{t−1}) is found from.
       k: custom form: ∂f/∂h, where p and q are ∂f/∂a and g' (None for 1).
       mask: which steps are valid: on the others J_t = I.
