@@ -17,7 +17,7 @@ from jax import lax
 
 import jaxrnn
 from jaxrnn._base import arithmetic, forms, masking
-from jaxrnn._core import derivative, linear, loss, remat, schedule, window
+from jaxrnn._core import derivative, linear, loss, schedule, window
 
 ROOT = pathlib.Path(__file__).parent.parent
 

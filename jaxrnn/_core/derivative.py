@@ -24,8 +24,8 @@ transposed, one over many steps for the gradient of each parameter:
     dL/dW = Σ δ_t s_{t−1}ᵀ,  dL/dU = Σ δ_t x_tᵀ,  dL/db = Σ δ_t,  dL/dx_t = Uᵀ δ_t
     dL/dθ = Σ (∂f/∂θ)ᵀ λ_t + Σ (∂g/∂θ)ᵀ Wᵀ δ_t
 
-For α: ∂f/∂α is φ(a_t) − h_{t−1} in the rate form, with φ(a) kept by the forward pass, since divided
-out of h it would be lost at α = 0. In the voltage form it is a_t − h_{t−1}, and a is not needed: with
+For α: ∂f/∂α is φ(a_t) − h_{t−1} in the rate form, with φ(a) kept by the forward pass: divided out
+of h it would be lost at α = 0. In the voltage form it is a_t − h_{t−1}, and a is not needed: with
 G_W = Σ λ_t s_{t−1}ᵀ, G_U = Σ λ_t x_tᵀ and G_b = Σ λ_t, of which dL/dW, dL/dU and dL/db are α times
 the rows,
 
