@@ -42,9 +42,10 @@ def plain_step(cell, x, h, cut=False):
     if isinstance(cell.form, jaxrnn.Form):
         s = cell.form.output(hold(h) if cut else h, cell.parameters)
         return cell.form.update(cell.W @ s + cell.U @ x + cell.b, h, cell.parameters)
-    s = jnp.tanh(h) if cell.form == "voltage" else h
+    phi = {"tanh": jnp.tanh, "relu": jax.nn.relu}[cell.activation]
+    s = phi(h) if cell.form == "voltage" else h
     a = cell.W @ (hold(s) if cut else s) + cell.U @ x + cell.b
-    f = a if cell.form == "voltage" else jnp.tanh(a)
+    f = a if cell.form == "voltage" else phi(a)
     return f if cell.leak is None else (1 - cell.leak) * h + cell.leak * f
 
 
@@ -146,6 +147,7 @@ WITNESSES = {
     "tangent": of_unroll(tangent),
     "curvature": of_unroll(curvature),
     "leak": of_unroll(gradient, leak=LEAK),
+    "relu with a leak": of_unroll(gradient, leak=LEAK, activation="relu"),
     "tangent of a leak": of_unroll(tangent, leak=LEAK),
     "voltage": of_unroll(gradient, leak=LEAK, form="voltage"),
     "mask": of_unroll(gradient, {"mask": MASK}),
@@ -291,6 +293,23 @@ MUTANTS = {
     ),
     "wrong matvec": (
         lax, "custom_linear_solve", wrong_matvec, "curvature",
+    ),
+    "φ(a) that was kept of another a": (
+        forms, "kept", lambda right: lambda cell, s, a, moved: right(cell, s, a, 1.001 * moved),
+        "leak",
+    ),
+    "an a that was kept of another step": (
+        forms, "kept", lambda right: lambda cell, s, a, moved: right(cell, s, 1.001 * a, moved),
+        "custom",
+    ),
+    "an s that was kept of another step": (
+        forms, "kept", lambda right: lambda cell, s, *more: right(cell, 1.001 * s, *more),
+        "voltage",
+    ),
+    "relu that passes where it is off": (
+        forms, "kept",
+        lambda right: lambda *args: (k := right(*args))._replace(on=jnp.ones_like(k.on)),
+        "relu with a leak",
     ),
     "a segment that starts from the first state": (
         derivative, "state_before", lambda right: lambda options, known, *_: known[2], "segments",
