@@ -78,11 +78,11 @@ def test_the_reader_of_imports_sees_what_is_against_the_order(room, line, agains
 
 
 def test_lines_of_the_core():
-    assert counts.lines_of_core() <= 1710
+    assert counts.lines_of_core() <= 1740
 
 
 def test_lines_of_the_library():
-    assert counts.lines_of_library() <= 5710  # the aim is 4,600
+    assert counts.lines_of_library() <= 5740  # the aim is 4,600
 
 
 @pytest.mark.parametrize("sizes", [counts.SMALL, counts.LONG], ids=str)

@@ -1,11 +1,13 @@
 """The loss, its gradient by hand and the output layer."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import assert_close, random_case
 
 import jaxrnn
 from jaxrnn import Cell, Ids, Params, Readout, textbook
@@ -267,3 +269,40 @@ def test_apply_readout_rounds_once(dtype):
     # terms are positive: a sum formed in half precision would be off by many ulp.
     rounding = float(jnp.finfo(dtype).eps) / 2 + H * 2.0**-24
     np.testing.assert_allclose(np.asarray(logits, np.float64), hs @ V.T + c, rtol=rounding)
+
+
+KEPT = {
+    "leak": ({"leak": jnp.asarray(0.3)}, {}),
+    "relu with a leak": ({"leak": jnp.asarray(0.3), "activation": "relu"}, {}),
+    "a callable, truncated": ({"activation": jnp.sin}, {"truncate": 2}),
+    "voltage": ({"leak": jnp.asarray(0.3), "form": "voltage"}, {}),
+    "custom, truncated": (
+        {
+            "form": jaxrnn.Form(lambda a, h, p: p * jnp.sin(h) + jnp.tanh(a), lambda h, p: h * p),
+            "parameters": jnp.linspace(0.2, 0.8, 5),
+        },
+        {"truncate": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize(("network", "how"), KEPT.values(), ids=KEPT.keys())
+def test_what_was_kept_moves_in_derivatives_of_the_gradients(network, how):
+    params, xs, h0, targets = random_case(T=4)
+    params = replace(params, cell=replace(params.cell, **network))
+
+    def by_hand(params, h0):
+        return jaxrnn.loss_and_grads(params, xs, targets, h0=h0, **how)[1].params
+
+    def by_jax(params, h0):
+        def loss(params):
+            hs = jaxrnn.unroll(params.cell, xs, h0, **how)[1]
+            Omega = jaxrnn.apply_readout(params.readout, jaxrnn.outputs(params.cell, hs))
+            return jnp.sum(jaxrnn.cross_entropy(Omega, targets))
+
+        return jax.grad(loss)(params)
+
+    found, expected = (
+        jax.jit(lambda *args, f=f: jax.jvp(f, args, args))(params, h0) for f in (by_hand, by_jax)
+    )
+    assert_close(found, expected)

@@ -172,15 +172,41 @@ class At(NamedTuple):
     by_g: tuple | None  # (None, ∂g/∂θ) likewise, where g has any
 
 
+def _before(options, cell, steps, h_before):
+    """h_{t−1}, and the same as g and W see it."""
+    h_prev = seen = previous(steps.hs, h_before, options.reverse)
+    if steps.cut is not None:
+        # Of the same value: a cut shows where JAX differentiates this.
+        seen = jnp.where(steps.cut[..., None], lax.stop_gradient(h_prev), h_prev)
+    if forms.has_output(cell):
+        seen = select(steps.mask, seen, 0.5)  # any value: at 0 a slope may be infinite
+    return h_prev, seen
+
+
+def moving(options, cell, steps, h0):
+    """What was kept, as it depends on the rest: for those who differentiate what reads it."""
+
+    def again(cell, steps, h0):
+        s_prev = forms.output(cell, _before(options, cell, steps, h0)[1])
+        weights = arithmetic.row_weights(cell, steps.xs, options.precision)
+        a = arithmetic.preactivation(weights, steps.xs, s_prev, steps.drive)
+        return cast(forms.kept(cell, s_prev, a, forms.inner(cell, a)), h0.dtype)
+
+    @jax.custom_jvp
+    def value(kept, *_):
+        return kept
+
+    @value.defjvp
+    def _(primals, tangents):
+        return value(*primals), jax.jvp(again, primals[1:], tangents[1:])[1]
+
+    return value(steps.kept, cell, steps._replace(kept=None), h0)
+
+
 def linearised(options: Options, cell: Cell, steps: Sequences, h_before: jax.Array) -> At:
     """The Jacobians of these steps, and what the tangents of the parameters are multiplied by."""
     xs, drive, mask, cut, hs, kept = steps
-    h_prev = seen = previous(hs, h_before, options.reverse)
-    if cut is not None:
-        # Of the same value: a cut shows where JAX differentiates this.
-        seen = jnp.where(cut[..., None], lax.stop_gradient(h_prev), h_prev)
-    if forms.has_output(cell):
-        seen = select(mask, seen, 0.5)  # any value: at 0 a slope may be infinite
+    h_prev, seen = _before(options, cell, steps, h_before)
     slope_of, wide = forms.slope_of(cell), accumulation_dtype(hs.dtype)
     custom, voltage = forms.is_custom(cell), cell.form == "voltage"
     p = q = k = by_alpha = by_theta = by_g = None
@@ -188,7 +214,7 @@ def linearised(options: Options, cell: Cell, steps: Sequences, h_before: jax.Arr
     s_prev, a, on = known
     if kept is not None and forms.has_output(cell):
         s_prev = select(mask, s_prev, forms.output(cell, jnp.full_like(s_prev[:1], 0.5)))
-    elif kept is not None:
+    elif kept is not None and cut is None:
         h_prev = s_prev
     # What was not kept is formed again, where it is read.
     if known.a is None and (cell.leak is not None or (slope_of is forms.identity and not voltage)):

@@ -92,7 +92,10 @@ def _by_hand(params, targets, xs, h0, lengths, mask, drive, *, options):
     if leading_shape(xs)[0]:
         sequences = clean(sequences, cell.U.shape[1])
         h_last, (hs, kept) = derivative.states(cell, sequences, h0, options)
-        known = cell, sequences._replace(hs=hs, kept=kept), h0
+        sequences = sequences._replace(hs=hs, kept=kept)
+        if kept is not None:
+            sequences = sequences._replace(kept=derivative.moving(options, cell, sequences, h0))
+        known = cell, sequences, h0
         length = derivative.segment_length(options, cell, hs, h0, params.readout.V.shape[0])
 
         def segment(carry, now, start):
