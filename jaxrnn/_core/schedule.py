@@ -44,14 +44,17 @@ TABLE = {
              "10.1 (on the right 21.4)"),
         Line(lambda T, B, D, H: True, False, (100, 64, 8, 256), "12.8 (on the left 13.8)"),
     ),
-    # How many rows [H], of all sequences, the backward takes at once. Then comes one product for
-    # each parameter, added to the sum so far. Few rows where products by x are skinny, and cheap
-    # beside what is read and written again. Forward and gradient.
+    # How many rows [H], of all sequences, the backward takes at once; None for all. Then comes one
+    # product for each parameter, added to the sum so far. Few rows where products by x are skinny,
+    # and cheap beside what is read and written again. Forward and gradient.
     "segment_rows": (
-        Line(lambda T, B, D, H: D < 16 and H <= 128 and B >= 32, 256, (60, 256, 3, 32),
-             "4.86 (2,048 rows 5.79); beside a busy core (60, 64, 3, 128) 4.53 (all rows 5.54)"),
+        Line(lambda T, B, D, H: D < 16 and H <= 128 and B >= 32 and T * B * H <= 2**20, 256,
+             (60, 256, 3, 32), "4.86 (2,048 rows 5.79); (60, 64, 3, 128), beside a busy core, "
+             "4.53 (all rows 5.54)"),
+        Line(lambda T, B, D, H: T * B * H <= 2**19, None,
+             (300, 16, 16, 64), "4.74 (in four parts 5.14)"),
         Line(lambda T, B, D, H: True, 2048, (256, 32, 128, 128),
-             "22.1 (256 rows 24.6, all rows 20.4); (784, 128, 1, 128) 214 (all rows 263)"),
+             "22.1 (256 rows 24.6, all rows 20.4); (784, 128, 1, 128) 211 (256 rows 269)"),
     ),
 }  # fmt: skip
 
