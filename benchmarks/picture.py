@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from benchmarks import machine
 from benchmarks.measures import BACKWARD
 from benchmarks.ratios import Spread, geometric_mean, slope
 from benchmarks.report import curves
 from benchmarks.view import NAIVE, OURS, View, means
-from jaxrnn._plots import new_figure, save_png
 
 COLORS = {"best JAX peer": "tab:blue", "naive scan": "tab:orange", "torch": "tab:green"}
 CROWD = 20  # of so many workloads each gets one line
@@ -30,7 +31,7 @@ def plot(document: dict[str, Any], path: Path, measure: str = BACKWARD) -> None:
     lines = len(view.workloads) + len(means(view.workloads))
     inches = 0.3 if len(view.workloads) > CROWD else 0.55
     height = max(4.0, 1.6 + inches * lines, 2.3 * len(by_axis))
-    figure = new_figure(13 if by_axis else 8, height)
+    figure = Figure((13 if by_axis else 8, height), layout="constrained")
     parts = figure.subfigures(1, 2, width_ratios=(1.45, 1)) if by_axis else [figure]
     _ratios(parts[0].subplots(), view, measure)
     if by_axis:
@@ -41,7 +42,7 @@ def plot(document: dict[str, Any], path: Path, measure: str = BACKWARD) -> None:
         axes[0].set_title(title, loc="left", fontsize=10)
     where = f"{machine.describe(document['device'])}, {document['dtype']}, {document['date']}"
     figure.suptitle(where, fontsize=10)
-    save_png(figure, path)
+    figure.savefig(path, format="png", dpi=150)
 
 
 def _ratios(axes: Any, view: View, measure: str) -> None:

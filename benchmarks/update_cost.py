@@ -18,14 +18,16 @@ from dataclasses import dataclass
 
 from benchmarks.collectives import collective, log2
 from benchmarks.hardware import Hardware
-from jaxrnn._training import memory
 
 T, K = 256, 256  # steps of a window; characters: bytes
 SIZES = (1024, 2048, 4096, 8192, 16384)
 BYTES = 2  # of W, states, adjoints and logits: bfloat16
 FLOAT32 = 4  # of parameters, gradients and moments
 # Parameters and Adam's two moments, and what an update makes of them.
-OF_PARAMETERS = 3 + memory.ARRAYS_OF_PARAMETERS
+OF_PARAMETERS = 3 + 3
+# `[T, B, H]`: states, inputs U x, adjoints; `[T, B, K]`: logits, their exponentials and errors, and
+# one in another layout.
+OF_ROWS, OF_LOGITS = 3, 4
 PRODUCTS, MEMORY, STEPS, MODEL, GRADIENTS = "products", "memory", "steps", "model", "gradients"
 
 
@@ -131,9 +133,8 @@ def update_cost(
     # Adam: parameters, moments and gradients read, all but the last written.
     share = FLOAT32 * parameters(H, K) / model
     gradients, gradients_sent = collective(hardware, share, *over_data, passes=2)
-    # As `jaxrnn._training.memory` has it; on accelerators a window is one segment.
-    arrays_of_rows = memory.ARRAYS_OF_STATES + memory.ARRAYS_OF_ADJOINTS
-    kept = arrays_of_rows * rows + H * (model > 1) + memory.ARRAYS_OF_LOGITS * K
+    # On accelerators a window is one segment.
+    kept = OF_ROWS * rows + H * (model > 1) + OF_LOGITS * K
 
     parts = dict.fromkeys((PRODUCTS, MEMORY, STEPS, MODEL, GRADIENTS), 0.0)
     bandwidth = hardware.memory_bandwidth

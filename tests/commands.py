@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-from jaxrnn._cli import main
+from jaxrnn._app.cli import run
 
 TEXT = "the quick brown fox jumps over the lazy dog.\n" * 60
 SMALL = ["--steps", "30", "--hidden-size", "16", "--seq-length", "8", "--batch-size", "4",
@@ -71,7 +71,7 @@ def here(capsys, *args):
     """As `jaxrnn`, without a process of its own."""
     capsys.readouterr()
     try:
-        code = main([os.fspath(arg) for arg in args])
+        code = run([os.fspath(arg) for arg in args])
     except SystemExit as ended:  # argparse
         code = ended.code
     return subprocess.CompletedProcess(args, code, *capsys.readouterr())

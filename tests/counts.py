@@ -29,8 +29,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxrnn"
 # Not part of the library proper: programs for accelerators, the command line, pictures.
 APART = (
-    "_backends/kernels", "_training", "_cli.py", "__main__.py", "_console.py",
-    "_example_report.py", "_files.py", "_plots.py",
+    "_backends/kernels", "_app", "__main__.py",
 )  # fmt: skip
 SMALL, LONG = (5, 2, 3, 4), (2048, 16, 64, 64)  # (T, B, D, H); LONG goes back in segments
 

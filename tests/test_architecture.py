@@ -27,8 +27,8 @@ ROOMS = {
     "_core": 4,
     "_api": 5,
     **dict.fromkeys(("textbook", "convert", "text", "train", "worked_example", "__init__"), 6),
-    **dict.fromkeys(("_training", "_cli", "__main__", "_console", "_plots"), 7),
-    **dict.fromkeys(("_example_report", "_files"), 7),
+    "_app": 7,
+    "__main__": 8,
 }
 
 
@@ -68,9 +68,9 @@ def test_imports_run_one_way():
         ("_base", "def f():\n    from jaxrnn._core import linear", {"_core"}),
         ("_jax", "from jaxrnn._types import Cell", {"_types"}),
         ("_core", "from jaxrnn import unroll", {"__init__"}),
-        ("train", "import jaxrnn._training.run", {"_training"}),
+        ("train", "import jaxrnn._app.run", {"_app"}),
         ("_core", "from jaxrnn import _types, _jax\nimport jax", set()),
-        ("_training", "from jaxrnn import train", set()),
+        ("_app", "from jaxrnn import train", set()),
     ],
 )
 def test_the_reader_of_imports_sees_what_is_against_the_order(room, line, against):

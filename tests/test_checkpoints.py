@@ -14,11 +14,11 @@ import pytest
 from commands import AS_A_USER, MAY_WRITE_ANYWHERE
 
 from jaxrnn._api.checks import InputError
-from jaxrnn._training import directory
-from jaxrnn._training.checkpoints import Checkpoints, fingerprint
-from jaxrnn._training.config import Config, initial_state
-from jaxrnn._training.devices import Placement
-from jaxrnn._training.saved import load
+from jaxrnn._app import directory
+from jaxrnn._app.checkpoints import Checkpoints, fingerprint
+from jaxrnn._app.devices import Placement
+from jaxrnn._app.directory import best_checkpoint, checkpoint_steps
+from jaxrnn._app.run import Config, initial_state, load
 
 SMALL = ["--steps", "30", "--hidden-size", "16", "--seq-length", "8", "--batch-size", "4",
          "--eval-every", "10", "--checkpoint-every", "10", "--sample-length", "0"]  # fmt: skip
@@ -114,36 +114,37 @@ def assert_same(found, expected):
 
 
 def test_the_last_three_and_the_best_are_kept(float32, tmp_path):
-    checkpoints = Checkpoints(tmp_path, write=True)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.prepare()
     for step, bits in enumerate((3.0, 2.0, None, 2.5, None, None), 1):
         checkpoints.save(step, make_state(step), {"at": step}, bits)
-    again = Checkpoints(tmp_path)
-    assert again.steps() == [2, 4, 5, 6] and again.best() == 2
+    assert checkpoint_steps(tmp_path) == [2, 4, 5, 6]
+    assert best_checkpoint(tmp_path) == (2, 2.0)
     # And no others anywhere.
     folder = tmp_path / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["2", "4", "5", "6"]
     # Nor what a process leaves that is killed as it saves, or deletes.
-    for left in ("7.orbax-checkpoint-tmp", "deleted"):
-        shutil.copytree(folder / "4", folder / left / "4")
-    before = contents(tmp_path)
-    assert Checkpoints(tmp_path).steps() == [2, 4, 5, 6] and contents(tmp_path) == before
-    Checkpoints(tmp_path, write=True)
+    for left in ("7.orbax-checkpoint-tmp", "3.deleted"):
+        shutil.copytree(folder / "4", folder / left)
+    before, again = contents(tmp_path), Checkpoints(tmp_path)
+    assert checkpoint_steps(tmp_path) == [2, 4, 5, 6] and contents(tmp_path) == before
+    again.prepare()
     assert sorted(path.name for path in folder.iterdir()) == ["2", "4", "5", "6"]
     assert again.about(4)["at"] == 4
     for model in (1, 2):  # on other devices too
-        for step in again.steps():
+        for step in checkpoint_steps(tmp_path):
             assert_same(again.state(step, shapes(model)), make_state(step))
 
 
 def test_without_a_measured_loss_there_is_no_best(float32, tmp_path):
-    checkpoints = Checkpoints(tmp_path, write=True)
+    checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, make_state(1), {}, None)
-    assert checkpoints.steps() == [1] and checkpoints.best() is None
+    assert checkpoint_steps(tmp_path) == [1] and best_checkpoint(tmp_path) is None
 
 
 def test_a_state_is_read_as_it_was_or_not_at_all(float32, tmp_path, capfd):
     """Each file of a checkpoint with a bit turned over, cut in half, and gone."""
-    checkpoints = Checkpoints(tmp_path, write=True)
+    checkpoints = Checkpoints(tmp_path)
     for step in (1, 2):
         checkpoints.save(step, make_state(step), {"at": step}, 3.0 - step)
     capfd.readouterr()
@@ -187,12 +188,12 @@ def test_a_disk_that_is_full_loses_nothing(run, monkeypatch):
     said = r"jaxrnn train: error: .* cannot be written: .*; the last checkpoint is .*; to go on.*\n"
     assert re.fullmatch(said, found.stderr), found.stderr
     assert contents(run / "checkpoints").items() >= before.items()
-    newest = Checkpoints(run).steps()[-1]
+    newest = checkpoint_steps(run)[-1]
     found = train("--resume", run, "--checkpoint-every", "5", limit=10)
     said = rf"jaxrnn train: error: {run}/metrics.jsonl: cannot be written: File too large\n"
     assert found.returncode == 2 and re.fullmatch(said, found.stderr), found.stderr
     load(run)
-    assert Checkpoints(run).steps()[-1] == newest
+    assert checkpoint_steps(run)[-1] == newest
 
 
 @pytest.mark.parametrize(("limit", "name"), [(100, "config.json"), (1000, "ids.npy"),
@@ -211,7 +212,7 @@ def test_a_picture_on_a_full_disk_ends_nothing(text_file, tmp_path, monkeypatch)
     found = train(text_file, *SMALL, "--out", tmp_path / "run", limit=30_000)
     assert (found.returncode, found.stderr) == (0, "")
     assert f"no picture: {tmp_path}/run/loss.png: cannot be written: File too" in found.stdout
-    assert "run directory: " in found.stdout and Checkpoints(tmp_path / "run").steps()[-1] == 30
+    assert "run directory: " in found.stdout and checkpoint_steps(tmp_path / "run")[-1] == 30
 
 
 def test_a_damaged_checkpoint_is_one_line(run):
@@ -239,7 +240,7 @@ def test_a_checkpoint_of_another_run_is_one_line(run):
 
 
 def test_one_of_another_step_or_text_is_one_line(run):
-    steps = Checkpoints(run).steps()
+    steps = checkpoint_steps(run)
     for name in (run / "checkpoints").iterdir():
         if name.name != str(steps[0]):
             shutil.rmtree(name)
@@ -259,8 +260,8 @@ def test_one_of_another_step_or_text_is_one_line(run):
 
 
 def test_what_is_damaged_beside_the_arrays_is_one_line(run):
-    newest = Checkpoints(run).steps()[-1]
-    for name, content in (("about/metadata", "[]"), ("metrics/metrics", "")):
+    newest = checkpoint_steps(run)[-1]
+    for name, content in (("about/metadata", "[]"), ("about/metadata", "")):
         file = run / "checkpoints" / str(newest) / name
         before = file.read_text()
         file.write_text(content)

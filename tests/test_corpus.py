@@ -17,21 +17,20 @@ import pytest
 
 from jaxrnn import Vocabulary
 from jaxrnn._api.checks import InputError
-from jaxrnn._training import directory, id_file, ngram
-from jaxrnn._training import encode as encoding
-from jaxrnn._training.corpus import Corpus, open_corpus
-from jaxrnn._training.encode import Text, encode
-from jaxrnn._training.levels import Decoder, to_ids
+from jaxrnn._app import corpus as corpora
+from jaxrnn._app import directory
+from jaxrnn._app.corpus import Corpus, Text, encode, open_corpus
+from jaxrnn._app.sample import decoded, to_ids
 from jaxrnn.text import streams
 
 BYTES = tuple(map(chr, range(256)))
+OPENED = Text("fox", "char", tuple("abc"), 1000, 0)
 
 
 @pytest.fixture
 def tiny(monkeypatch):
     """Chunks of a size that no character's bytes divide: they end anywhere."""
-    monkeypatch.setattr(encoding, "CHUNK", 7)
-    monkeypatch.setattr(id_file, "CHUNK", 7)
+    monkeypatch.setattr(corpora, "CHUNK", 7)
 
 
 def written(tmp_path, content, name="text"):
@@ -40,9 +39,9 @@ def written(tmp_path, content, name="text"):
     return str(path)
 
 
-def encoded(sources, tmp_path, level="char", report=None):
+def encoded(sources, tmp_path, level="char"):
     path = tmp_path / "ids.npy"
-    text = encode(sources, level, path, report)
+    text = encode(sources, level, path)
     ids = np.load(path, mmap_mode="r")
     assert ids.shape == (text.length,) and not list(tmp_path.glob(".ids*"))
     return text, ids
@@ -58,13 +57,12 @@ def random_text(length, seed=0):
     ends = np.array([0x80, 0x800, 0xD800, 0x110000])[generator.integers(0, 4, length)]
     codes = generator.integers(0, ends)
     codes[(codes >= 0xD800) & (codes < 0xE000)] = 0x1D11E
-    return "\ufeff\r\n\r\x00\x85\u2028" + "".join(map(chr, codes)) + "\U0010ffff\r"
+    return "\r\n\ufeff\r\x00\x85\u2028" + "".join(map(chr, codes)) + "\U0010ffff\r"
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 31, 2**20])
 def test_ids_are_those_of_the_vocabulary(chunk, tmp_path, monkeypatch):
-    for module in (encoding, id_file):
-        monkeypatch.setattr(module, "CHUNK", chunk)
+    monkeypatch.setattr(corpora, "CHUNK", chunk)
     expected = random_text(900)
     text, ids = encoded([written(tmp_path, expected.encode())], tmp_path)
     vocabulary = Vocabulary(expected)
@@ -78,8 +76,7 @@ def test_ids_are_those_of_the_vocabulary(chunk, tmp_path, monkeypatch):
 ])  # fmt: skip
 @pytest.mark.parametrize("chunk", [1009, 2**20])
 def test_ids_widen_when_they_must(distinct, dtype, chunk, tmp_path, monkeypatch):
-    for module in (encoding, id_file):
-        monkeypatch.setattr(module, "CHUNK", chunk)
+    monkeypatch.setattr(corpora, "CHUNK", chunk)
     alphabet = [chr(n) for n in range(0x110000) if not 0xD800 <= n < 0xE000][-distinct:]
     # Ids that are written long before the one that widens them.
     expected = "".join(alphabet[:200] * 20 + alphabet + alphabet[:5])
@@ -91,7 +88,7 @@ def test_ids_widen_when_they_must(distinct, dtype, chunk, tmp_path, monkeypatch)
 def test_ids_widen_twice_at_once(tmp_path, tiny, monkeypatch):
     few = written(tmp_path, b"abcabcabcabcabcabcab", "few")
     many = "".join(map(chr, range(0x10000, 0x10000 + 70_000)))
-    monkeypatch.setattr(encoding, "CHUNK", 2**20)
+    monkeypatch.setattr(corpora, "CHUNK", 2**20)
     text, ids = encoded([few, written(tmp_path, many.encode(), "many")], tmp_path)
     assert ids.dtype == np.uint32 and text.length == 70_020
     np.testing.assert_array_equal(ids[:20], [0, 1, 2] * 6 + [0, 1])
@@ -147,10 +144,9 @@ def test_directories_are_read_in_order_of_their_paths(tmp_path):
     (root / "link").symlink_to(root / "b", target_is_directory=True)
     (root / "none").symlink_to(root / "gone")
     (root / "z").symlink_to(written(tmp_path, b"7"))
-    told = []
-    text, ids = encoded([str(root)], tmp_path, report=lambda *done: told.append(done))
+    text, ids = encoded([str(root)], tmp_path)
     assert Vocabulary(text.characters).decode(ids) == "1234567"
-    assert text.name == str(root) and told == [(7, 7)]
+    assert text.name == str(root)
     both, ids = encoded([str(root / "c"), str(root / "b")], tmp_path)
     assert Vocabulary(both.characters).decode(ids) == "6234"
 
@@ -174,12 +170,10 @@ def test_standard_input(tmp_path, monkeypatch, tiny):
     content = random_text(50).encode()
     before, after = (written(tmp_path, part, part.decode()) for part in (b"before", b"after"))
     set_input(monkeypatch, content)
-    told = []
-    text, ids = encoded([before, "-", after], tmp_path, "byte", lambda *done: told.append(done))
+    text, ids = encoded([before, "-", after], tmp_path, "byte")
     assert ids.tobytes() == b"before" + content + b"after"
     assert text.name == f"{before} standard input {after}"
     assert not sys.stdin.buffer.closed
-    assert {total for _, total in told} == {None} and told[-1][0] == text.length
     set_input(monkeypatch, content)
     assert encoded(["-"], tmp_path)[0].name == "standard input"
 
@@ -190,19 +184,9 @@ def test_a_pipe(tmp_path):
     content = random_text(100_000).encode()  # more than a pipe holds
     writer = threading.Thread(target=lambda: path.write_bytes(content))
     writer.start()
-    told = []
-    text, ids = encoded([str(path)], tmp_path, report=lambda *done: told.append(done))
+    text, ids = encoded([str(path)], tmp_path)
     writer.join()
     assert Vocabulary(text.characters).decode(ids).encode() == content
-    assert told[-1] == (len(content), None)
-
-
-def test_progress(tmp_path, tiny):
-    files = [written(tmp_path, b"x" * length, f"{length}") for length in (20, 1, 2, 1)]
-    told = []
-    encode(files, "char", tmp_path / "ids.npy", lambda *done: told.append(done))
-    # Not at every file: there may be a million small ones.
-    assert told == [(7, 24), (14, 24), (21, 24), (24, 24)]
 
 
 BAD_SOURCES = {
@@ -241,7 +225,7 @@ def bad(tmp_path):
 @pytest.mark.parametrize("chunk", [1, 7, 2**20])
 @pytest.mark.parametrize(("sources", "message"), BAD_SOURCES.values(), ids=BAD_SOURCES.keys())
 def test_bad_sources_are_one_line(sources, message, chunk, bad, monkeypatch):
-    monkeypatch.setattr(encoding, "CHUNK", chunk)
+    monkeypatch.setattr(corpora, "CHUNK", chunk)
     set_input(monkeypatch, b"")
     names = [name.format(bad) for name in sources]
     (out := bad / "out").mkdir()
@@ -302,19 +286,21 @@ def test_a_full_disk_leaves_nothing(level, tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, OSError])
-def test_what_was_there_stays_until_all_is_written(error, tmp_path, tiny):
+def test_what_was_there_stays_until_all_is_written(error, tmp_path, tiny, monkeypatch):
     source, path = written(tmp_path, b"new" * 100), tmp_path / "ids.npy"
     path.write_bytes(b"old")
-    seen = []
+    seen, ids = [], corpora.Alphabet.ids
 
-    def stop(done, total):
+    def stop(self, text):
         seen.append((path.read_bytes(), sorted(p.name for p in tmp_path.iterdir())))
-        if done == total:
+        if len(seen) == 40:
             raise error("not the file's")
+        return ids(self, text)
 
-    with pytest.raises(error, match="not the file's"):
-        encode([source], "char", path, stop)
-    assert len(seen) > 2 and all(old == b"old" for old, _ in seen)
+    with monkeypatch.context() as patch, pytest.raises(error, match="not the file's"):
+        patch.setattr(corpora.Alphabet, "ids", stop)
+        encode([source], "char", path)
+    assert len(seen) == 40 and all(old == b"old" for old, _ in seen)
     assert seen[0][1] == [".ids.npy.partial", "ids.npy", "text"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ids.npy", "text"]
     assert path.read_bytes() == b"old"
@@ -342,8 +328,8 @@ def test_the_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 
 
 def test_a_header_without_room_is_no_file(tmp_path, monkeypatch):
-    grown = lambda file: b"\x93NUMPY" + b" " * len(str(file.length))  # noqa: E731
-    monkeypatch.setattr(id_file.IdFile, "_header", grown)
+    grown = lambda dtype, length: b"\x93NUMPY" + b" " * len(str(length))  # noqa: E731
+    monkeypatch.setattr(corpora, "_header", grown)
     with pytest.raises(RuntimeError, match=r"ids.npy: NumPy's header grew to 8 bytes"):
         encode([written(tmp_path, b"x" * 10)], "byte", tmp_path / "ids.npy")
     assert [path.name for path in tmp_path.iterdir()] == ["text"]
@@ -372,8 +358,8 @@ def test_a_corpus_is_views_of_the_file(level, tmp_path):
     kept = round(len(whole) / 4)
     assert (len(corpus.train), len(corpus.held_out)) == (len(whole) - kept, kept)
     alphabet = BYTES if level == "byte" else tuple(dict.fromkeys(whole))
-    assert corpus.vocabulary.characters == alphabet and corpus.level == level
-    assert (corpus.name, corpus.evaluated) == (str(tmp_path / "text"), 500_000)
+    assert corpus.vocabulary.characters == alphabet and corpus.text.level == level
+    assert corpus.text.name == str(tmp_path / "text")
     ids = list(content) if level == "byte" else Vocabulary(whole).encode(whole)
     np.testing.assert_array_equal(np.concatenate([corpus.train, corpus.held_out]), ids)
     for part, view in [
@@ -392,7 +378,7 @@ def test_a_corpus_is_views_of_the_file(level, tmp_path):
 ])  # fmt: skip
 def test_held_out_streams_are_few_and_long(length, batch_size, evaluated, count):
     ids = np.random.default_rng(0).integers(0, 9, length, np.uint8)
-    corpus = Corpus("", "char", Vocabulary("abcdefghi"), ids, ids, evaluated)
+    corpus = Corpus(OPENED, Vocabulary("abcdefghi"), ids, ids[:evaluated])
     inputs, targets = corpus.held_out_streams(batch_size)
     expected = streams(ids[:evaluated], count)
     np.testing.assert_array_equal(inputs, expected[0])
@@ -413,43 +399,33 @@ def bits_by_hand(train, held_out, size, k=0.1):
 
 
 @pytest.mark.parametrize("level", ["char", "byte"])
-@pytest.mark.parametrize("table", [0, 2**22], ids=["sparse", "dense"])
 @pytest.mark.parametrize("evaluated", [15, 500_000])
-def test_references_are_those_of_the_whole(level, table, evaluated, tmp_path, monkeypatch, tiny):
-    monkeypatch.setattr(ngram, "LARGEST_TABLE", table)
+def test_references_are_those_of_the_whole(level, evaluated, tmp_path, tiny):
     generator = np.random.default_rng(1)
     text = "".join(generator.choice(list("aab é\n𝄞"), 3000)) + "unseen pairs: ʒʒ"
     corpus = corpus_of(text.encode(), tmp_path, level, evaluated, held_out=0.3)
     train, held_out = corpus.train.tolist(), corpus.held_out.tolist()
-    assert len(held_out) > 800
-    expected = bits_by_hand(train, held_out[:evaluated], len(corpus.vocabulary))
+    assert len(held_out) == (evaluated if evaluated == 15 else corpus.text.length - len(train))
+    expected = bits_by_hand(train, held_out, len(corpus.vocabulary))
     assert corpus.references() == pytest.approx(expected, rel=1e-12)
 
 
-def test_pairs_are_merged_whichever_chunk_they_stand_in(monkeypatch):
-    """Of many more characters than a table has places for."""
-    ids = (np.random.default_rng(2).standard_exponential(20_000) * 9000).astype(np.uint32)
-    size = 2**20
-    expected = Counter(itertools.pairwise(ids.tolist()))
-    for chunk in (1, 500, 2**20):
-        monkeypatch.setattr(id_file, "CHUNK", chunk)
-        part = ids[: 400 if chunk == 1 else None]
-        seen, counts = ngram._pairs(part, size)
-        found = dict(
-            zip([divmod(pair, size) for pair in seen.tolist()], counts.tolist(), strict=True)
-        )
-        wanted = Counter(itertools.pairwise(part.tolist())) if chunk == 1 else expected
-        assert found == wanted and np.all(np.diff(seen) > 0)
+def test_pairs_of_large_alphabets_are_not_counted(tmp_path):
+    text = "".join(map(chr, range(0x4E00, 0x4E00 + 2049))) * 3
+    corpus = corpus_of(text.encode(), tmp_path)
+    assert corpus.references().keys() == {"unigram"}
+    corpus = corpus_of(text.replace(text[0], "").encode(), tmp_path)
+    assert corpus.references().keys() == {"unigram", "bigram"}
 
 
 MEBIBYTE = 2**20
 # Of each byte of a chunk: itself and the one before it; its character, of up to 4 bytes, and code
 # point, 4; its id, int32, twice, its place as an index, 8; and where all are new, as at the
 # beginning, what it takes to sort them, 16. The alphabet is a table of 4.25 MiB.
-ENCODING = 40 * encoding.CHUNK + 5 * MEBIBYTE
-# The ids of a chunk as int64, their pairs, a copy of them to be sorted, and what each step of
-# that holds; and tables of 256² int64 in three steps.
-COUNTING = 40 * id_file.CHUNK + 2 * MEBIBYTE
+ENCODING = 40 * corpora.CHUNK + 5 * MEBIBYTE
+# The ids of a chunk as int64, their pairs, and what each step of that holds; and tables of 500²
+# int64 in four steps.
+COUNTING = 24 * corpora.CHUNK + 8 * MEBIBYTE
 
 
 def peak(function, *args, **how):
@@ -467,7 +443,7 @@ def test_memory_does_not_grow_with_the_text(level, tmp_path):
     source, path = tmp_path / "text", tmp_path / "ids.npy"
     with source.open("wb") as file:
         file.seek(32 * MEBIBYTE)
-        file.write(random_text(3000).encode())
+        file.write(random_text(400).encode())
         file.truncate(64 * MEBIBYTE)
     text, used = peak(encode, [str(source)], level, path)
     assert text.length > 63 * MEBIBYTE and (level == "byte" or len(text.characters) > 256)
@@ -478,7 +454,7 @@ def test_memory_does_not_grow_with_the_text(level, tmp_path):
     (inputs, targets), used = peak(corpus.held_out_streams, 64)
     assert used < MEBIBYTE // 64 and inputs.nbytes + targets.nbytes > 60 * MEBIBYTE
     references, used = peak(corpus.references)
-    assert used < COUNTING < 48 * MEBIBYTE
+    assert used < COUNTING < 48 * MEBIBYTE, used
     assert 0 < references["bigram"] < references["unigram"] < 0.01
 
 
@@ -494,33 +470,17 @@ def test_what_was_looked_at_is_given_back(tmp_path):
     """Of 64 MiB that are mapped; as many are in memory where nothing gives them back."""
     path, length = tmp_path / "ids.npy", 64 * MEBIBYTE
     np.lib.format.open_memmap(path, "w+", np.uint8, (length,))[-1] = 1
-    ids, most = id_file.open_ids(path, length, 256), 0
+    ids, most = corpora.open_ids(path, length, 256), 0
     seen = []
-    for chunk in id_file.chunks(ids, overlap=1):
+    for chunk in corpora.chunks(ids, overlap=1):
         seen.append((len(chunk), int(chunk.sum())))
         most = max(most, mapped(path))
-    assert seen == [(id_file.CHUNK + 1, 0)] * 63 + [(id_file.CHUNK, 1)]
+    assert seen == [(corpora.CHUNK + 1, 0)] * 63 + [(corpora.CHUNK, 1)]
     assert most < 16 * MEBIBYTE  # the kernel maps somewhat more than it is asked for
-    corpus = Corpus("", "byte", Vocabulary(BYTES), ids[:-9], ids[-9:])
-    assert corpus.train.sum() == 0 and mapped(path) > 32 * MEBIBYTE
-    corpus.release()
-    assert mapped(path) < 4 * MEBIBYTE and corpus.held_out[-1] == 1
-    id_file.release(np.zeros(3))  # which is not mapped
-
-
-def test_memory_grows_with_the_distinct_pairs_only(monkeypatch):
-    monkeypatch.setattr(id_file, "CHUNK", 2**14)
-    generator = np.random.default_rng(0)
-    few = generator.integers(0, 100, 2**17, np.uint16)  # 10,000 pairs
-    ids = np.tile(few, 16)
-    (seen, counts), used = peak(ngram._pairs, ids, 60_000)
-    assert len(seen) == 10_000 and counts.sum() == len(ids) - 1
-    # Kept, waiting and merged are 16 bytes a pair each, thrice in the sort; twice that for what
-    # one more chunk brings.
-    assert used < 48 * 2 * (10_000 + id_file.CHUNK) + 40 * id_file.CHUNK < ids.nbytes
-
-
-OPENED = Text("fox", "char", tuple("abc"), 1000, 0)
+    assert ids[:-9].sum() == 0 and mapped(path) > 32 * MEBIBYTE
+    corpora.release(ids[:-9])
+    assert mapped(path) < 4 * MEBIBYTE and ids[-1] == 1
+    corpora.release(np.zeros(3))  # which is not mapped
 
 
 @pytest.mark.parametrize(("ids", "message"), [
@@ -568,7 +528,7 @@ def test_a_header_with_any_bit_turned_over_is_one_line_or_none(tmp_path):
         damaged[bit // 8] ^= 1 << bit % 8
         path.write_bytes(damaged)
         try:  # a space may have become another one
-            id_file.open_ids(path, 1000, 3)
+            corpora.open_ids(path, 1000, 3)
         except InputError as error:
             refused += 1
             assert str(path) in str(error) and "\n" not in str(error)
@@ -608,7 +568,7 @@ def test_texts_that_cannot_be_trained_on(tmp_path):
 
 
 def test_two_bytes_are_found_wherever_they_are(tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxrnn._training.id_file.CHUNK", 7)
+    monkeypatch.setattr("jaxrnn._app.corpus.CHUNK", 7)
     for n in (1, 6, 7, 8, 99):
         content = bytearray(b"a" * 100)
         content[n] = 0
@@ -634,14 +594,13 @@ def test_ids_become_text_piece_by_piece():
     content = "é€𝄞".encode() + b"\xe9a\xff\x00" + "€".encode()[:2]
     vocabulary = Vocabulary(BYTES)
     for size in range(1, len(content) + 1):
-        decoder = Decoder(vocabulary, "byte")
-        pieces = [content[n : n + size] for n in range(0, len(content), size)]
-        text = "".join(decoder.feed(np.frombuffer(piece, np.uint8)) for piece in pieces)
-        assert text == "é€𝄞\\xe9a\\xff\x00" and decoder.finish() == "\\xe2\\x82"
-    decoder = Decoder(vocabulary, "byte")
-    shown = [decoder.feed([n]) for n in "aé𝄞".encode()]
-    assert shown == ["a", "", "é", "", "", "", "𝄞"] and decoder.finish() == ""
+        pieces = [list(content[n : n + size]) for n in range(0, len(content), size)]
+        text = "".join(decoded(vocabulary, "byte", pieces))
+        assert text == "é€𝄞\\xe9a\\xff\x00\\xe2\\x82"
+    read = []
+    pieces = (read.append(n) or [n] for n in "aé𝄞".encode())
+    shown = [(text, len(read)) for text in decoded(vocabulary, "byte", pieces)]
+    assert shown == [("a", 1), ("é", 3), ("𝄞", 7)]
     with pytest.raises(ValueError, match="ids: expected 0 to 255, got 256 at position 0"):
-        decoder.feed([256])
-    decoder = Decoder(Vocabulary("hé"), "char")
-    assert decoder.feed(iter([1, 0, 0])) == "éhh" and decoder.finish() == ""
+        list(decoded(vocabulary, "byte", [[256]]))
+    assert list(decoded(Vocabulary("hé"), "char", [[1, 0], [0]])) == ["éh", "h"]

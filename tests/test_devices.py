@@ -5,8 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from itertools import product
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +16,9 @@ from helpers import assert_close
 import jaxrnn
 from jaxrnn import train
 from jaxrnn._api.checks import InputError
+from jaxrnn._app.devices import DATA, MODEL, Placement
+from jaxrnn._app.run import Config, initial_state, make_optimizer
 from jaxrnn._core.schedule import hoists_inputs, segment_length
-from jaxrnn._training import memory
-from jaxrnn._training.config import Config, initial_state, make_optimizer
-from jaxrnn._training.devices import DATA, MODEL, Placement
 
 K, H, B, T = 5, 8, 8, 6
 # (data, model)
@@ -292,90 +289,11 @@ def test_a_step_of_split_units_gathers_once_and_sums_once(data, model, layers, h
         assert (0, "all-reduce", 3 * layers + 3, gradients) in found
 
 
-# What is said of memory, beside what XLA says of the program.
-
-
-SHAPES = {"small": (64, 32, 32, 100), "default": (256, 64, 64, 100), "wide": (1024, 16, 32, 256),
-          "long": (64, 64, 512, 30), "narrow": (16, 256, 256, 103)}  # fmt: skip
-# Name, layers, (data, model)
-QUICK = [("small", 1, (1, 1)), ("default", 1, (4, 1)), ("wide", 2, (4, 1)), ("long", 1, (1, 1)),
-         ("long", 2, (2, 2)), ("default", 1, (1, 4)), ("narrow", 1, (1, 4))]  # fmt: skip
-
-
-def needed(function, *args, **how):
-    """Bytes on each device of a compiled program."""
-    found = function.lower(*args, **how).compile().memory_analysis()
-    return found.temp_size_in_bytes + found.argument_size_in_bytes
-
-
-def memory_of(config, alphabet, streams, placement):
-    """(what is said, what XLA says of an update, of evaluation): bytes on each device."""
-    held_out = np.zeros((2, 500_000 // streams, streams), np.uint8)
-    corpus = SimpleNamespace(vocabulary=range(alphabet), held_out_streams=lambda _: held_out)
-    state = jax.eval_shape(lambda: initial_state(config, alphabet))
-    state = jax.tree.map(
-        lambda x, how: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=how),
-        state, placement.of_state(state),
-    )  # fmt: skip
-    ids = placement.split(np.zeros((config.seq_length, config.batch_size), np.uint8), 1)
-    update = needed(
-        train.make_checked_update(make_optimizer(config), mesh=placement.mesh), state, ids, ids
-    )
-    ids = placement.split(held_out[0, : memory.evaluation_window(config, corpus, placement)], 1)
-    h = placement.split(np.zeros((streams, config.hidden_size), np.float32), 0)
-    h = jax.tree.map(lambda _: h, state.h)
-    # The optimiser's state is there while it runs.
-    kept = sum(
-        4 * math.prod(x.sharding.shard_shape(x.shape))
-        for x in jax.tree.leaves(state.optimizer_state)
-    )
-    evaluation = kept + needed(train._total, state.params, ids, ids, h, loss=None)
-    return memory.memory(config, corpus, placement), update, evaluation
-
-
-@pytest.mark.usefixtures("as_users_have_it")
-@pytest.mark.parametrize(
-    ("name", "layers", "mesh"),
-    [
-        pytest.param(*case, marks=() if case in QUICK else pytest.mark.full)
-        for case in product(SHAPES, (1, 2), ((1, 1), (4, 1), (2, 2), (1, 4)))
-    ],
-)
-def test_memory_is_roughly_that_of_the_programs(name, layers, mesh, place):
-    hidden_size, batch_size, seq_length, alphabet = SHAPES[name]
-    config = Config(hidden_size=hidden_size, batch_size=batch_size, seq_length=seq_length,
-                    layers=layers)  # fmt: skip
-    placement, streams = place(*mesh, batch_size, hidden_size), min(64, batch_size)
-    said, update, evaluation = memory_of(config, alphabet, streams, placement)
-    assert 0.5 < said / max(update, evaluation) < 2
-    assert evaluation <= said
-
-
-@pytest.mark.usefixtures("as_users_have_it")
-@pytest.mark.parametrize(("batch_size", "streams", "mesh"), [(1, 1, (1, 1)), (8, 1, (4, 1))])
-def test_small_updates_do_not_make_evaluation_many_calls(batch_size, streams, mesh, place):
-    config = Config(hidden_size=64, batch_size=batch_size, seq_length=25)
-    placement = place(*mesh, batch_size, 64)
-    said, update, evaluation = memory_of(config, 65, streams, placement)
-    assert update < evaluation < 2**20
-    assert 0.5 < said / evaluation < 2
-    corpus = SimpleNamespace(
-        vocabulary=range(65), held_out_streams=lambda _: np.zeros((2, 9999, streams))
-    )
-    assert memory.evaluation_window(config, corpus, placement) > 500
-
-
-def test_evaluation_reads_no_more_steps_than_there_are(place):
-    corpus = SimpleNamespace(vocabulary=range(5), held_out_streams=lambda _: np.zeros((2, 7, 1)))
-    config = Config(hidden_size=H, batch_size=B, seq_length=T)
-    assert memory.evaluation_window(config, corpus, place(2, 2)) == 7
-
-
 @pytest.mark.parametrize("chosen", ["", "--xla_force_host_platform_device_count=3"])
 def test_cores_are_devices_unless_somebody_has_chosen(chosen):
     code = (
-        "from jaxrnn._training import devices; devices.make_cores_devices();"
-        "import jax; print(len(jax.devices())); devices.make_cores_devices()"
+        "from jaxrnn._app import devices; devices.use_cores();"
+        "import jax; print(len(jax.devices())); devices.use_cores()"
     )
     environment = {**os.environ, "XLA_FLAGS": chosen, "JAX_PLATFORMS": "cpu"}
     found = subprocess.run(

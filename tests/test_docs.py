@@ -13,7 +13,7 @@ from collections import Counter
 import jax
 import pytest
 
-from jaxrnn._cli import make_parser
+from jaxrnn._app.cli import make_parser
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxrnn"

@@ -12,9 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrnn._training import directory
-from jaxrnn._training.checkpoints import Checkpoints
-from jaxrnn._training.saved import load
+from jaxrnn._app import directory
+from jaxrnn._app.run import load
 
 TEXT = "the quick brown fox jumps over the lazy dog.\n" * 60
 OPTIONS = ["--steps", "40", "--hidden-size", "16", "--seq-length", "8", "--batch-size", "4",
@@ -105,7 +104,7 @@ def test_a_run_that_is_killed_again_and_again(seed, least, start, undisturbed, t
             if (out / directory.CONFIG).exists():
                 json.loads((out / directory.CONFIG).read_text())
                 directory.read_metrics(out)
-            steps = Checkpoints(out).steps() if (out / "checkpoints").exists() else []
+            steps = directory.checkpoint_steps(out)
             assert max(steps, default=0) >= newest, said
             newest = max(steps, default=0)
             if newest:

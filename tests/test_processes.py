@@ -23,11 +23,11 @@ from helpers import assert_close
 import jaxrnn
 from jaxrnn import train
 from jaxrnn._api.checks import InputError
-from jaxrnn._training import processes
-from jaxrnn._training.checkpoints import Checkpoints
-from jaxrnn._training.config import initial_state
-from jaxrnn._training.devices import Placement
-from jaxrnn._training.saved import read_begun, read_text
+from jaxrnn._app import devices
+from jaxrnn._app.checkpoints import Checkpoints
+from jaxrnn._app.devices import Placement
+from jaxrnn._app.directory import checkpoint_steps
+from jaxrnn._app.run import initial_state, read_begun, read_text
 
 TEXT = "the quick brown fox jumps over the lazy dog.\n" * 60
 SMALL = ["--hidden-size", "16", "--seq-length", "8", "--batch-size", "4", "--eval-every", "1000",
@@ -50,11 +50,11 @@ def twenty_steps(layers, model):
 def drive(what, coordinator, count, index, out="", cases="[]"):
     """One of the processes that the tests start from this file."""
     if what == "wait":
-        processes.PATIENCE = 3
+        devices.PATIENCE = 3
     if what == "devices":
         jax.config.update("jax_num_cpu_devices", 1 + int(index))
     try:
-        processes.join(coordinator, int(count), int(index))
+        devices.join(coordinator, int(count), int(index))
     except InputError as error:
         sys.exit(f"error: {error}")
     if what == "order":
@@ -62,7 +62,8 @@ def drive(what, coordinator, count, index, out="", cases="[]"):
         print([[device.process_index for device in row] for row in mesh.devices], flush=True)
     for layers, model in json.loads(cases):
         state = twenty_steps(layers, model)
-        Checkpoints(Path(out) / f"{layers}-{model}", write=True).save(STEPS, state, {}, None)
+        (folder := Path(out) / f"{layers}-{model}").mkdir(parents=True, exist_ok=True)
+        Checkpoints(folder).save(STEPS, state, {}, None)
 
 
 if __name__ == "__main__":
@@ -149,8 +150,7 @@ def saved(out, like):
     """The state of the newest checkpoint in a run directory."""
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like)
-    checkpoints = Checkpoints(out)
-    return checkpoints.state(checkpoints.steps()[-1], shapes)
+    return Checkpoints(out).state(checkpoint_steps(out)[-1], shapes)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def lose(number, count, victim, text_file, out, folder):
     for each in others:
         assert LOST.search(each.errors), each.errors
     plan = all_of_them[0].output
-    assert f"if a process is lost the others end within {processes.HEARTBEAT} s; to go on" in plan
+    assert f"if a process is lost the others end within {devices.HEARTBEAT} s; to go on" in plan
     return others, seconds
 
 
@@ -233,7 +233,7 @@ def finish(count, out, folder):
     assert codes == [0] * count, [each.errors for each in all_of_them]
     assert re.search(r"going on from step \d*[05]0 of 200\n", all_of_them[0].output)
     assert re.search(r"step +200/200 .* held-out \d\.\d+", all_of_them[0].output)
-    assert max(Checkpoints(out).steps()) == 200
+    assert max(checkpoint_steps(out)) == 200
 
 
 @pytest.mark.parametrize("count", [4, pytest.param(2, marks=pytest.mark.full)])
@@ -275,7 +275,7 @@ def test_all_stop_at_one_step_when_one_is_told(told, number, text_file, tmp_path
     step = re.search(
         rf"stopped by {number.name} at step (\d+) of 100000; to go on: ", both[0].output
     )
-    assert step and int(step[1]) == Checkpoints(out).steps()[-1]
+    assert step and int(step[1]) == checkpoint_steps(out)[-1]
 
 
 def test_one_that_ends_alone_ends_the_others(text_file, tmp_path):

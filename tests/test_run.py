@@ -12,15 +12,13 @@ import pytest
 
 from jaxrnn import train
 from jaxrnn._api.checks import InputError
-from jaxrnn._training import directory
-from jaxrnn._training.checkpoints import Checkpoints
-from jaxrnn._training.config import Config
-from jaxrnn._training.corpus import Corpus, open_corpus
-from jaxrnn._training.devices import Placement
-from jaxrnn._training.encode import encode
-from jaxrnn._training.lock import locked
-from jaxrnn._training.run import FailedError, Run
-from jaxrnn._training.signals import SIGNALS, stop_requests
+from jaxrnn._app import directory
+from jaxrnn._app import run as run_module
+from jaxrnn._app.checkpoints import Checkpoints
+from jaxrnn._app.corpus import encode, open_corpus
+from jaxrnn._app.devices import SIGNALS, Placement, stop_requests
+from jaxrnn._app.directory import best_checkpoint, checkpoint_steps
+from jaxrnn._app.run import Config, FailedError, Run
 
 # Held-out bits by the step at which they are measured.
 BITS = {2: 3.0, 4: 1.0, 6: 2.0, 8: 1.5, 10: 2.5, 12: 2.0, 14: 1.25, 15: 2.0}
@@ -45,22 +43,34 @@ def begin(tmp_path):
 
     def begin(**free):
         corpus = open_corpus(out / directory.IDS, text, held_out=0.1, **how)
-        return Run(out, replace(config, **free), text, corpus, Placement(2, 8))
+        return Run(out, replace(config, **free), corpus, Placement(2, 8))
 
     return begin
 
 
-def test_of_two_that_claim_a_directory_at_once_one_gets_it(tmp_path):
+def claim(out, held):
+    return directory.claimed(out, {"of": "a run"}, held)
+
+
+def test_of_two_that_claim_a_directory_at_once_one_gets_it(tmp_path, monkeypatch):
     """Both have found it empty; the second changes nothing, and the first keeps its lock."""
-    path = tmp_path / "config.json"
+    monkeypatch.setattr(directory, "PATIENCE", 0.1)
+    out, begin = tmp_path / "run", directory._begin
     with ExitStack() as first, ExitStack() as second:
-        directory._begin(path, {"of": "the first"}, first)
-        with pytest.raises(InputError, match=r"config.json: cannot be written: File exists"):
-            directory._begin(path, {"of": "the second"}, second)
-        assert path.read_text() == '{\n  "of": "the first"\n}\n'
-        assert [found.name for found in tmp_path.iterdir()] == ["config.json"]
-        with pytest.raises(InputError, match="a run that nobody is training"), locked(path):
+
+        def begun_by_another(out, config, held):
+            monkeypatch.setattr(directory, "_begin", begin)
+            with claim(out, first):
+                pass
+            return begin(out, config, held)
+
+        monkeypatch.setattr(directory, "_begin", begun_by_another)
+        with pytest.raises(directory.TakenError, match="is a run; to go on"), claim(out, second):
             pass
+        assert (out / "config.json").read_text() == '{\n  "of": "a run"\n}\n'
+        assert [found.name for found in out.iterdir()] == ["config.json"]
+        with pytest.raises(InputError, match="a run that nobody is training"):
+            first.enter_context(directory.locked(out))
 
 
 def row(run, step):
@@ -101,7 +111,8 @@ def test_a_held_out_loss_that_is_no_number_ends_the_run(begin, monkeypatch):
     with pytest.raises(FailedError, match=said):
         begin().go(lambda row: None)
     run = begin(skip_nonfinite=True)
-    assert math.isnan(run.go(lambda row: None).bits) and Checkpoints(run.out).best() is None
+    run.go(lambda row: None)
+    assert math.isnan(run.bits) and best_checkpoint(run.out) is None
 
 
 def test_metrics_that_cannot_be_written_end_the_run(begin, monkeypatch):
@@ -126,7 +137,7 @@ def test_output_that_nobody_reads_saves_first(begin, monkeypatch):
     run = begin()
     with pytest.raises(FailedError, match=r"^standard output: cannot be written: Broken pipe$"):
         run.go(closed)
-    assert Checkpoints(run.out).steps() == [4, 6, 8] and row(run, 8)["held_out_bits"] == 1.5
+    assert checkpoint_steps(run.out) == [4, 6, 8] and row(run, 8)["held_out_bits"] == 1.5
 
 
 @pytest.mark.parametrize(("number", "ends"), [(signal.SIGINT, KeyboardInterrupt),
@@ -143,7 +154,7 @@ def test_a_second_signal_ends_at_once(begin, number, ends):
     with pytest.raises(ends) as ended:
         run.go(twice)
     assert ends is KeyboardInterrupt or ended.value.code == 128 + number
-    assert seen == [2] and Checkpoints(run.out).steps() == [2]
+    assert seen == [2] and checkpoint_steps(run.out) == [2]
     assert [signal.getsignal(each) for each in SIGNALS] == before
 
 
@@ -164,18 +175,18 @@ def test_what_nohup_asks_for():
 def test_the_best_is_kept_whenever_it_was_measured(begin, monkeypatch):
     """Evaluated at even steps, saved at each third; told to stop at step 8, and gone on with."""
     saved, released, measured = [], [], iter(BITS.values())
-    save, release = Checkpoints.save, Corpus.release
+    save, release = Checkpoints.save, run_module.release
 
     def noted(self, step, *args):
         saved.append(step)
         save(self, step, *args)
 
-    def given_back(self):
-        released.append(self)
-        release(self)
+    def given_back(ids):
+        released.append(ids)
+        release(ids)
 
     monkeypatch.setattr(Checkpoints, "save", noted)
-    monkeypatch.setattr(Corpus, "release", given_back)
+    monkeypatch.setattr(run_module, "release", given_back)
     monkeypatch.setattr(train, "evaluate", lambda *args, **how: next(measured) * log(2))
 
     def stop_at_8(row):
@@ -183,13 +194,13 @@ def test_the_best_is_kept_whenever_it_was_measured(begin, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
 
     run = begin()
-    assert (run.go(stop_at_8).signal, run.step) == (signal.SIGTERM, 9)
+    assert (run.go(stop_at_8), run.step) == (signal.SIGTERM, 9)
     assert saved == [2, 3, 4, 6, 9]
     run = begin()
-    assert run.go(lambda row: None).bits == pytest.approx(BITS[15])
+    assert run.go(lambda row: None) == 0 and run.bits == pytest.approx(BITS[15])
     assert saved == [2, 3, 4, 6, 9, 12, 15]
-    checkpoints, rows = Checkpoints(run.out), directory.read_metrics(run.out)
-    assert (checkpoints.steps(), checkpoints.best()) == ([4, 9, 12, 15], 4)
+    rows = directory.read_metrics(run.out)
+    assert (checkpoint_steps(run.out), best_checkpoint(run.out)) == ([4, 9, 12, 15], (4, BITS[4]))
     bits = {row["step"]: row["held_out_bits"] for row in rows if "held_out_bits" in row}
     assert bits == pytest.approx(BITS)
     assert len(released) == len(rows)

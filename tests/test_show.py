@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from commands import AS_A_USER, MAY_WRITE_ANYWHERE, here, in_terminal, jaxrnn
 
-from jaxrnn import _plots
+from jaxrnn._app.terminal import text_plot
 
 OPTIONS = {
     "level": "char", "hidden_size": 16, "layers": 1, "seq_length": 64, "batch_size": 64,
@@ -53,9 +53,9 @@ def make(tmp_path):
         if metrics:
             (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
         for step, bits in (checkpoints or {}).items():
-            folder = out / "checkpoints" / str(step) / "metrics"
+            folder = out / "checkpoints" / str(step) / "about"
             folder.mkdir(parents=True)
-            (folder / "metrics").write_text(json.dumps({"held_out_bits": bits}))
+            (folder / "metadata").write_text(json.dumps({"held_out_bits": bits}))
         return out
 
     return made
@@ -209,13 +209,13 @@ def test_bad_input_is_one_line(make, capsys, tmp_path):
 def test_the_curves_of_text_are_where_they_belong():
     metrics = [{"step": n, "bits": 5.0 - n} for n in range(1, 5)]
     metrics[3]["held_out_bits"] = 2.0
-    lines = _plots.text_plot(metrics, 10 + 31, height=4)
+    lines = text_plot(metrics, 10 + 31, height=4)
     assert lines[0] == "bits per character   . training   o held-out"
     canvas = np.array([list(line[10:].ljust(31)) for line in lines[1:5]])
     assert [tuple(at) for at in np.argwhere(canvas == ".")] == [(0, 0), (1, 10), (2, 20), (3, 30)]
     assert [tuple(at) for at in np.argwhere(canvas == "o")] == [(2, 30)]
     assert [line[:10].strip(" |") for line in lines[1:5]] == ["4", "", "2", "1"]
     assert lines[-1].split() == ["step", "1", "4"] and len(lines[-1]) == len(lines[-2]) == 41
-    one = _plots.text_plot([{"step": 3, "bits": 2.0}], 80)
+    one = text_plot([{"step": 3, "bits": 2.0}], 80)
     assert "\n".join(one[1:-2]).count(".") == 1
-    assert _plots.text_plot([{"step": 3, "bits": None}], 80) == []
+    assert text_plot([{"step": 3, "bits": None}], 80) == []

@@ -11,7 +11,6 @@ from helpers import assert_close, naive_unroll
 
 import jaxrnn
 from jaxrnn import train
-from jaxrnn._training.ngram import bigram_bits, unigram_bits
 from jaxrnn.text import generate, stream_ids, streams
 
 T, B, D, H, K = 5, 3, 7, 6, 4
@@ -196,22 +195,6 @@ IDS = np.zeros((6, 2), int)
 def test_bad_calls_are_one_line(params, call, kind, message):
     with pytest.raises(kind, match=f"^{message}"):
         call(params)
-
-
-def test_references_are_cross_entropies_of_counts():
-    train_ids, held_out = np.array([0, 1, 0, 1, 0, 2]), np.array([0, 1, 2, 0])
-    size, k = 3, 0.1
-    share = (np.array([3, 2, 1]) + k) / (6 + size * k)
-    np.testing.assert_allclose(
-        unigram_bits(train_ids, held_out, size), -np.log2(share[[1, 2, 0]]).mean()
-    )
-    after = np.full((size, size), k)
-    np.add.at(after, (train_ids[:-1], train_ids[1:]), 1)
-    after /= after.sum(axis=1, keepdims=True)
-    np.testing.assert_allclose(
-        bigram_bits(train_ids, held_out, size),
-        -np.log2([after[0, 1], after[1, 2], after[2, 0]]).mean(),
-    )
 
 
 def noisy(params, h, inputs, targets, key):

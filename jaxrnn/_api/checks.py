@@ -69,6 +69,11 @@ def bad_type(name: str, expected: str, got: object) -> NoReturn:
     raise TypeError(f"{name}: expected {expected}, got {got}")
 
 
+def bad_input(name: object, expected: str, got: object) -> NoReturn:
+    """Raise the InputError of this library."""
+    raise InputError(f"{name}: expected {expected}, got {got}")
+
+
 def came(value: object) -> str:
     """What came, in words."""
     if not isinstance(value, jax.Array | np.ndarray):

@@ -7,69 +7,45 @@ from typing import Any
 
 from rich.table import Table
 
-from jaxrnn._api import checks
-from jaxrnn._console import Console
-from jaxrnn._plots import plot_run, text_plot
-from jaxrnn._training import directory, kept, saved
-from jaxrnn._training.config import Config
-from jaxrnn._training.encode import Text
-from jaxrnn._training.levels import UNITS
-from jaxrnn._training.lock import locked
+from jaxrnn._app import directory, run
+from jaxrnn._app.corpus import UNITS, Text
+from jaxrnn._app.run import Config
+from jaxrnn._app.terminal import Console, plot_run, text_plot
 
 # Of an alphabet so many characters are shown, in lines of so many.
 SHOWN, CUT = 120, 60
 
 
 def show(args: Any) -> int:
-    """Run the command: args.directory. Of the run it changes nothing but its picture.
-
-    Returns:
-      0, a picture that cannot be drawn included.
-
-    Raises:
-      InputError: no run directory, or a damaged file in it.
-    """
+    """Run the command: args.directory. Of the run it changes nothing but its picture."""
     out = Path(args.directory)
-    config, rows = saved.read_begun(out).config, directory.read_metrics(out)
+    (config, _), rows = run.read_begun(out), directory.read_metrics(out)
     # A start that was cut short while the text was read has left none.
     encoded = (out / directory.TEXT).exists()
-    text, references = saved.read_text(out) if encoded else (None, {})
+    text, references = run.read_text(out) if encoded else (None, {})
     console, unit = Console(), UNITS[config.level]
-    console.print(f"{out}: {_standing(out, config, rows)}", soft_wrap=True)
-    console.print()
-    console.print(_options(config))
-    console.print()
-    console.print(_facts(out, text, references, unit))
-    console.print()
+    console.print(f"{out}: {_standing(out, config, rows)}\n", soft_wrap=True)
+    console.print(_options(config), "")
+    console.print(_facts(out, text, references, unit), "")
     if not rows:
         console.print("no metrics yet, and so no curves")
         return 0
-    for line in text_plot(rows, console.width, unit):
+    for line in (
+        *text_plot(rows, console.width, unit), _latest(rows), picture(out, rows, references, unit)
+    ):  # fmt: skip
         console.print(line, soft_wrap=True)
-    console.print(_latest(rows), soft_wrap=True)
-    console.print(picture(out, rows, references, unit), soft_wrap=True)
     return 0
 
 
 def _standing(out: Path, config: Config, rows: list[dict[str, Any]]) -> str:
-    newest = max(kept.steps(out), default=None)
+    newest = max(directory.checkpoint_steps(out), default=None)
     if newest == config.steps:
         return f"finished, {newest} updates"
-    if _is_being_trained(out):
-        step = rows[-1]["step"] if rows else 0
-        return f"being trained, at step {step} of {config.steps}"
+    if directory.is_locked(out):
+        return f"being trained, at step {rows[-1]['step'] if rows else 0} of {config.steps}"
     where = f"at step {newest} of {config.steps}" if newest else "before its first checkpoint"
     go_on = shlex.join(["jaxrnn", "train", "--resume", str(out)])
     return f"stopped {where}\nto go on: {go_on}"
-
-
-def _is_being_trained(out: Path) -> bool:
-    try:
-        # Held for no longer than this line takes.
-        with locked(out / directory.CONFIG):
-            return False
-    except checks.InputError:
-        return True
 
 
 def _options(config: Config) -> Table:
@@ -79,8 +55,7 @@ def _options(config: Config) -> Table:
         other = value != field.default
         table.add_row(
             "*" if other else "", field.name.replace("_", "-"), f"{value}",
-            f"default: {field.default}" if other else "",
-            style="bold" if other else "",
+            f"default: {field.default}" if other else "", style="bold" if other else "",
         )  # fmt: skip
     return table
 
@@ -97,7 +72,11 @@ def _facts(out: Path, text: Text | None, references: dict[str, float], unit: str
         table.add_row("alphabet", _alphabet(text))
         counted = ", ".join(f"{name} {bits:.2f}" for name, bits in references.items())
         table.add_row("reference", f"{counted} bits per held-out {unit}")
-    table.add_row("checkpoints", _kept(out, unit))
+    steps, best = directory.checkpoint_steps(out), directory.best_checkpoint(out)
+    said = "at step " + ", ".join(map(str, steps)) if steps else "none yet"
+    if best is not None:
+        said += f"; the best is {best[0]}, with {best[1]:.3f} held-out bits per {unit}"
+    table.add_row("checkpoints", said)
     return table
 
 
@@ -112,21 +91,9 @@ def _alphabet(text: Text) -> str:
     return "\n".join(said[n : n + CUT] for n in range(0, len(said), CUT))
 
 
-def _kept(out: Path, unit: str) -> str:
-    steps, best = kept.steps(out), kept.best(out)
-    if not steps:
-        return "none yet"
-    said = "at step " + ", ".join(map(str, steps))
-    if best is not None:
-        bits = kept.held_out_bits(out, best)
-        said += f"; the best is {best}, with {bits:.3f} held-out bits per {unit}"
-    return said
-
-
 def _latest(rows: list[dict[str, Any]]) -> str:
     last = rows[-1]
-    training = "–" if last["bits"] is None else f"{last['bits']:.3f}"
-    said = f"step {last['step']}: training {training}"
+    said = f"step {last['step']}: training " + (f"{b:.3f}" if (b := last["bits"]) else "–")
     held_out = [row for row in rows if row.get("held_out_bits") is not None]
     if held_out:
         said += f", held-out {held_out[-1]['held_out_bits']:.3f}"
@@ -140,8 +107,12 @@ def picture(out: Path, rows: list[dict[str, Any]], references: dict[str, float],
     path = out / "loss.png"
     try:
         plot_run(rows, references, path, unit)
-    except ModuleNotFoundError:
-        return "no picture: matplotlib is missing; pip install 'jaxrnn[plot]'"
-    except checks.InputError as error:
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] == "matplotlib":
+            return "no picture: matplotlib is missing; pip install 'jaxrnn[plot]'"
         return f"no picture: {error}"
+    except Exception as error:  # whatever a library for pictures fails with
+        line = (str(error).splitlines() or [""])[0]
+        known = isinstance(error, ValueError)
+        return f"no picture: {line if known else f'{type(error).__name__}: {line}'}"
     return f"picture: {path}"

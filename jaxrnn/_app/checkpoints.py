@@ -1,0 +1,149 @@
+"""The checkpoints of a run, through orbax: the last few and the best, each whole or not there.
+
+`checkpoints/<step>/` holds the arrays (`state`) and JSON beside them (`about`). orbax writes under
+another name and renames. Nothing is pickled.
+"""
+
+import logging
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrnn._api.checks import InputError
+from jaxrnn._app.directory import CHECKPOINTS, best_checkpoint, checkpoint_steps, writing
+
+KEPT = 3
+
+
+class SaveError(Exception):
+    """A checkpoint that cannot be written; those before it are untouched."""
+
+
+class GoneError(InputError):
+    """A checkpoint that was dropped before it was read."""
+
+
+class Checkpoints:
+    """The checkpoints in a run directory; others may read them beside the one that saves."""
+
+    def __init__(self, out: Path):
+        import orbax.checkpoint as ocp
+
+        self.folder, self._out, self._args = out / CHECKPOINTS, out, ocp.args
+        self._orbax = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+
+    def prepare(self) -> None:
+        """Remove what a save that was cut short has left; an InputError where none can be made."""
+        for folder in (self._out, self.folder):
+            with writing(folder):
+                folder.mkdir(exist_ok=True)
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise InputError(f"{folder}: expected a directory that can be written")
+        for path in self.folder.glob("*.*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def save(self, step: int, state: Any, about: dict[str, Any], held_out_bits: float | None):
+        """Save a checkpoint, and drop those that are no longer among the last or the best.
+
+        `about` is what JSON can say. A SaveError where it cannot be written.
+        """
+        path, args = self.folder / str(step), self._args
+        about = {**about, "held_out_bits": held_out_bits, "fingerprint": int(fingerprint(state))}
+        items = args.Composite(state=args.StandardSave(state), about=args.JsonSave(about))
+        try:
+            with _quiet():
+                self._orbax.save(path.absolute(), args=items)
+            if jax.process_index() == 0:
+                steps, best = checkpoint_steps(self._out), best_checkpoint(self._out)
+                for old in {*steps[:-KEPT]} - {best and best[0]}:
+                    # Under another name first: a half-deleted checkpoint is none.
+                    gone = (self.folder / str(old)).rename(self.folder / f"{old}.deleted")
+                    shutil.rmtree(gone, ignore_errors=True)
+        except Exception as error:  # of many kinds, by what went wrong
+            raise SaveError(f"{path}: cannot be written: {_line(error)}") from error
+
+    def about(self, step: int) -> dict[str, Any]:
+        """What JSON said beside the arrays."""
+        about = self._read(step, about=self._args.JsonRestore())["about"]
+        if not isinstance(about, dict):
+            raise self._damaged(step, f"expected what it is of, got {about!r:.40}")
+        return about
+
+    def state(self, step: int, shapes: Any) -> Any:
+        """The arrays, as in a tree of `jax.ShapeDtypeStruct` with the shardings that are wanted.
+
+        Raises:
+          GoneError: it was dropped before it was read.
+          InputError: it is damaged, or of another tree.
+        """
+        state = self._read(step, state=self._args.StandardRestore(shapes))["state"]
+        if int(fingerprint(state)) != self.about(step).get("fingerprint"):
+            raise self._damaged(step, "it holds other numbers than were saved")
+        return state
+
+    def _read(self, step, **items):
+        path = (self.folder / str(step)).absolute()
+        try:
+            with _quiet():
+                return self._orbax.restore(path, args=self._args.Composite(**items))
+        except Exception as error:  # orbax raises many kinds; each means an unreadable checkpoint
+            raise self._damaged(step, error) from error
+
+    def _damaged(self, step, error):
+        path = self.folder / str(step)
+        if not path.exists():
+            return GoneError(f"{path}: the checkpoint is gone")
+        older = [n for n in checkpoint_steps(self._out) if n < step]
+        way = f"; without it {self.folder / str(older[-1])} is the newest" if older else ""
+        return InputError(f"{path}: the checkpoint cannot be read: {_line(error)}{way}")
+
+
+@jax.jit
+def fingerprint(tree: Any) -> jax.Array:
+    """A number of all bits of all arrays, which no split over devices changes: uint32.
+
+    Σ (2 i + 1) bits_i modulo 2³²: integers, so that the order of a sum is of no account, and odd
+    weights, so that no change of one number goes unseen. What orbax reads it does not check.
+    """
+    total = jnp.zeros((), jnp.uint32)
+    for n, leaf in enumerate(jax.tree.leaves(tree)):
+        size = min(leaf.dtype.itemsize, 4)
+        words = jnp.ravel(jax.lax.bitcast_convert_type(leaf, f"uint{8 * size}"))
+        weights = 2 * jnp.arange(words.size, dtype=jnp.uint32) + jnp.uint32(1)
+        words = words.astype(jnp.uint32) * weights
+        total += jnp.uint32(2 * n + 1) * jnp.sum(words, dtype=jnp.uint32)
+    return total
+
+
+def _line(error):
+    """The first line of what an error says, without the pages that may follow."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    first = str(error).strip().splitlines()[:1] or [type(error).__name__]
+    return re.split(r" \[|\. See full", first[0])[0]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing on standard error but the one line of what is raised.
+
+    Where orbax fails, its threads go on and print pages, some of them later: then this stays.
+    """
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    before, hook = [logger.level for logger in loggers], sys.unraisablehook
+
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda unraisable: None
+    yield
+    sys.unraisablehook = hook
+    for logger, level in zip(loggers, before, strict=True):
+        logger.setLevel(level)

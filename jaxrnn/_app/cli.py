@@ -1,0 +1,253 @@
+"""The command line: `jaxrnn train`, `sample`, `show` and `example`."""
+
+import argparse
+import io
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import fields
+from importlib import import_module
+from typing import ClassVar, NoReturn
+
+from jaxrnn import __version__
+from jaxrnn._api.checks import InputError
+from jaxrnn.text import LEAST_TEMPERATURE
+
+EXIT_BAD_INPUT = 2
+EXTRAS = {"rich": "cli", "orbax": "cli", "shtab": "cli", "matplotlib": "plot"}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, not the whole usage."""
+        if message == "argument --prompt: expected one argument":
+            message += "; a text that begins with a dash: --prompt=-x"
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _number(kind: type, low: float, expected: str, below: float = math.inf) -> Callable:
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value < below):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text}")
+        return value
+
+    return parse
+
+
+_COUNT = _number(int, 1, "a whole number, at least 1")
+_NATURAL = _number(int, 0, "a whole number, at least 0")
+_SEED = _number(int, 0, "a whole number from 0 to 2³² − 1", below=2**32)
+_POSITIVE = _number(float, math.ulp(0), "a number above 0")
+_NOT_NEGATIVE = _number(float, 0, "a number, at least 0")
+_FRACTION = _number(float, math.ulp(0), "a fraction between 0 and 1", below=1)
+_SOME = _number(int, 2, "a whole number, at least 2")  # all but the first are predicted
+
+
+def _temperature(text: str) -> float:
+    value = _NOT_NEGATIVE(text)
+    if 0 < value < LEAST_TEMPERATURE:
+        expected = f"0, or a number of at least {LEAST_TEMPERATURE}"
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text}")
+    return value
+
+
+def _named(text: str) -> str:
+    if not text:  # of a variable of the shell that is not set
+        raise argparse.ArgumentTypeError("expected a directory, got nothing")
+    return text
+
+
+# group -> option -> (how it is read, None where it is one of a few; what it says)
+_TRAIN = {
+    "model": {
+        "hidden_size": (_COUNT, "hidden units of a layer"),
+        "layers": (_COUNT, "recurrent layers, each on the states of the one before"),
+        "activation": (None, "nonlinearity"),
+        "recurrent": (None, "how W is drawn"),
+    },
+    "training": {
+        "steps": (_COUNT, "updates"),
+        "seq_length": (_COUNT, "characters a window: how far gradients go back"),
+        "batch_size": (_COUNT, "streams of text read side by side"),
+        "optimizer": (None, "from optax"),
+        "learning_rate": (_POSITIVE, "at the start; decays to 0 as a cosine"),
+        "grad_clip": (_NOT_NEGATIVE, "largest global norm of the gradient; 0: any"),
+        "skip_nonfinite": (bool, "leave out updates that are not finite, instead of ending"),
+        "seed": (_SEED, "of the initial weights"),
+    },
+    "text": {
+        "level": (None, "characters of UTF-8, or bytes of anything"),
+        "held_out": (_FRACTION, "fraction, at the end, that is not trained on"),
+        "eval_every": (_COUNT, "updates between evaluations on the held-out text"),
+        "eval_length": (_SOME, "characters of it evaluated at most"),
+    },
+    "run": {"checkpoint_every": (_COUNT, "updates between checkpoints")},
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options of all commands."""
+    parser = _Parser(prog="jaxrnn", description="Recurrent networks of one equation in JAX.")
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument(
+        "--print-completion", action=_PrintCompletion, choices=("bash", "zsh", "tcsh"),
+        metavar="SHELL", help="print what completes these commands in bash, zsh or tcsh",
+    )  # fmt: skip
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_train(commands.add_parser(
+        "train", help="train a character network on text", usage="%(prog)s [options] [TEXT ...]"
+    ))  # fmt: skip
+    _add_sample(commands.add_parser("sample", help="generate text with a trained network"))
+    show = commands.add_parser("show", help="what a run is, where it stands, its curves")
+    show.add_argument("directory", metavar="RUN", help="what `jaxrnn train` left behind")
+    example = commands.add_parser("example", help="the source's example beside its numbers")
+    example.add_argument("--plot", metavar="FILE.png", help="draw the ensemble's loss curves")
+    return parser
+
+
+def _add_train(train):
+    from jaxrnn._app.run import CHOICES, Config, flag
+
+    groups = {title: train.add_argument_group(title) for title in _TRAIN}
+    text, run = groups["text"], groups["run"]
+    text.add_argument(
+        "files", nargs="*", metavar="TEXT",
+        help="files, directories, - for standard input; CPython's own documentation if none",
+    )  # fmt: skip
+    where = run.add_mutually_exclusive_group()
+    where.add_argument(
+        "--out", metavar="RUN", type=_named, help="run directory (default: a new one in runs/)"
+    )
+    where.add_argument(
+        "--resume", metavar="RUN", type=_named, help="go on with a run that was interrupted"
+    )
+    for title, options in _TRAIN.items():
+        for name, (kind, about) in options.items():
+            default = {field.name: field.default for field in fields(Config)}[name]
+            # Absent unless named: a run that goes on has its own.
+            _option(groups[title], flag(name), kind or CHOICES[name], default, about, absent=True)
+    _option(run, "--sample-length", _NATURAL, 400, "characters to generate at the end")
+    _option(run, "--model-devices", _COUNT, 1, "devices that share the hidden units")
+    many = train.add_argument_group("several processes, on one machine or many")
+    many.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    many.add_argument(
+        "--processes", type=lambda text: text if text == "auto" else _COUNT(text), metavar="N",
+        help="how many; auto on a TPU pod, under Slurm or Open MPI",
+    )  # fmt: skip
+    many.add_argument("--process", type=_NATURAL, metavar="I", help="which one this is, from 0")
+
+
+def _add_sample(sample):
+    from jaxrnn._app.sample import TEMPERATURE
+
+    sample.add_argument("directory", metavar="RUN", help="what `jaxrnn train` left behind")
+    sample.add_argument("--prompt", metavar="TEXT", help="text to go on from (default: a new line)")
+    _option(sample, "--length", _NATURAL, 500, "characters to generate")
+    about = "below 1 is safer, above 1 wilder, 0 always the likeliest"
+    _option(sample, "--temperature", _temperature, TEMPERATURE, about)
+    _option(sample, "--seed", _SEED, 0, "of the random choices")
+    sample.add_argument(
+        "--best", action="store_true", help="of the checkpoint of least held-out loss, not the last"
+    )
+
+
+def _option(parser, flag, kind, default, text, absent=False) -> None:
+    how: dict = {"default": argparse.SUPPRESS if absent else default}
+    if kind is bool:
+        parser.add_argument(flag, action="store_true", help=text, **how)
+        return
+    how |= {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": "N"}
+    parser.add_argument(flag, help=f"{text} (default: {default})", **how)
+
+
+class _PrintCompletion(argparse.Action):
+    """Prints a script for a shell, by shtab, which is looked for only then."""
+
+    # What a shell offers for an argument.
+    OFFERED: ClassVar = {
+        **dict.fromkeys(("directory", "out", "resume"), "DIRECTORY"),
+        **dict.fromkeys(("files", "plot"), "FILE"),
+    }
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        import shtab
+
+        (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+        for action in (a for command in commands.choices.values() for a in command._actions):
+            if action.dest in self.OFFERED:
+                vars(action)["complete"] = getattr(shtab, self.OFFERED[action.dest])
+        print(shtab.complete(parser, str(values)))
+        parser.exit(0)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of one command; files may stand before, between and after options."""
+    parser = make_parser()
+    args, others = parser.parse_known_args(argv)
+    unknown = [word for word in others if args.command != "train" or word[:1] == "-" != word]
+    if unknown:
+        hint = "" if unknown[0][:2] in ("--", "-") else f"; a file of that name: ./{unknown[0]}"
+        parser.error(f"unrecognized arguments: {' '.join(others)}{hint}")
+    if others:
+        args.files += others
+    return args
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run one command: the function of its name, in the module of its name.
+
+    Returns:
+      0; 1 where numbers disagree, the loss is no number, a file cannot be written in training or a
+      process is gone; 2 for bad input, with one line on standard error; 130 where Ctrl-C ended
+      training early, 143 where SIGTERM did, 129 where the terminal closed.
+    """
+    args = parse(argv)
+    try:
+        return getattr(import_module(f"jaxrnn._app.{args.command}"), args.command)(args)
+    except InputError as error:
+        print(f"jaxrnn {args.command}: error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+
+
+def main() -> int:
+    """The program: `run`, for any terminal or none, and the extra that is missing by its name.
+
+    Returns:
+      The exit code: that of the command, 1 where output cannot be written, 2 for a missing extra,
+      130 after Ctrl-C.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever has begun this
+            setattr(sys, name, open(os.devnull, "w"))
+        # A terminal that cannot show a character shows its number, not a traceback.
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    code = 0
+    try:
+        code = run()
+        sys.stdout.flush()
+        return code
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").split(".")[0]
+        if missing not in EXTRAS:
+            raise
+        needs = f"pip install 'jaxrnn[{EXTRAS[missing]}]'"
+        print(f"jaxrnn: error: {missing} is missing; {needs}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        # Python would complain once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # whoever read the output has had enough
+            return code
+        where = error.filename or "standard output"
+        with suppress(OSError):  # the same terminal
+            print(f"jaxrnn: error: {where}: cannot be written: {error.strerror}", file=sys.stderr)
+        return code or 1

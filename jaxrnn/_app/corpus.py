@@ -1,0 +1,359 @@
+"""A text of any size as ids in a file, which is mapped, split, and never held in memory whole.
+
+Files, directories and standard input are read once, a chunk at a time. An id stands for a character
+of UTF-8, or for a byte of anything.
+"""
+
+import codecs
+import io
+import mmap
+import os
+import stat
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+import numpy as np
+
+from jaxrnn._api import checks
+from jaxrnn._api.checks import InputError
+from jaxrnn._app.directory import is_run, whole_file, writing
+from jaxrnn.text import Vocabulary, streams
+
+UNITS = {"char": "character", "byte": "byte"}
+BYTES = tuple(map(chr, range(256)))
+STANDARD_INPUT = "-"
+# A text of more sources than this is called by the first of them.
+MOST_NAMES = 4
+# Bytes that are read at a time, and ids that are looked at at a time.
+CHUNK = 2**20
+# Streams of the held-out text are at least this long: each starts without context.
+HELD_OUT_STREAM = 4096
+# Added to each count (Lidstone), so that what was never seen has a probability.
+PSEUDO_COUNT = 0.1
+# Of more characters pairs are not counted: their table would take more than 32 MiB.
+MOST_COUNTED = 2048
+
+
+# What messages call some bytes, and what opens them to be read once.
+Source = tuple[str, Callable[[], Any]]
+
+
+def _unreadable(name: object, error: OSError) -> NoReturn:
+    raise InputError(f"{name}: cannot be read: {error.strerror or error}") from error
+
+
+def _find(names: Sequence[str]) -> tuple[str, list[Source]]:
+    """What to call all of a text, and where to read it."""
+    if not names:
+        from pydoc_data.topics import topics
+
+        name, content = "CPython's pydoc_data.topics", "".join(topics.values()).encode()
+        return name, [(name, lambda: io.BytesIO(content))]
+    times = names.count(STANDARD_INPUT)
+    if times > 1:
+        raise InputError(f"standard input: expected at most once, got {times} times")
+    called = ["standard input" if name == STANDARD_INPUT else name for name in names]
+    few = len(called) <= MOST_NAMES
+    title = " ".join(called) if few else f"{called[0]} and {len(called) - 1} more"
+    return title, [source for name in names for source in _sources(name)]
+
+
+def _sources(name: str) -> list[Source]:
+    if name == STANDARD_INPUT:
+        return [("standard input", _standard_input)]
+    try:
+        is_folder = stat.S_ISDIR(os.stat(name).st_mode)
+    except OSError as error:
+        _unreadable(name, error)
+    if not is_folder:
+        return [(name, lambda: open(name, "rb"))]
+    paths = sorted(_below(name), key=lambda path: path.parts)
+    if not paths:
+        raise InputError(f"{name}: expected text, got a directory without text files")
+    return [(str(path), lambda path=path: path.open("rb")) for path in paths]
+
+
+def _standard_input() -> Any:
+    if sys.stdin is None:
+        raise OSError("it is closed")
+    return nullcontext(sys.stdin.buffer)  # not ours to close
+
+
+def _below(folder: str) -> Iterator[Path]:
+    """The files of a directory that hold something, but those of runs; no directories by links."""
+
+    def unlisted(error):
+        _unreadable(error.filename, error)
+
+    for where, folders, files in os.walk(folder, onerror=unlisted):
+        folders[:] = [n for n in folders if not (n.startswith(".") or is_run(Path(where, n)))]
+        for path in (Path(where, name) for name in files if not name.startswith(".")):
+            try:
+                about = path.stat()
+            except OSError as error:
+                if path.is_symlink():  # to nothing
+                    continue
+                _unreadable(path, error)
+            if stat.S_ISREG(about.st_mode) and about.st_size:
+                yield path
+
+
+def _read(source: Source) -> Iterator[bytes]:
+    name, opened = source
+    came = False
+    try:
+        with opened() as file:
+            while chunk := file.read(CHUNK):
+                came = True
+                yield chunk
+    except OSError as error:
+        _unreadable(name, error)
+    if not came:
+        got = "nothing" if name == "standard input" else "an empty file"
+        raise InputError(f"{name}: expected text, got {got}")
+
+
+def _decoded(source: Source) -> Iterator[str]:
+    """The text of a source in UTF-8, piece by piece, without a byte-order mark."""
+    decoder, read, begun = codecs.getincrementaldecoder("utf-8")(), 0, False
+    for chunk in chain(_read(source), [b""]):  # the empty one is the end
+        read += len(chunk)
+        try:
+            text = decoder.decode(chunk, final=not chunk)
+        except UnicodeDecodeError as error:
+            # What was decoded is this chunk, after the bytes that the last one left over.
+            offset = read - len(error.object) + error.start
+            raise InputError(
+                f"{source[0]}: expected UTF-8, got byte 0x{error.object[error.start]:02x} at "
+                f"offset {offset} ({error.reason}); --level byte takes any bytes"
+            ) from error
+        yield text if begun else text.removeprefix("\ufeff")
+        begun = begun or bool(text)
+
+
+@dataclass(frozen=True)
+class Text:
+    """What there is to know of a text whose ids are in a file.
+
+    The name is what messages call it. Characters are in order of first appearance; those of bytes
+    are always chr(0) … chr(255), so that a byte is its own id.
+    """
+
+    name: str
+    level: str
+    characters: tuple[str, ...]
+    length: int
+    checksum: int
+
+
+def encode(names: Sequence[str], level: str, path: Path) -> Text:
+    """Write the ids of a text to a file, in memory that does not grow with the text.
+
+    The names are of files and directories, "-" is standard input, and none CPython's documentation.
+    The file is one `.npy` array `[length]`, written whole or not at all: uint8 up to 256
+    characters, then uint16, then uint32. Ids are those of `Vocabulary` of the whole text.
+
+    Raises:
+      InputError: what cannot be read or is empty, is no UTF-8, or cannot be written.
+    """
+    checks.one_of("level", level, tuple(UNITS))
+    name, sources = _find(names)
+    alphabet, dtype, length = Alphabet(), _dtype(0), 0
+    with whole_file(path) as file:
+        with writing(path):
+            start = file.write(_header(dtype, length))
+        for source in sources:
+            if level == "byte":
+                pieces = (np.frombuffer(chunk, np.uint8) for chunk in _read(source))
+            else:
+                pieces = map(alphabet.ids, _decoded(source))
+            for ids in pieces:
+                with writing(path):
+                    if ids.dtype != dtype:
+                        _widen(file, start, length, dtype, ids.dtype)
+                    file.write(ids.data)
+                length, dtype = length + len(ids), ids.dtype
+        if not length:
+            raise InputError(f"{name}: expected text, got a byte-order mark alone")
+        header = _header(dtype, length)
+        if len(header) != start:
+            raise RuntimeError(f"{path}: NumPy's header grew to {len(header)} bytes")
+        with writing(path):
+            file.seek(0)
+            file.write(header)
+    characters = BYTES if level == "byte" else tuple(map(chr, alphabet.codes))
+    return Text(name, level, characters, length, checksum(open_ids(path, length, len(characters))))
+
+
+def _dtype(count: int) -> np.dtype:
+    """The narrowest dtype for the ids of so many characters."""
+    return np.min_scalar_type(max(0, count - 1))
+
+
+def _header(dtype: np.dtype, length: int) -> bytes:
+    """That of a `.npy` file; NumPy leaves room in it for the length to grow."""
+    header = io.BytesIO()
+    about = {"descr": dtype.str, "fortran_order": False, "shape": (length,)}
+    np.lib.format.write_array_header_1_0(header, about)
+    return header.getvalue()
+
+
+def _widen(file: BinaryIO, start: int, length: int, old: np.dtype, new: np.dtype) -> None:
+    """Rewrite ids from the end on: what is written lies behind what is still to be read."""
+    for end in range(length, 0, -CHUNK):
+        begin = max(0, end - CHUNK)
+        file.seek(start + begin * old.itemsize)
+        ids = np.frombuffer(file.read((end - begin) * old.itemsize), old)
+        file.seek(start + begin * new.itemsize)
+        file.write(ids.astype(new).data)
+    file.seek(start + length * new.itemsize)
+
+
+class Alphabet:
+    """The characters seen so far: a table from code points to ids, −1 where there is none."""
+
+    def __init__(self):
+        self.codes: list[int] = []
+        self._table = np.full(0x110000, -1, np.int32)
+
+    def ids(self, text: str) -> np.ndarray:
+        """The ids of a text; characters not seen before get the next ones."""
+        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        ids = self._table[codes]
+        unseen = ids < 0
+        if unseen.any():
+            fresh, first = np.unique(codes[unseen], return_index=True)
+            fresh = fresh[np.argsort(first)]
+            self._table[fresh] = np.arange(len(self.codes), len(self.codes) + len(fresh))
+            self.codes += fresh.tolist()
+            ids = self._table[codes]
+        return ids.astype(_dtype(len(self.codes)))
+
+
+def open_ids(path: Path, length: int, size: int) -> np.ndarray:
+    """The ids in a file, of |A| = size characters, mapped: what is not looked at is not read."""
+    try:
+        # Unlike np.load it takes nothing but a single array.
+        ids = np.lib.format.open_memmap(path, mode="r")
+    except OSError as error:
+        _unreadable(path, error)
+    except Exception as error:  # the header is read as Python, and errs as that may
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: expected the ids of a text, got {line}") from error
+    if ids.shape != (length,) or ids.dtype != _dtype(size):
+        wanted = f"{_dtype(size)} array of shape [{length}]"
+        raise InputError(f"{path}: expected {wanted}, got {checks.came(ids)}")
+    return np.asarray(ids)  # the same memory, without the methods of a file
+
+
+def chunks(ids: np.ndarray, overlap: int = 0) -> Iterator[np.ndarray]:
+    """All ids, piece by piece, each sharing its last ids with the next where they overlap.
+
+    Pages of mapped ids are given back, so that memory does not grow with them.
+    """
+    for start in range(0, len(ids) - overlap, CHUNK):
+        yield ids[start : start + CHUNK + overlap]
+        release(ids)
+
+
+def release(ids: np.ndarray) -> None:
+    """Give the pages of mapped ids back; what is looked at again is mapped again.
+
+    The kernel would take them only when it wants them, and until then they count as the process's.
+    """
+    memory: Any = ids
+    while isinstance(memory, np.ndarray):
+        memory = memory.base
+    if isinstance(memory, mmap.mmap) and hasattr(memory, "madvise"):  # not everywhere
+        memory.madvise(mmap.MADV_DONTNEED)
+
+
+def checksum(ids: np.ndarray) -> int:
+    """A number of all bytes of the ids, CRC-32."""
+    found = 0
+    for chunk in chunks(ids):
+        found = zlib.crc32(chunk.data, found)
+    return found
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text as ids: what is trained on, `[N]`, and what is predicted of the rest, `[M]`."""
+
+    text: Text
+    vocabulary: Vocabulary
+    train: np.ndarray
+    held_out: np.ndarray
+
+    def held_out_streams(self, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Few streams where the text is short, never more than in training.
+
+        Their number is a power of two, so that they divide over devices.
+        """
+        most = min(batch_size, max(1, len(self.held_out) // HELD_OUT_STREAM))
+        return streams(self.held_out, 1 << (most.bit_length() - 1))
+
+    def references(self) -> dict[str, float]:
+        """Bits per held-out character of counting: of all characters, and of pairs of them."""
+        size = len(self.vocabulary)
+        counts, times = _counts(self.train, size), _counts(self.held_out[1:], size)
+        found = {"unigram": _bits(counts, times)}
+        if size <= MOST_COUNTED:
+            counts, times = (_counts(ids, size, 2) for ids in (self.train, self.held_out))
+            found["bigram"] = _bits(counts, times)
+        return found
+
+
+def _counts(ids: np.ndarray, size: int, n: int = 1) -> np.ndarray:
+    """How often each id occurs, or each pair of neighbours: int64 `[size]` or `[size, size]`."""
+    counts = np.zeros(size**n, np.int64)
+    for chunk in chunks(ids, overlap=n - 1):
+        places = chunk if n == 1 else chunk[:-1].astype(np.int64) * size + chunk[1:]
+        counts += np.bincount(places, minlength=size**n)
+    return counts.reshape((size,) * n)
+
+
+def _bits(counts: np.ndarray, times: np.ndarray) -> float:
+    """Bits per character of the frequencies in counts, for what occurs so many times."""
+    seen = np.nonzero(times)
+    every = np.sum(counts, axis=-1) + counts.shape[-1] * PSEUDO_COUNT
+    frequencies = (counts[seen] + PSEUDO_COUNT) / every[seen[:-1]]
+    return float(times[seen] @ -np.log2(frequencies) / times.sum())
+
+
+def open_corpus(
+    path: Path, text: Text, *, held_out: float, batch_size: int, seq_length: int,
+    evaluated: int = 500_000, verify: bool = False,
+) -> Corpus:  # fmt: skip
+    """Split the ids that `encode` wrote into training and held-out ones, for B streams of T ids.
+
+    None is read into memory. `held_out` is the fraction at the end that is not trained on; of it,
+    from its beginning, at most `evaluated` are predicted. `verify` reads all of the file, to see
+    whether it holds what was written.
+
+    Raises:
+      InputError: a missing or damaged file, a text of one distinct character, or too short.
+    """
+    ids = open_ids(path, text.length, len(text.characters))
+    if verify and checksum(ids) != text.checksum:
+        raise InputError(f"{path}: expected the ids of {text.name}, got others")
+    unit, first = f"{UNITS[text.level]}s", ids[0]
+    if not any(np.any(chunk != first) for chunk in chunks(ids)):
+        only = f"0x{first:02x}" if text.level == "byte" else repr(text.characters[first])
+        raise InputError(f"{text.name}: expected two distinct {unit}, got only {only}")
+    kept = max(2, round(text.length * held_out))
+    needed, left = batch_size * seq_length + 1, max(0, text.length - kept)
+    if left < needed:
+        raise InputError(
+            f"{text.name}: expected at least {needed:,} {unit} for training, "
+            f"{batch_size} streams of one window of {seq_length}, "
+            f"got {left:,}; lower --batch-size, --seq-length or --held-out"
+        )
+    vocabulary = Vocabulary(text.characters)
+    return Corpus(text, vocabulary, ids[:-kept], ids[-kept:][:evaluated])

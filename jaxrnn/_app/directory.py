@@ -1,0 +1,295 @@
+"""The files of a run: each is written whole or not at all, and one process at a time trains it.
+
+`config.json` is there first, and locked as long as the run is trained: where it is there is a run.
+`text.json` and `ids.npy` are its text, `metrics.jsonl` grows by a line at each report, and
+`checkpoints/<step>` is a checkpoint, which orbax names when it is whole.
+"""
+
+import json
+import math
+import os
+import secrets
+import shlex
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from jaxrnn._api.checks import InputError
+
+CONFIG, TEXT, IDS, METRICS = "config.json", "text.json", "ids.npy", "metrics.jsonl"
+CHECKPOINTS, MARK = "checkpoints", ".together"
+# Seconds for which a lock is asked for again: `show` holds it for an instant.
+PATIENCE = 1.0
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the system refuses in the block is an InputError of one line."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def whole_file(path: Path, mark: str = "") -> Iterator[BinaryIO]:
+    """A file under another name, which gets its own when all went well, and is gone otherwise.
+
+    The mark is for a file that two processes may write. What the caller writes may raise OSError.
+    """
+    unfinished, file = partial(path, mark), None
+    try:
+        with writing(path):
+            file = unfinished.open("w+b")
+        yield file
+        with writing(path):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+            os.replace(unfinished, path)
+    except BaseException:  # Ctrl-C too
+        with suppress(OSError):  # a full disk refuses once more what is still in the buffer
+            if file is not None:
+                file.close()
+        with suppress(OSError):
+            unfinished.unlink()
+        raise
+
+
+def partial(path: Path, mark: str = "") -> Path:
+    """The name of a file that is not complete."""
+    return path.with_name(f".{path.name}{mark}.partial")
+
+
+def _lock(file: BinaryIO, seconds: float = PATIENCE, shared: bool = False) -> bool | None:
+    """Whether this file is ours now, until it is closed; None where there are no locks."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            import fcntl
+
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                return False
+            time.sleep(0.02)
+        except (ImportError, OSError):  # not on every system, nor file system
+            return None
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold the lock on a run, which ends with the process.
+
+    Raises:
+      InputError: another process holds it.
+    """
+    path = out / CONFIG
+    # On NFS only what can be written can be locked.
+    with path.open("r+b" if os.access(path, os.W_OK) else "rb") as file:
+        if _lock(file) is False:
+            raise InputError(f"{out}: expected a run that nobody is training, another process is")
+        yield
+
+
+def is_locked(out: Path) -> bool:
+    """Whether a process trains a run; those who ask do not see each other."""
+    with (out / CONFIG).open("rb") as file:
+        return _lock(file, 0, shared=True) is False
+
+
+class TakenError(InputError):
+    """A directory that holds something."""
+
+
+@contextmanager
+def claimed(out: Path, config: dict[str, Any], held: ExitStack) -> Iterator[None]:
+    """Make an empty or new directory that of a run; undo it where the block fails.
+
+    `held` gets the lock on it, which outlives the block.
+
+    Raises:
+      TakenError: it holds something.
+      InputError: it is a file, or cannot be written.
+    """
+    made: list[Path] = []
+    begun = False
+    try:
+        try:
+            made += [folder for folder in (out, *out.parents) if not folder.exists()]
+            str(out.absolute()).encode()  # orbax takes no other name
+            out.mkdir(parents=True, exist_ok=True)
+            # What a start that was killed leaves behind is nobody's work.
+            if not {path.name for path in out.iterdir()} <= {partial(out / CONFIG).name}:
+                raise _taken(out)
+        except OSError as error:
+            raise InputError(f"--out: cannot write to {out}: {error.strerror}") from error
+        except UnicodeEncodeError as error:
+            raise InputError(f"--out: expected a name that is UTF-8, got {out}") from error
+        while not _begin(out, config, held):
+            out.mkdir(parents=True, exist_ok=True)
+        begun = True
+        yield
+    except BaseException:
+        for name in (IDS, TEXT, CONFIG) if begun else ():
+            (out / name).unlink(missing_ok=True)
+        for folder in made:
+            with suppress(OSError):  # not empty, for another run stands beside it
+                folder.rmdir()
+        raise
+
+
+def _begin(out: Path, config: dict[str, Any], held: ExitStack) -> bool:
+    """Write config.json, locked before it has its name; False to be tried again.
+
+    Of those who begin at once one makes the unfinished file. One that a killed process has left is
+    not locked; where there are no locks nobody can tell.
+    """
+    path, new = out / CONFIG, partial(out / CONFIG)
+    with writing(path), ExitStack() as undo, suppress(FileNotFoundError):
+        made = not new.exists()
+        with suppress(FileExistsError):
+            file = undo.enter_context(new.open("xb" if made else "r+b"))
+            ours = _lock(file)
+            if not os.path.samestat(os.fstat(file.fileno()), new.stat()):
+                return False  # it has got its name, or is gone
+            if not (ours or (made and ours is None)):
+                raise _taken(out, f", where another process begins a run; if none does, rm {new}")
+            undo.callback(new.unlink, missing_ok=True)
+            if path.exists():
+                raise _taken(out)
+            file.truncate()
+            file.write(_as_text(config))
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(new, path)
+            undo.pop_all()
+            held.enter_context(file)
+            return True
+    return False
+
+
+def _taken(out, why=""):
+    if (out / CONFIG).exists():
+        go_on = shlex.join(["jaxrnn", "train", "--resume", str(out)])
+        why = f", which is a run; to go on with it: {go_on}"
+    return TakenError(f"--out: expected an empty or new directory, got {out}{why}")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a directory is that of a run, one that has just been claimed included."""
+    try:
+        values = json.loads((folder / CONFIG).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and values.keys() == {"sources", "options"}
+
+
+def _as_text(value) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()  # in ASCII: a name may be no UTF-8
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    _write(path, _as_text(value))
+
+
+def _write(path: Path, content: bytes) -> None:
+    with whole_file(path) as file, writing(path):
+        file.write(content)
+
+
+def read_json(path: Path, parse: Callable[[Any], Any], what: str) -> Any:
+    """What `parse` makes of a JSON file of a run, which is to be what it is called.
+
+    Raises:
+      InputError: it is not there, or is not that.
+    """
+    try:
+        return parse(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, NotADirectoryError):
+        expected = f"expected a run directory, got no {path.name} in it"
+        raise InputError(f"{path.parent}: {expected}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: expected {what}: {error}") from error
+
+
+def append_metrics(out: Path, row: dict[str, Any]) -> None:
+    """Add one line to the metrics, on the disk before any checkpoint that is past it."""
+    with (out / METRICS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_metrics(out: Path) -> list[dict[str, Any]]:
+    """All rows of the metrics; one that was cut short, which can only be the last, is none.
+
+    Raises:
+      InputError: a line that is no row.
+    """
+    path, rows = out / METRICS, []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row["step"], int) or not {"bits", "seconds"} <= row.keys():
+                raise KeyError
+        except (ValueError, TypeError, KeyError):
+            if number == len(lines) and not line.endswith("\n"):
+                break
+            got = f"{line.strip()[:40]!r} in line {number}"
+            raise InputError(f"{path}: expected a row of metrics, got {got}") from None
+        rows.append(row)
+    return rows
+
+
+def trim_metrics(out: Path, step: int) -> None:
+    """Drop the rows past a step."""
+    rows = [row for row in read_metrics(out) if row["step"] <= step]
+    _write(out / METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+@contextmanager
+def marked(out: Path) -> Iterator[None]:
+    """A file in a run directory by which several processes know that they see the same one."""
+    _write(out / MARK, secrets.token_hex().encode())
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            (out / MARK).unlink()
+
+
+def read_mark(out: Path) -> str | None:
+    """What `marked` has put in the directory that this process sees."""
+    with suppress(OSError):
+        return (out / MARK).read_text()
+    return None
+
+
+def checkpoint_steps(out: Path) -> list[int]:
+    """The steps of the finished checkpoints, in order."""
+    names = [path.name for path in (out / CHECKPOINTS).glob("*")]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def best_checkpoint(out: Path) -> tuple[int, float] | None:
+    """Step and bits of the least held-out loss; None where none was measured."""
+    found = []
+    for step in checkpoint_steps(out):
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            about = json.loads((out / CHECKPOINTS / str(step) / "about" / "metadata").read_bytes())
+            found.append((float(about["held_out_bits"]), step))
+    bits, step = min(found, default=(math.inf, 0))
+    return (step, bits) if math.isfinite(bits) else None

@@ -1,0 +1,332 @@
+"""One training run: its options, and its way from the beginning or a checkpoint to its end."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrnn import train
+from jaxrnn._api import checks
+from jaxrnn._api.cell import init_params
+from jaxrnn._api.checks import InputError
+from jaxrnn._app import devices, directory
+from jaxrnn._app.checkpoints import Checkpoints, GoneError, SaveError
+from jaxrnn._app.corpus import UNITS, Corpus, Text, release
+from jaxrnn._app.devices import Placement
+from jaxrnn.text import Vocabulary, streams
+
+REPORT_EVERY = 25
+# Characters of held-out text that are read at once, so that memory does not grow with it.
+EVALUATED_AT_ONCE = 2**13
+# These change no number of a run, so that one that goes on may have others.
+FREE = ("checkpoint_every", "skip_nonfinite")
+# What an option may be that is one of a few names.
+CHOICES = {
+    "level": tuple(UNITS),
+    "optimizer": ("adam", "adamw", "nadam", "rmsprop", "adagrad", "sgd"),
+    "activation": ("tanh", "relu", "sigmoid", "identity"),
+    "recurrent": ("orthogonal", "identity", "normal", "uniform"),
+}
+# Whole numbers are at least 1, but for these.
+LEAST = {"seed": 0, "eval_length": 2}
+# Written out, so that a run is the same whatever JAX's default is.
+PRNG = "threefry2x32"
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a run is made of; its fields are the options of `jaxrnn train`."""
+
+    level: str = "char"
+    hidden_size: int = 256
+    layers: int = 1
+    seq_length: int = 64
+    batch_size: int = 64
+    steps: int = 2000
+    learning_rate: float = 3e-3
+    grad_clip: float = 1.0
+    optimizer: str = "adam"
+    activation: str = "tanh"
+    recurrent: str = "orthogonal"
+    held_out: float = 0.1
+    eval_every: int = 250
+    eval_length: int = 500_000
+    checkpoint_every: int = 250
+    skip_nonfinite: bool = False
+    seed: int = 0
+
+
+def flag(name: str) -> str:
+    """How a field is called on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def read_begun(out: Path) -> tuple[Config, list[str]]:
+    """The options that a run was begun with, and the files and directories of its text."""
+
+    def parse(values):
+        config = Config(**values["options"])
+        for field in fields(Config):
+            value, kind = getattr(config, field.name), type(field.default)
+            whole_number = kind is float and type(value) is int
+            if type(value) is not kind and not whole_number:
+                checks.bad_type(field.name, kind.__name__, type(value).__name__)
+            if kind is int:
+                checks.whole(field.name, value, LEAST.get(field.name, 1))
+            if kind is str:
+                checks.one_of(field.name, value, CHOICES[field.name])
+        return config, list(map(str, values["sources"]))
+
+    return directory.read_json(out / directory.CONFIG, parse, "the options of a run")
+
+
+def read_text(out: Path) -> tuple[Text, dict[str, float]]:
+    """What there is to know of the text of a run, and what counting predicts of it."""
+
+    def parse(values):
+        text = Text(**{**values["text"], "characters": tuple(values["text"]["characters"])})
+        checks.one_of("level", text.level, CHOICES["level"])
+        Vocabulary(text.characters)  # which says what is wrong with them
+        return text, {str(name): float(bits) for name, bits in values["references"].items()}
+
+    return directory.read_json(out / directory.TEXT, parse, "the text of a run")
+
+
+def text_as_json(text: Text) -> dict[str, Any]:
+    """What text.json holds, and every checkpoint."""
+    return {**asdict(text), "characters": "".join(text.characters)}
+
+
+def go_on_with(begun: Config, given: Mapping[str, Any], out: Path) -> Config:
+    """The options of a run that goes on; some may be given again, but not to change its numbers."""
+    for name, value in given.items():
+        if name not in FREE and value != (before := getattr(begun, name)):
+            expected = f"{before}, as {out} was begun with"
+            raise InputError(f"{flag(name)}: expected {expected}, got {value}")
+    return replace(begun, **given)
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """The optax optimiser, its learning rate decaying to 0 as a cosine, gradients clipped."""
+    rate = optax.cosine_decay_schedule(config.learning_rate, config.steps)
+    optimizer = getattr(optax, config.optimizer)(rate)
+    if config.grad_clip > 0:
+        return optax.chain(optax.clip_by_global_norm(config.grad_clip), optimizer)
+    return optimizer
+
+
+def initial_state(config: Config, size: int) -> train.TrainState:
+    """The state of a run before its first update, for |A| characters."""
+    key = jax.random.key(config.seed, impl=PRNG)
+    params = init_params(
+        key, size, config.hidden_size, size, dtype=jnp.float32,
+        layers=config.layers, recurrent=config.recurrent, activation=config.activation,
+    )  # fmt: skip
+    # Raw, which every way of saving and placing takes as the array that it is.
+    key = jax.random.key_data(key)
+    return train.init_state(params, make_optimizer(config), config.batch_size, key)
+
+
+def identity(config: Config, text: Text) -> dict[str, Any]:
+    """What every checkpoint of a run agrees in, as JSON gives it back."""
+    options = {name: value for name, value in asdict(config).items() if name not in FREE}
+    known = text_as_json(text)
+    del known["name"]  # the same file may be called otherwise
+    return {"options": options, "text": known}
+
+
+def check_identity(checkpoints: Checkpoints, step: int, config: Config, text: Text) -> None:
+    """Refuse a checkpoint that is damaged or of another run."""
+    theirs = checkpoints.about(step)
+    for part, values in identity(config, text).items():
+        found = theirs.get(part)
+        saved = found if isinstance(found, dict) else {}
+        for name, value in values.items():
+            if saved.get(name) != value:
+                detail = "" if name == "characters" else f", {saved.get(name)} instead of {value}"
+                expected = f"a checkpoint of this run, got one of another {name}{detail}"
+                raise InputError(f"{checkpoints.folder / str(step)}: expected {expected}")
+
+
+def load_state(
+    checkpoints: Checkpoints, step: int, config: Config, text: Text, placement: Placement
+) -> train.TrainState:
+    """The state of a checkpoint of this run, split as the placement says."""
+    shapes: Any = jax.eval_shape(lambda: initial_state(config, len(text.characters)))
+    shapes = jax.tree.map(
+        lambda x, how: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=how),
+        shapes, placement.of_state(shapes),
+    )  # fmt: skip
+    state = checkpoints.state(step, shapes)
+    if int(state.step) != step:
+        expected = f"the state of step {step}, got that of step {state.step}"
+        raise InputError(f"{checkpoints.folder / str(step)}: expected {expected}")
+    return state
+
+
+def load(out: Path, best: bool = False) -> tuple[train.TrainState, Text, Config]:
+    """The newest or the best checkpoint of a run, on one device.
+
+    Beside a process that trains it too, which may drop the checkpoint that is being read.
+
+    Raises:
+      InputError: no run directory, no checkpoint in it yet, or a damaged one.
+    """
+    (config, _), (text, _) = read_begun(out), read_text(out)
+    placement = Placement(1, config.hidden_size)
+    checkpoints = Checkpoints(out)
+    while True:
+        steps, found = directory.checkpoint_steps(out), directory.best_checkpoint(out)
+        step = (found[0] if found else None) if best else max(steps, default=None)
+        if step is None:
+            which = "whose held-out loss was measured" if steps else "yet"
+            raise InputError(f"{out}: expected a run with a checkpoint, got none {which}")
+        try:
+            check_identity(checkpoints, step, config, text)
+            return load_state(checkpoints, step, config, text, placement), text, config
+        except GoneError:
+            continue  # there is a newer or a better one
+
+
+class FailedError(Exception):
+    """A run that could not go on; one line says why."""
+
+
+class Run:
+    """A run that is about to begin or to go on, in its directory.
+
+    It knows the `step` where it stands, the `bits` per held-out character when they were last
+    measured, NaN if they never were, and its `seconds` of training, all its parts together. An
+    InputError where checkpoints or metrics are damaged, of another run, or cannot be written.
+    """
+
+    def __init__(self, out: Path, config: Config, corpus: Corpus, placement: Placement):
+        self.out, self.config, self.corpus, self.placement = out, config, corpus, placement
+        self._checkpoints = Checkpoints(out)
+        self.step = max(directory.checkpoint_steps(out), default=0)
+        if self.step:
+            check_identity(self._checkpoints, self.step, config, corpus.text)
+        rows = [row for row in directory.read_metrics(out) if row["step"] <= self.step]
+        self._skipped = rows[-1].get("skipped", 0) if rows else 0
+        self.seconds = rows[-1]["seconds"] if rows else 0.0
+        bits = [row["held_out_bits"] for row in rows if "held_out_bits" in row]
+        self.bits = bits[-1] if bits and bits[-1] is not None else math.nan
+        self._least = min((each for each in bits if each is not None), default=math.inf)
+
+    def go(self, report: Callable[[dict[str, Any]], None]) -> int:
+        """Train to the end, or until a signal, leaving checkpoints and metrics.
+
+        `report` is called with each row of metrics. Returns the signal that ended it, or 0.
+
+        Raises:
+          InputError: the checkpoint to go on from is damaged; the directory cannot be written.
+          FailedError: a number that is not finite, or a file that cannot be written.
+          LostError: another process is gone.
+        """
+        try:
+            return self._go(report)
+        except train.DivergedError as error:
+            way = "begin again with a smaller --learning-rate or --grad-clip"
+            raise FailedError(f"{error}; {way}, or go on with --skip-nonfinite") from error
+        except jax.errors.JaxRuntimeError as error:
+            if devices.are_several():
+                # What is gone breaks whatever the others do with it next.
+                raise devices.LostError(error) from error
+            raise FailedError(devices.first_line(error)) from error
+        except SaveError as error:
+            raise FailedError(error) from error
+        except OSError as error:
+            name = error.filename or self.out
+            raise FailedError(f"{name}: cannot be written: {error.strerror}") from error
+
+    def _go(self, report):
+        config, put, text = self.config, self.placement.split, self.corpus.text
+        if devices.is_first():
+            self._checkpoints.prepare()
+        if self.step:
+            state = load_state(self._checkpoints, self.step, config, text, self.placement)
+        else:
+            state = self.placement.put_state(initial_state(config, len(text.characters)))
+        if devices.is_first():
+            directory.trim_metrics(self.out, self.step)
+        update = train.make_checked_update(make_optimizer(config), mesh=self.placement.mesh)
+        inputs, targets = streams(self.corpus.train, config.batch_size)
+        windows = train.windows(inputs, targets, config.seq_length, self.step)
+        placed = ((put(x, 1), put(y, 1), first) for x, y, first in windows)
+        held_out = self.corpus.held_out_streams(config.batch_size)
+        at_once = max(1, EVALUATED_AT_ONCE // held_out[0].shape[1])
+        begun, signal = time.perf_counter() - self.seconds, 0
+        with devices.stop_requests() as asked:
+
+            def stop(step):
+                nonlocal signal
+                # Several processes must stop at one step, and so ask each other now and then.
+                if not devices.are_several() or step % REPORT_EVERY == 0:
+                    signal = devices.largest(asked())
+                return signal > 0
+
+            def save(now, measured):
+                self._checkpoints.save(now.step, now.state, identity(config, text), measured)
+
+            devices.wait_for_all("training")
+            for now in train.fit(
+                state, update, placed, config.steps,
+                every=(REPORT_EVERY, config.eval_every, config.checkpoint_every),
+                skip_nonfinite=config.skip_nonfinite, stop=stop,
+            ):  # fmt: skip
+                self.step, ended = now.step, now.step == config.steps
+                release(self.corpus.train)
+                row = self._row(now, begun)
+                measured, best = None, False
+                if ended or now.step % config.eval_every == 0:
+                    nats = train.evaluate(now.state.params, *held_out, seq_length=at_once, put=put)
+                    measured = row["held_out_bits"] = self._measured(nats, now)
+                    self.bits = math.nan if measured is None else measured
+                    best = self.bits < self._least
+                    self._least = self.bits if best else self._least
+                if devices.is_first():
+                    directory.append_metrics(self.out, row)
+                due = ended or signal or best or now.step % config.checkpoint_every == 0
+                if due:
+                    save(now, measured)
+                try:
+                    report(row)
+                except OSError as error:  # nobody reads it any more
+                    if not (due or devices.are_several()):
+                        save(now, None)
+                    if not signal:
+                        said = f"standard output: cannot be written: {error.strerror}"
+                        raise FailedError(said) from error
+        return 0 if self.step == config.steps else signal
+
+    def _row(self, now, begun):
+        self.seconds = round(time.perf_counter() - begun, 3)
+        finite, pace = math.isfinite(now.loss), now.updates_per_second
+        window = self.config.batch_size * self.config.seq_length
+        row = {
+            "step": now.step,
+            "loss": now.loss if finite else None,
+            "bits": now.loss / math.log(2) if finite else None,
+            "characters_per_second": round(pace * window) if math.isfinite(pace) else None,
+            "seconds": self.seconds,
+        }
+        self._skipped += now.skipped
+        if self._skipped:
+            row["skipped"] = self._skipped
+        return row
+
+    def _measured(self, nats, now):
+        if math.isfinite(nats):
+            return nats / math.log(2)
+        if self.config.skip_nonfinite:
+            return None
+        raise train.DivergedError(
+            f"the held-out loss became {nats} at step {now.step} (gradient norm "
+            f"{now.gradient_norm:.4g}, parameter norm {now.parameter_norm:.4g})"
+        )

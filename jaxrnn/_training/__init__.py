@@ -1,1 +1,0 @@
-"""A training run that is left alone: its text, its checkpoints, its devices, its directory."""
