@@ -1,9 +1,12 @@
 """Elman networks of other libraries as cells of this one, and cells as PyTorch's.
 
 All compute h_t = φ(U x_t + W h_{t−1} + b), with weights in layouts of their own. Only `to_torch`
-imports another library. Dtypes stay, float64 where JAX has it enabled.
+imports another library. Dtypes stay, float64 where JAX has it enabled. What else a module computes
+is refused by name: in a subclass, in another dtype than its weights', from another state than 0.
 """
 
+import copy
+import inspect
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,6 +23,19 @@ from jaxrnn._types import Activation, Cell, Cells, directions
 Phi = str | Activation | Callable[[jax.Array], jax.Array]
 KERAS_PHI = {"tanh": "tanh", "relu": "relu", "sigmoid": "sigmoid", "linear": "identity"}
 TORCH_KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+# What torch computes a weight from: weight_norm, spectral_norm, pruning, other parametrizations.
+TORCH_SOURCE = r"(.*\.)?(parametrizations\..*|\w+_[ih]h(_l\d+(_reverse)?)?_(g|v|u|orig|mask))"
+NNX_PARTS = {
+    "SimpleCell": ("dense_i", "dense_h"), "RNN": ("cell",), "Linear": ("kernel", "bias"),
+    "Bidirectional": ("forward_rnn", "backward_rnn"),
+}  # fmt: skip
+# Arguments of these that change what is computed; the others only lay it out.
+NNX_CHANGING = {
+    "residual", "carry_init", "reverse", "merge_fn", "promote_dtype", "dot_general",
+    "preferred_element_type",
+}  # fmt: skip
+# Methods that say what a module computes.
+METHODS = {"forward", "call", "__call__", "inner_loop", "get_initial_state", "initialize_carry"}
 
 
 def from_torch(module: Any, activation: Phi | None = None) -> Cells:
@@ -28,7 +44,9 @@ def from_torch(module: Any, activation: Phi | None = None) -> Cells:
     To go on in JAX with a network trained there; the other converters likewise.
 
     Args:
-      module: the module, or its `state_dict()`. `batch_first` and `dropout` do not travel.
+      module: the module, or its `state_dict()`. Of a module the weights are as in eval mode, also
+        under weight_norm, spectral_norm, other parametrizations and pruning. `batch_first` and
+        `dropout` do not travel.
       activation: φ; by default the module's, and "tanh" for a state dict, which holds none.
 
     Returns:
@@ -36,20 +54,38 @@ def from_torch(module: Any, activation: Phi | None = None) -> Cells:
       it, each a `Cell` or, if bidirectional, a pair (forward, backward): the order of h_n.
 
     Raises:
-      TypeError, ValueError: another module, as an LSTM or a GRU; keys or weights unlike these.
+      TypeError, ValueError: another module, as an LSTM or a GRU, or one with other hooks; keys
+        that are missing or not such a module's; weights unlike these.
     """
-    state, own = module, "tanh"
-    if _is(module, "torch.nn", "RNN", "RNNCell"):
-        state, own = module.state_dict(), module.nonlinearity
-    if not isinstance(state, Mapping):
-        checks.bad_type("module", "a torch.nn.RNN, RNNCell or state_dict", type(module).__name__)
-    left, phi = dict(state), own if activation is None else activation
-    turns = ("", "_reverse") if "weight_ih_l0_reverse" in left else ("",)
-    depth = sum(re.fullmatch("weight_ih_l[0-9]+", str(key)) is not None for key in left)
-    ends = [[f"_l{n}{turn}" for turn in turns] for n in range(depth)] or [[""]]
-    layers = [tuple(_torch_cell(left, end, phi) for end in layer) for layer in ends]
+    if _kind(module, "torch.nn", "RNN", "RNNCell"):
+        own, left = module.nonlinearity, _torch_state(module)
+    elif isinstance(module, Mapping):
+        own, left = "tanh", {str(key): value for key, value in module.items()}
+    else:
+        wanted = "a torch.nn.RNN or RNNCell that keeps torch's forward, or a state_dict of one"
+        checks.bad_type("module", wanted, _came(module))
+    phi, got, hint = own if activation is None else activation, _keys(left), _torch_hint(left)
+    found = [m for m in (re.fullmatch(r"[a-z]+_[ih]h_l(\d+)(_reverse)?", key) for key in left) if m]
+    depth = 0 if set(TORCH_KINDS) & set(left) else max((int(m[1]) + 1 for m in found), default=1)
+    turns = ("", "_reverse") if any(m[2] for m in found) else ("",)
+    kinds = TORCH_KINDS[: 4 if any(key.startswith("bias_") for key in left) else 2]
+
+    def cell(end):
+        values = []
+        for key in (kind + end for kind in kinds):
+            if key not in left:
+                checks.bad_value("module", f"the key {key!r}", got + hint)
+            values.append((f"module[{key!r}]", _torch_array(key, left.pop(key))))
+        # A sum would not keep every bit: −0.0 + 0.0 is 0.0, and XLA may flush denormals to 0.
+        for _, c in values[3:]:
+            if isinstance(c, np.ndarray) and c.shape == np.shape(values[2][1]) and not c.any():
+                del values[3]
+        return _cell(f"module, cell{end}", values, phi, transposed=False)
+
+    ends = ([f"_l{n}{turn}" for turn in turns] for n in range(depth)) if depth else [[""]]
+    layers = [tuple(cell(end) for end in layer) for layer in ends]
     if left:
-        checks.bad_value("module", "no keys but those of a torch.nn.RNN", list(left))
+        checks.bad_value("module", "no keys but those of a torch.nn.RNN", _keys(left))
     cells: Any = tuple(layer if len(layer) == 2 else layer[0] for layer in layers)
     return check_cells("module", cells if depth > 1 or len(turns) > 1 else cells[0])
 
@@ -80,6 +116,9 @@ def to_torch(cells: Cells) -> Any:
             checks.bad_value("cells", "the rate form, which torch has", f"{form} form")
     if any(cell.leak is not None for cell in flat):
         checks.bad_value("cells", "no leak, which torch does not have", "a leak")
+    for leaf in jax.tree.leaves(flat):
+        if isinstance(leaf, jax.core.Tracer) or leaf.size == 0:
+            checks.bad_value("cells", "arrays of values that torch can hold", checks.came(leaf))
     pairs = _same("all or no layers in both directions", [len(layer) == 2 for layer in layers])
     hidden_size = _same("one hidden size", [cell.W.shape[0] for cell in flat])
     phi = _same("one activation", [_named(resolve(cell.activation).function) for cell in flat])
@@ -110,16 +149,19 @@ def from_flax(params: Any, activation: Phi | None = None) -> Cells:
     Args:
       params: an `nnx.SimpleCell`, or an `nnx.RNN` or `nnx.Bidirectional` of such; or the state
         of one, or the parameters of a linen one; or a list of these, one for each layer.
-        Parameters do not tell whether their cell has `residual`, which is not Elman's.
+        Parameters do not tell whether there was a `residual`, `reverse` or `carry_init`, or a
+        `Bidirectional` with one cell in another module. Of modules `time_major`, `return_carry`,
+        `keep_order`, `unroll`, `state_axes`, `broadcast_rngs` and `precision` do not travel.
       activation: as in `from_torch`; parameters hold none.
 
     Returns:
       A `Cell` for one cell; for a list a tuple of layers as `unroll_layers` takes it; for a
-      `Bidirectional` a stack of one layer, ((forward, backward),).
+      `Bidirectional` a stack of one layer, ((forward, backward),): a shared cell stands in both.
 
     Raises:
       TypeError, ValueError: another module, as an LSTM or a GRU; entries unlike a `SimpleCell`'s;
-        a module with `residual`; a `Bidirectional` that does not concatenate.
+        a module with `residual`, `reverse` or `carry_init`; a `Bidirectional` that does not
+        concatenate, or the parameters or state of one with a shared cell.
     """
     return check_cells("params", _each("params", params, _flax, activation))
 
@@ -137,17 +179,19 @@ def from_haiku(params: Mapping[str, Any], activation: Phi = "relu") -> Cells:
       takes it, in the order of their names: vanilla_rnn, vanilla_rnn_1, ..., vanilla_rnn_10.
 
     Raises:
-      TypeError, ValueError: other modules, as an LSTM's; weights that do not fit.
+      TypeError, ValueError: other modules, as an LSTM's; weights that are missing or do not fit.
     """
     if not isinstance(params, Mapping):
-        checks.bad_type("params", "an hk.VanillaRNN's parameters", type(params).__name__)
-    names = {str(key).rpartition("/")[0] for key in params}
-    if not names or set(params) != {f"{name}/linear{n}" for name in names for n in ("", "_1")}:
-        checks.bad_value("params", "an hk.VanillaRNN's linear and linear_1 only", list(params))
+        checks.bad_type("params", "an hk.VanillaRNN's parameters", _came(params))
+    names = {str(key).rpartition("/")[0] for key in params} - {""} or {"vanilla_rnn"}
     names = sorted(names, key=lambda name: [s.zfill(9) for s in re.split("([0-9]+)", name)])
-    parts = [(f"params of {n}", params[f"{n}/linear"], params[f"{n}/linear_1"]) for n in names]
-    cells = tuple(_cell(*part, phi=activation, w="w", b="b") for part in parts)
-    return check_cells("params", cells[0] if len(cells) == 1 else cells)
+    keys = [(f"{name}/linear", f"{name}/linear_1") for name in names]
+    parts = [[(key, _entry("params", params, key)) for key in pair] for pair in keys]
+    if len(params) > 2 * len(names):
+        checks.bad_value("params", "an hk.VanillaRNN's linear and linear_1 only", _keys(params))
+    linears = [_linears("params", pair, "w", "b") for pair in parts]
+    cells = [_cell(f"params of {n}", v, activation) for n, v in zip(names, linears, strict=True)]
+    return check_cells("params", cells[0] if len(cells) == 1 else tuple(cells))
 
 
 def from_keras(layer: Any) -> Cells:
@@ -156,98 +200,193 @@ def from_keras(layer: Any) -> Cells:
     Args:
       layer: a built `SimpleRNN` or `SimpleRNNCell`, an `RNN` of a `SimpleRNNCell` or of
         `StackedRNNCells`, a `Bidirectional` of two such; or a list of these, one for each
-        layer. `go_backwards` does not change the weights and does not travel, nor `dropout`.
+        layer. `go_backwards` of a single layer does not travel: `unroll` has `reverse=True`. Nor
+        do `return_sequences`, `return_state`, `unroll`, `zero_output_for_mask`, and what acts in
+        training: `dropout`, `recurrent_dropout`, regularizers, constraints.
 
     Returns:
       As `from_flax`; for `StackedRNNCells` a tuple of layers, as for a list.
 
     Raises:
-      TypeError, ValueError: another layer, as an LSTM or a GRU; one that is not built; a
-        `Bidirectional` that does not concatenate, or whose first layer goes backwards.
+      TypeError, ValueError: another layer, as an LSTM or a GRU; one that is not built or is
+        `stateful`; a `Bidirectional` that does not concatenate, or whose first layer goes
+        backwards; a list with a layer that does.
     """
+    for n, part in enumerate(layer if isinstance(layer, list | tuple) else ()):
+        if getattr(part, "go_backwards", False):
+            checks.bad_value(f"layer[{n}]", "a layer that reads forward", "one that goes backwards")
     return check_cells("layer", _each("layer", layer, _keras))
 
 
-def _torch_cell(left: dict[str, Any], end: str, phi: Phi) -> Cell:
-    def taken(kind):
-        """A copy: the module's next training step must not reach into the cell."""
-        value: Any = left.pop(f"{kind}{end}", None)
-        if _is(value, "torch", "Tensor"):
-            value, half = value.detach().cpu(), str(value.dtype) == "torch.bfloat16"
-            value = value.float().numpy().astype(jnp.bfloat16) if half else value.numpy()
-        return None if value is None else np.array(value).T
+def _torch_state(module: Any) -> dict[str, Any]:
+    """The state dict, with the weights that eval mode computes; the module stays as it is."""
+    state = dict(module.state_dict())
+    for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+        kind = _kind(hook, "torch.nn.utils.", "WeightNorm", "SpectralNorm", "BasePruningMethod")
+        if kind is None:
+            got = f"{_came(hook)}; to leave it out pass the state_dict()"
+            checks.bad_value("module", "no hooks but torch's own of weights", got)
+        elif kind.__name__ == "BasePruningMethod":
+            state[hook._tensor_name] = hook.apply_mask(module)
+        else:  # A False skips the power iteration, which changes the module.
+            how = (False,) if kind.__name__ == "SpectralNorm" else ()
+            state[hook.name] = hook.compute_weight(module, *how)
+    for key, computed in getattr(module, "parametrizations", {}).items():
+        state[key] = copy.deepcopy(computed).eval()()
+    return {key: value for key, value in state.items() if not re.fullmatch(TORCH_SOURCE, key)}
 
-    U, W, b, c = map(taken, TORCH_KINDS)
-    # A sum would not keep every bit: −0.0 + 0.0 is 0.0, and XLA may flush denormals to 0.
-    inputs, states = dict(weight=U, bias=b), dict(weight=W, bias=c if np.any(c) else None)
-    return _cell(f"module, cell{end}", inputs, states, phi, "weight", "bias")
+
+def _torch_hint(state: Mapping[str, Any]) -> str:
+    if any(re.fullmatch(TORCH_SOURCE, key) for key in state):
+        return "; pass the module, which computes its weights from these"
+    starts = (re.fullmatch(r"(.+\.)weight_[ih]h(_l0)?", key) for key in state)
+    prefixes = sorted({repr(m[1]) for m in starts if m})
+    how = "; take off {}: {{k.removeprefix({}): v for k, v in state.items() if k.startswith({})}}"
+    return how.format(" or ".join(prefixes), *prefixes[:1] * 2) if prefixes else ""
+
+
+def _torch_array(key: str, value: Any) -> Any:
+    """A copy: the module's next training step must not reach into the cell."""
+    if not _kind(value, "torch", "Tensor"):
+        return np.array(value) if isinstance(value, np.ndarray) else value
+    try:
+        half, held = str(value.dtype) == "torch.bfloat16", value.detach().cpu()
+        return held.float().numpy().astype(jnp.bfloat16) if half else np.array(held.numpy())
+    except (TypeError, RuntimeError):
+        got = f"{value.dtype}, {value.layout}, on {value.device}"
+        checks.bad_type(f"module[{key!r}]", "a tensor that NumPy can hold", got)
 
 
 def _each(name: str, value: Any, convert: Callable, *how: Any) -> Any:
     if not isinstance(value, list | tuple):
         return convert(name, value, *how)
-    layers = [_each(f"{name}[{n}]", part, convert, *how) for n, part in enumerate(value)]
+    layers = [convert(f"{name}[{n}]", part, *how) for n, part in enumerate(value)]
     return sum((part if isinstance(part, tuple) else (part,) for part in layers), ())
 
 
-def _flax(name: str, value: Any, phi: Phi | None) -> Any:
-    found: Any = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
-    if found is not value and not _is(value, "flax.nnx", "SimpleCell", "RNN", "Bidirectional"):
-        wanted = "an nnx.SimpleCell, an nnx.RNN or nnx.Bidirectional of such, or parameters"
-        checks.bad_type(name, wanted, type(value).__name__)
-    if found.get("residual"):
-        checks.bad_value(f"{name}.residual", "False, as in an Elman network", True)
-    if "merge_fn" in found and found["merge_fn"] is not getattr(type(value), "merge_fn", 0):
-        checks.bad_value(f"{name}.merge_fn", "the default, which concatenates", "another")
-    for inputs, states in (("i", "h"), ("dense_i", "dense_h")):
-        if inputs in found and states in found:
-            own = _named(found.get("activation_fn", jnp.tanh))
-            return _cell(name, found[inputs], found[states], own if phi is None else phi)
-    if "forward_rnn" in found and "backward_rnn" in found:
-        return (tuple(_flax(name, found[end], phi) for end in ("forward_rnn", "backward_rnn")),)
+def _flax(name: str, value: Any, phi: Phi | None, turned: bool = False) -> Any:
+    if phi is None:
+        phi = _named(value.activation_fn) if _kind(value, "flax.nnx", "SimpleCell") else None
+    found = _nnx_parts(name, value, turned, "SimpleCell", "RNN", "Bidirectional")
+    found = {key: part for key, part in found.items() if key != "rngs"}
+    for keys in (("i", "h"), NNX_PARTS["SimpleCell"], NNX_PARTS["Bidirectional"]):
+        if not set(keys) & set(found):
+            continue
+        parts = [(key, _entry(name, found, key)) for key in keys]
+        if len(found) > 2:
+            checks.bad_value(name, f"the keys {keys[0]} and {keys[1]} only", _keys(found))
+        if keys[0] == "forward_rnn":
+            return (tuple(_flax(f"{name}[{key!r}]", part, phi, True) for key, part in parts),)
+        opened = [(k, _nnx_parts(f"{name}[{k!r}]", part, turned, "Linear")) for k, part in parts]
+        return _cell(name, _linears(name, opened), "tanh" if phi is None else phi)
     # A cell stands under "params", as its RNN's attribute, or alone under a name of its own.
-    inner = [key for key in found if key in ("params", "cell") or len(found) == 1]
-    if not inner:
-        checks.bad_value(name, "the parameters of one SimpleCell", list(found))
-    return _flax(f"{name}[{inner[0]!r}]", found[inner[0]], phi)
+    if len(found) != 1:
+        checks.bad_value(name, "the parameters of one SimpleCell, with i and h", _keys(found))
+    [(key, inner)] = found.items()
+    return _flax(f"{name}[{key!r}]", inner, phi, turned)
+
+
+def _nnx_parts(name: str, value: Any, turned: bool, *kinds: str) -> Mapping:
+    """Parameters as they are; of a module its parts, where nothing else changes what it computes.
+
+    `turned` in a `Bidirectional`, which says itself who reads backwards.
+    """
+    kind = _kind(value, "flax.nnx", *kinds)
+    if kind is None:
+        if not isinstance(value, Mapping):
+            checks.bad_type(name, f"an nnx.{' or '.join(kinds)}, or parameters", _came(value))
+        return value
+    for key, parameter in inspect.signature(kind.__init__).parameters.items():
+        got, changing = getattr(value, key, None), NNX_CHANGING - ({"reverse"} if turned else set())
+        if key in changing and got not in (parameter.default, jax.nn.initializers.zeros):
+            default, got = (getattr(v, "__name__", v) for v in (parameter.default, got))
+            checks.bad_value(f"{name}.{key}", f"the default, {default}", got)
+    if kind.__name__ == "Linear":
+        _one_dtype(f"{name}.dtype", value.dtype, value.kernel.dtype)
+    parts = {key: getattr(value, key) for key in NNX_PARTS[kind.__name__]}
+    return {key: part for key, part in parts.items() if part is not None}
+
+
+def _one_dtype(name: str, computing: Any, held: Any) -> None:
+    if computing is not None and jax.dtypes.canonicalize_dtype(computing) != held:
+        checks.bad_value(name, f"the weights' dtype, {held}", jnp.dtype(computing))
 
 
 def _keras(name: str, layer: Any) -> Any:
-    for kind, inner in (("RNN", "cell"), ("StackedRNNCells", "cells")):
-        if _is(layer, "keras.", kind):
-            return _each(f"{name}.{inner}", getattr(layer, inner), _keras)
-    if _is(layer, "keras.", "Bidirectional"):
-        if layer.merge_mode != "concat" or layer.forward_layer.go_backwards:
+    if _kind(layer, "keras.", "StackedRNNCells"):
+        return _each(f"{name}.cells", layer.cells, _keras)
+    if _kind(layer, "keras.", "SimpleRNN", "RNN"):
+        if layer.stateful:
+            checks.bad_value(f"{name}.stateful", "False", "True; pass its cell to leave h out")
+        return _keras(f"{name}.cell", layer.cell)
+    if _kind(layer, "keras.", "Bidirectional"):
+        mode, turned = layer.merge_mode, layer.forward_layer.go_backwards
+        if mode != "concat" or turned:
             wanted = "merge_mode 'concat', and a first layer that reads forward"
-            checks.bad_value(name, wanted, f"merge_mode {layer.merge_mode!r}")
+            checks.bad_value(name, wanted, f"merge_mode {mode!r}, go_backwards={turned}")
         return ((_keras(name, layer.forward_layer), _keras(name, layer.backward_layer)),)
-    if not _is(layer, "keras.", "SimpleRNNCell"):
-        checks.bad_type(name, "a keras SimpleRNN or one of its kin", type(layer).__name__)
+    if not _kind(layer, "keras.", "SimpleRNNCell"):
+        checks.bad_type(name, "a keras SimpleRNN or one of its kin", _came(layer))
     if not layer.built:
         checks.bad_value(name, "a layer that is built", "one that is not")
+    _one_dtype(f"{name}.compute_dtype", layer.compute_dtype, layer.variable_dtype)
     phi = layer.activation
     if str(getattr(phi, "__module__", "")).startswith("keras."):
         phi = KERAS_PHI.get(getattr(phi, "__name__", ""), phi)
-    weights = layer.kernel, layer.recurrent_kernel, layer.bias
-    U, W, b = (None if value is None else np.asarray(value) for value in weights)
-    return _cell(name, {"kernel": U, "bias": b}, {"kernel": W}, phi)
+    found = [(k, getattr(layer, k)) for k in ("kernel", "recurrent_kernel", "bias")]
+    values = [(f"{name}.{k}", np.asarray(value)) for k, value in found if value is not None]
+    return _cell(name, values, phi)
 
 
-def _cell(name: str, inputs: Any, states: Any, phi: Any, w="kernel", b="bias") -> Cell:
-    """The Cell of two linear layers, each with a kernel `[in, out]` and perhaps a bias."""
-    layers = [v if isinstance(v, Mapping) else getattr(v, "__dict__", {}) for v in (inputs, states)]
-    if any(layer.get(w) is None for layer in layers):
-        checks.bad_value(name, f"{w!r} for inputs and states", [list(layer) for layer in layers])
-    U, W = (checks.floating(f"{name}, {w!r}", layer[w], (None, None)).mT for layer in layers)
-    found = [layer[b] for layer in layers if layer.get(b) is not None]
-    biases = [checks.floating(f"{name}, {b!r}", value, U.shape[:1]) for value in found]
+def _linears(name: str, layers: Any, w: str = "kernel", b: str = "bias") -> list:
+    """U, W and one or two biases, by name, of a layer of the inputs and one of the states."""
+    weights, biases = [], []
+    for n, (key, layer) in enumerate(layers):
+        where = f"{name}[{key!r}]"
+        if not isinstance(layer, Mapping):
+            checks.bad_type(where, f"arrays by name, as {w!r}", _came(layer))
+        weights.append((f"{where}[{w!r}]", _entry(where, layer, w)))
+        if n == 0 or b in layer:
+            biases.append((f"{where}[{b!r}]", _entry(where, layer, b)))
+        if not set(layer) <= {w, b}:
+            checks.bad_value(where, f"the keys {w} and {b} only", _keys(layer))
+    return weights + biases
+
+
+def _cell(name: str, values: list[tuple[str, Any]], phi: Any, transposed: bool = True) -> Cell:
+    """The Cell of U and W, `[in, out]` if transposed, and a sum of biases, each with its name."""
+    U, W = (checks.floating(*value, (None, None)) for value in values[:2])
+    U, W = (U.mT, W.mT) if transposed else (U, W)
+    biases = [checks.floating(*value, U.shape[:1]) for value in values[2:]]
     total = sum(biases[1:], biases[0]) if biases else jnp.zeros(len(U), U.dtype)
     return check_cell(name, Cell(U, W, total, activation=phi))
 
 
-def _is(value: Any, home: str, *names: str) -> bool:
-    """Whether the value is of one of these classes of a library that need not be installed."""
-    return any(k.__name__ in names and k.__module__.startswith(home) for k in type(value).__mro__)
+def _entry(name: str, found: Mapping, key: str) -> Any:
+    if key not in found:
+        checks.bad_value(name, f"the key {key!r}", _keys(found))
+    return found[key]
+
+
+def _keys(found: Mapping) -> str:
+    more = [f"and {len(found) - 8} more"] if len(found) > 8 else []
+    return ", ".join([*map(str, found)][:8] + more) or "no keys"
+
+
+def _came(value: Any) -> str:
+    """The class of what came and its home, as more than one library has an RNN."""
+    home = type(value).__module__
+    return type(value).__name__ + ("" if home == "builtins" else f" of {home}")
+
+
+def _kind(value: Any, home: str, *names: str) -> type | None:
+    """A class of a library, which need not be installed, of which a value is and computes."""
+    changed = METHODS & set(getattr(value, "__dict__", ()))
+    for kind in type(value).__mro__:
+        if kind.__name__ in names and kind.__module__.startswith(home):
+            return None if changed else kind
+        changed |= METHODS & set(vars(kind))
+    return None
 
 
 def _named(function: Callable) -> Phi:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib
 import inspect
 import os
 import re
@@ -299,11 +300,17 @@ WIDE = Cell(jnp.zeros((D, H)), jnp.zeros((D, D)), jnp.zeros(D))
         (jax.tree.map(lambda a: a.astype(jnp.float8_e5m2), CELL), "dtype of cells: expected"),
         ((CELL, CELL), "cells"),
         ((), "cells: expected at least one layer"),
+        (dataclasses.replace(CELL, U=jnp.zeros((H, 0))), f"got float64 array of shape [{H}, 0]"),
     ],
 )  # fmt: skip
 def test_what_torch_cannot_hold(cells, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         convert.to_torch(cells)
+
+
+def test_traced_cells_are_refused():
+    with pytest.raises(ValueError, match="arrays of values that torch can hold, got traced"):
+        jax.jit(convert.to_torch)(CELL)
 
 
 def test_missing_torch_is_named(monkeypatch):
@@ -551,7 +558,7 @@ def test_keras_lists_cells_and_go_backwards(keras):
     stack = convert.from_keras([forward, second])
     assert [cell.U.shape for cell in stack] == [(H, D), (3, H)]
     assert_close(stack[0], convert.from_keras(forward.cell), 0)
-    # A function of one's own has no other's name.
+    # A custom function has no other's name.
     forward.cell.activation = tanh
     assert convert.from_keras(forward).activation is tanh
 
@@ -582,50 +589,77 @@ def haiku_params(**changes):
 BAD = {
     "torch": [
         (3, TypeError, "module: expected a torch.nn.RNN"),
-        ({}, ValueError, "module, cell: expected 'weight'"),
-        ({"rnn." + key: value for key, value in state().items()}, ValueError, "module"),
-        (state(weight_hr_l0=np.ones((2, H))), ValueError, "got ['weight_hr_l0']"),
-        (state(weight_hh_l0=None), ValueError, "module, cell_l0: expected 'weight'"),
-        (state(weight_ih_l2=np.ones((H, H))), ValueError, "module, cell_l1: expected 'weight'"),
+        (None, TypeError, "got NoneType"),
+        ("model.pt", TypeError, "got str"),
+        ([state()], TypeError, "got list"),
+        ({}, ValueError, "module: expected the key 'weight_ih_l0', got no keys"),
+        ({"weight": 1, 0: 1}, ValueError, "expected the key 'weight_ih_l0', got weight, 0"),
+        ({f"k{n}": 1 for n in range(10)}, ValueError, "k6, k7, and 2 more"),
+        (state(weight_hr_l0=np.ones((2, H))), ValueError, "no keys but those of a torch.nn.RNN, "
+         "got weight_hr_l0"),
+        (state(weight_hh_l0=None), ValueError, "module: expected the key 'weight_hh_l0', got "
+         "weight_ih_l0, bias_ih_l0, bias_hh_l0"),
+        (state(bias_hh_l0=None), ValueError, "module: expected the key 'bias_hh_l0', got weight"),
+        (state(weight_ih_l2=np.ones((H, H))), ValueError, "expected the key 'weight_ih_l1', got"),
+        (state(weight_ih_l999999999=np.ones((H, H))), ValueError, "the key 'weight_ih_l1', got"),
         (state(weight_ih_l0=np.ones((4 * H, D)), weight_hh_l0=np.ones((4 * H, H)),
                bias_ih_l0=np.ones(4 * H), bias_hh_l0=np.ones(4 * H)), ValueError,
          "module, cell_l0.W: expected shape"),
         (state(weight_ih_l0=np.ones((H, D), int)), TypeError, "a floating dtype, got int64"),
-        (state(bias_hh_l0=np.ones(D)), ValueError, f"shape [{H}], got [{D}]"),
-        (state(weight_ih_l0=np.ones((D, D))), ValueError, "module, cell_l0"),
+        (state(bias_hh_l0=np.ones(D)), ValueError,
+         f"module['bias_hh_l0']: expected shape [{H}], got [{D}]"),
+        (state(bias_hh_l0=np.zeros(D)), ValueError, f"shape [{H}], got [{D}]"),
+        (state() | {"bias_hh_l0": None}, TypeError, "expected an array, got None"),
+        (state(bias_hh_l0=[[1.0], [1.0, 2.0]]), TypeError, "entries have different shapes"),
+        (state(weight_ih_l0=np.ones((D, D))), ValueError, "module['bias_ih_l0']: expected shape"),
     ],
     "flax": [
         (3, TypeError, "params: expected an nnx.SimpleCell"),
         (None, TypeError, "got NoneType"),
-        ({}, ValueError, "params: expected the parameters of one SimpleCell"),
+        ([None], TypeError, "params[0]: expected an nnx.SimpleCell"),
+        ([[flax_params()]], TypeError, "params[0]: expected an nnx.SimpleCell or RNN"),
+        ({}, ValueError, "params: expected the parameters of one SimpleCell, with i and h, got no"),
         ([], ValueError, "params: expected at least one layer"),
         ({"params": {}}, ValueError, "params['params']: expected the parameters"),
         ({"params": 3}, TypeError, "params['params']: expected an nnx.SimpleCell"),
-        ({"a": flax_params(), "b": flax_params()}, ValueError, "got ['a', 'b']"),
+        ({"a": flax_params(), "b": flax_params()}, ValueError, "got a, b"),
+        ({"params": flax_params(), "more": {}}, ValueError, "got params, more"),
+        (flax_params() | {"o": {}}, ValueError, "params: expected the keys i and h only, got i, h"),
         (flax_params(recurrent=(H, 3 * H)), ValueError, "params.W: expected shape [6, 6]"),
-        (flax_params(kernel=(D,)), ValueError, "params, 'kernel': expected shape [any, any]"),
-        (flax_params(bias=(D,)), ValueError, "params, 'bias'"),
-        ({"i": {}, "h": {}}, ValueError, "params: expected 'kernel'"),
-        ({"i": 1.0, "h": 2.0}, ValueError, "params: expected 'kernel'"),
+        (flax_params(kernel=(D,)), ValueError, "params['i']['kernel']: expected shape [any, any]"),
+        (flax_params(bias=(D,)), ValueError, "params['i']['bias']: expected shape"),
+        ({"i": flax_params()["i"]}, ValueError, "params: expected the key 'h', got i"),
+        (flax_params() | {"i": {"kernel": np.ones((D, H))}}, ValueError,
+         "params['i']: expected the key 'bias', got kernel"),
+        (flax_params() | {"h": {"kernel": np.ones((H, H)), "lora": 1}}, ValueError,
+         "params['h']: expected the keys kernel and bias only, got kernel, lora"),
+        ({"i": {}, "h": {}}, ValueError, "params['i']: expected the key 'kernel', got no keys"),
+        ({"i": 1.0, "h": 2.0}, TypeError, "params['i']: expected an nnx.Linear, or parameters"),
         ([flax_params(), flax_params()], ValueError, "params[1].U"),
-        ({"forward_rnn": {}, "backward_rnn": {}}, ValueError, "params"),
-        ({"in": {}, "hn": {}, "ir": {}, "hr": {}}, ValueError, "got ['in', 'hn', 'ir', 'hr']"),
+        ({"forward_rnn": {}, "backward_rnn": {}}, ValueError, "params['forward_rnn']: expected"),
+        ({"in": {}, "hn": {}, "ir": {}, "hr": {}}, ValueError, "got in, hn, ir, hr"),
     ],
     "haiku": [
         (3, TypeError, "params: expected an hk.VanillaRNN's parameters, got int"),
-        ({}, ValueError, "params: expected an hk.VanillaRNN's linear"),
-        (haiku_params(linear={"w": np.ones((H, 2))}), ValueError, "'linear'"),
-        ({"lstm/linear": {"w": np.ones((D + H, 4 * H)), "b": np.ones(4 * H)}}, ValueError, "lstm"),
-        ({"gru": {"w_i": 1, "w_h": 1, "b": 1}}, ValueError, "got ['gru']"),
-        ({3: {}}, ValueError, "got [3]"),
-        (haiku_params(**{"rnn/linear_1": {}}), ValueError, "params of rnn: expected 'w'"),
-        (haiku_params(**{"rnn/linear_1": 3}), ValueError, "params of rnn: expected 'w'"),
-        (haiku_params(**{"rnn/linear_1": {"w": "x"}}), TypeError, "params of rnn, 'w'"),
+        ({}, ValueError, "params: expected the key 'vanilla_rnn/linear', got no keys"),
+        (haiku_params(linear={"w": np.ones((H, 2))}), ValueError, "linear_1 only, got rnn/linear"),
+        ({"lstm/linear": {"w": np.ones((D + H, 4 * H)), "b": np.ones(4 * H)}}, ValueError,
+         "params: expected the key 'lstm/linear_1', got lstm/linear"),
+        ({"gru": {"w_i": 1, "w_h": 1, "b": 1}}, ValueError, "'vanilla_rnn/linear', got gru"),
+        ({3: {}}, ValueError, "got 3"),
+        (haiku_params(**{"rnn/linear_1": {}}), ValueError,
+         "params['rnn/linear_1']: expected the key 'w', got no keys"),
+        (haiku_params(**{"rnn/linear": {"w": np.ones((D, H))}}), ValueError,
+         "params['rnn/linear']: expected the key 'b', got w"),
+        (haiku_params(**{"rnn/linear_1": 3}), TypeError, "params['rnn/linear_1']: expected arrays"),
+        (haiku_params(**{"rnn/linear_1": {"w": "x"}}), TypeError,
+         "params['rnn/linear_1']['w']: expected an array, got str"),
     ],
     "keras": [
         (3, TypeError, "layer: expected a keras SimpleRNN"),
         ([], ValueError, "layer: expected at least one layer"),
         ([None], TypeError, "layer[0]: expected a keras SimpleRNN"),
+        ([[None]], TypeError, "layer[0]: expected a keras SimpleRNN or one of its kin, got list"),
     ],
 }  # fmt: skip
 
@@ -637,7 +671,7 @@ BAD = {
 def test_bad_values_are_named(library, value, kind, message):
     with pytest.raises(kind, match=re.escape(message)) as caught:
         getattr(convert, f"from_{library}")(value)
-    assert type(caught.value) is kind
+    assert type(caught.value) is kind and "\n" not in str(caught.value)
 
 
 def test_unknown_activations_are_named():
@@ -662,13 +696,111 @@ def refused(function, modules):
 def test_torch_modules_that_are_no_elman_network(torch):
     nn = torch.nn
     names = [nn.LSTM(D, H), nn.LSTM(D, H, proj_size=2), nn.GRU(D, H), nn.LSTMCell(D, H),
-             nn.GRUCell(D, H), nn.Linear(D, H)]  # fmt: skip
+             nn.GRUCell(D, H), nn.Linear(D, H), nn.Sequential(nn.RNN(D, H))]  # fmt: skip
     refused(convert.from_torch, [(m, TypeError, f"got {type(m).__name__}") for m in names])
     refused(convert.from_torch, [(m.state_dict(), ValueError, "module") for m in names])
     complex_ = nn.RNN(D, H, dtype=torch.complex64)
     refused(convert.from_torch, [(complex_, TypeError, "a floating dtype, got complex64")])
     weird = nn.RNNCell(D, H, nonlinearity="elu")
     refused(convert.from_torch, [(weird, ValueError, "activation: expected one of")])
+    whole = nn.Sequential(nn.Embedding(5, D), nn.RNN(D, H)).state_dict()
+    hint = "take off '1.': {k.removeprefix('1.'): v for k, v in state.items() if k.startswith('1.')"
+    refused(convert.from_torch, [(whole, ValueError, "expected the key 'weight_ih_l0', got 0."),
+                                 (whole, ValueError, hint)])  # fmt: skip
+
+    class Twice(nn.RNN):
+        def forward(self, xs, h=None):
+            return super().forward(2 * xs, h)
+
+    class Named(nn.RNN):
+        def name(self):
+            return "named"
+
+    patched, hooked = nn.RNN(D, H), nn.RNN(D, H)
+    patched.forward = lambda xs: xs
+    hooked.register_forward_hook(lambda *_: None)
+    refused(
+        convert.from_torch,
+        [
+            (Twice(D, H), TypeError, "keeps torch's forward"),
+            (patched, TypeError, "keeps torch's forward"),
+            (hooked, ValueError, "no hooks but torch's own of weights"),
+        ],
+    )
+    assert isinstance(convert.from_torch(hooked.state_dict()), Cell)
+    assert isinstance(convert.from_torch(Named(D, H)), Cell)
+
+
+def test_a_missing_array_of_torch_is_an_error(torch):
+    state = torch.nn.RNN(D, H, 2, bidirectional=True).state_dict()
+    for key in state:
+        rest = {name: value for name, value in state.items() if name != key}
+        refused(convert.from_torch, [(rest, ValueError, f"module: expected the key {key!r}, got")])
+    without = {name: value for name, value in state.items() if "bias" not in name}
+    assert not any(np.any(cell.b) for pair in convert.from_torch(without) for cell in pair)
+
+
+def test_tensors_without_numbers_are_refused(torch):
+    state, wanted = torch.nn.RNN(D, H).state_dict(), "expected a tensor that NumPy can hold, got"
+    for change in (
+        lambda value: value.to("meta"),
+        lambda value: value.to_sparse(),
+        lambda value: value.to(torch.float8_e5m2),
+        lambda value: torch.quantize_per_tensor(value, 0.1, 0, torch.qint8),
+    ):
+        with lax():
+            changed = {key: change(value) for key, value in state.items()}
+        refused(convert.from_torch, [(changed, TypeError, f"module['weight_ih_l0']: {wanted}")])
+    meta = torch.nn.RNN(D, H, device="meta")
+    refused(convert.from_torch, [(meta, TypeError, "torch.float32, torch.strided, on meta")])
+
+
+# What a module computes its weights from.
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["weight_norm"],
+        ["spectral_norm"],
+        ["parametrizations.weight_norm"],
+        ["parametrizations.spectral_norm"],
+        ["parametrizations.orthogonal"],
+        ["parametrizations.weight_norm", "parametrizations.spectral_norm"],
+        ["prune.l1_unstructured"],
+        ["prune.l1_unstructured", "prune.random_unstructured"],
+    ],
+)
+def test_torch_weights_that_are_computed(torch, names, training):
+    module = torch.nn.RNN(D, H, 2, bidirectional=True, dtype=torch.float64)
+    for key in ("weight_ih_l0_reverse", "weight_hh_l1"):
+        for home, _, function in (name.rpartition(".") for name in names):
+            how = {"amount": 0.4} if home == "prune" else {}
+            home = importlib.import_module(f"torch.nn.utils.{home}".rstrip("."))
+            with lax():
+                getattr(home, function)(module, key, **how)
+    with torch.no_grad():  # Now attributes that a hook refreshes are stale.
+        for n, parameter in enumerate(module.parameters()):
+            parameter.add_(torch.tensor(draw(parameter.shape, n, 0.3)))
+    module.train(training)
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    cells, xs = convert.from_torch(module), inputs()
+    assert all(torch.equal(before[key], value) for key, value in module.state_dict().items())
+    assert all(part.training == training for part in module.modules())
+    hs, _ = module.eval()(torch.tensor(np.asarray(xs)))
+    assert_close(jaxrnn.unroll_layers(cells, xs)[1], hs.detach().numpy())
+    message = "pass the module, which computes its weights from these"
+    refused(convert.from_torch, [(module.state_dict(), ValueError, message)])
+
+
+def test_torch_cell_with_a_norm(torch):
+    module = torch.nn.RNNCell(D, H, dtype=torch.float64)
+    with lax():
+        torch.nn.utils.weight_norm(module, "weight_hh")
+    x, h = inputs()[0], jnp.asarray(draw((B, H), 3))
+    expected = module(torch.tensor(np.asarray(x)), torch.tensor(np.asarray(h)))
+    assert_close(jaxrnn.step(convert.from_torch(module), x, h), expected.detach().numpy())
 
 
 def test_flax_modules_that_are_no_elman_network(nnx, linen):
@@ -689,10 +821,69 @@ def test_flax_modules_that_are_no_elman_network(nnx, linen):
     refused(convert.from_flax, [(p, ValueError, "params") for p in params])
     refused(convert.from_flax, [(c, TypeError, f"got {type(c).__name__}") for c in cells])
     refused(convert.from_flax, [
-        (residual, ValueError, "params.residual: expected False"),
+        (residual, ValueError, "params.residual: expected the default, False, got True"),
         (merged, ValueError, "params.merge_fn: expected the default"),
         (linen.RNN(linen.SimpleCell(H)), TypeError, "got RNN"),
     ])  # fmt: skip
+
+
+def test_flax_modules_that_compute_something_else(nnx):
+    class Own(nnx.SimpleCell):
+        def __call__(self, carry, xs):
+            return super().__call__(2 * carry, xs)
+
+    ones = nnx.initializers.ones_init()
+    with lax():
+        lora = nnx_cell(nnx, D)
+        lora.dense_h = nnx.LoRALinear(H, H, lora_rank=2, rngs=nnx.Rngs(0))
+        odd = nnx_cell(nnx, D)
+        odd.dense_h.dot_general = lambda *args, **how: 2 * jax.lax.dot_general(*args, **how)
+        started = nnx_cell(nnx, D, carry_init=ones)
+        both = nnx.Bidirectional(nnx.RNN(nnx_cell(nnx, D)), nnx.RNN(started))
+        refused(convert.from_flax, [
+            (nnx.RNN(nnx_cell(nnx, D), reverse=True), ValueError,
+             "params.reverse: expected the default, False, got True"),
+            (started, ValueError, "params.carry_init: expected the default, None, got ones"),
+            (nnx.RNN(started), ValueError, "params['cell'].carry_init: expected the default"),
+            (both, ValueError, "params['backward_rnn']['cell'].carry_init: expected the default"),
+            (nnx_cell(nnx, D, dtype=jnp.float32), ValueError,
+             "params['dense_i'].dtype: expected the weights' dtype, float64, got float32"),
+            (nnx_cell(nnx, D, promote_dtype=lambda xs, dtype: xs), ValueError,
+             "params.promote_dtype: expected the default, promote_dtype, got <lambda>"),
+            (Own(D, H, rngs=nnx.Rngs(0)), TypeError, "got Own of"),
+            (lora, TypeError, "params['dense_h']: expected an nnx.Linear"),
+            (nnx.state(lora), ValueError, "params['dense_h']: expected the keys kernel and bias"),
+            (odd, ValueError, "params['dense_h'].dot_general: expected the default"),
+            ([nnx.RNN(nnx_cell(nnx, D)), 3], TypeError, "params[1]: expected an nnx.SimpleCell"),
+        ])  # fmt: skip
+        # What changes nothing is taken.
+        backward = nnx.RNN(nnx_cell(nnx, D, 1), reverse=True, keep_order=True)
+        cell = nnx_cell(nnx, D, dtype=None, carry_init=nnx.initializers.zeros_init())
+        how = {"time_major": True, "return_carry": True, "keep_order": True, "unroll": 2}
+        pair = nnx.Bidirectional(nnx.RNN(nnx_cell(nnx, D)), backward)
+    assert isinstance(convert.from_flax(nnx.RNN(cell, **how)), Cell)
+    assert len(convert.from_flax(pair)[0]) == 2  # It says itself who reads backwards.
+
+
+def test_cells_that_both_directions_share(nnx, linen):
+    xs, how = inputs(), {"time_major": True, "rngs": False}
+    with lax():
+        forward = nnx.RNN(nnx_cell(nnx, D), **how)
+        for backward in (forward, nnx.RNN(forward.cell, **how)):
+            model = nnx.Bidirectional(forward, backward, **how)
+            expected = model(xs, initial_carry=(jnp.zeros((B, H)),) * 2)
+            cells = convert.from_flax(model)
+            assert_close(jaxrnn.unroll_layers(cells, xs)[1], expected)
+            refused(convert.from_flax, [(nnx.state(model), ValueError, "params")])
+        shared = linen_cell(linen)
+        model = linen.Bidirectional(shared, shared, time_major=True)
+        params = parameters(model.init, jax.random.key(0), xs)
+        expected = model.apply(params, xs)
+    message = "params['params']: expected the key 'backward_rnn', got forward_rnn"
+    refused(convert.from_flax, [(params, ValueError, message)])
+    one = params["params"]["forward_rnn"]
+    cells = convert.from_flax({"forward_rnn": one, "backward_rnn": one})
+    assert_close(jaxrnn.unroll_layers(cells, xs)[1], expected)
 
 
 def test_keras_layers_that_are_no_elman_network(keras):
@@ -705,13 +896,22 @@ def test_keras_layers_that_are_no_elman_network(keras):
         turned = layers.Bidirectional(layers.SimpleRNN(H, go_backwards=True),
                                       backward_layer=layers.SimpleRNN(H))  # fmt: skip
         stacks = layers.Bidirectional(layers.RNN(cells))
-        for layer in (*others[:2], *built, turned, stacks):
-            layer.build((None, T, D))
+        stateful = layers.SimpleRNN(H, stateful=True)
+        mixed = layers.SimpleRNN(H, dtype="mixed_bfloat16")
+        own = type("Own", (layers.SimpleRNNCell,), {"call": lambda *args: args})(H)
+        backward = layers.SimpleRNN(H, go_backwards=True)
+        for layer in (*others[:2], *built, turned, stacks, stateful, mixed, backward):
+            layer.build((B, T, D))
     refused(convert.from_keras, [
         (simple, ValueError, "layer.cell: expected a layer that is built"),
         *((layer, TypeError, "expected a keras SimpleRNN") for layer in others),
         *((layer, ValueError, "merge_mode") for layer in built),
-        (turned, ValueError, "reads forward"),
+        (turned, ValueError, "reads forward, got merge_mode 'concat', go_backwards=True"),
+        (stateful, ValueError, "layer.stateful: expected False, got True"),
+        (mixed, ValueError, "compute_dtype: expected the weights' dtype, float32, got bfloat16"),
+        (own, TypeError, "got Own of"),
+        ([backward, backward], ValueError, "layer[0]: expected a layer that reads forward"),
+        (keras.Sequential([simple]), TypeError, "got Sequential"),
         (stacks, TypeError, "layer[0][0]: expected a jaxrnn.Cell, got tuple"),
     ])  # fmt: skip
 
