@@ -8,12 +8,13 @@ is refused by name: in a subclass, in another dtype than its weights', from anot
 import copy
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxrnn._api import checks
 from jaxrnn._api.cell import check_cell, check_cells
@@ -30,10 +31,7 @@ NNX_PARTS = {
     "Bidirectional": ("forward_rnn", "backward_rnn"),
 }  # fmt: skip
 # Arguments of these that change what is computed; the others only lay it out.
-NNX_CHANGING = {
-    "residual", "carry_init", "reverse", "merge_fn", "promote_dtype", "dot_general",
-    "preferred_element_type",
-}  # fmt: skip
+NNX_CHANGING = {"residual", "carry_init", "reverse", "merge_fn", "promote_dtype", "dot_general"}
 # Methods that say what a module computes.
 METHODS = {"forward", "call", "__call__", "inner_loop", "get_initial_state", "initialize_carry"}
 
@@ -58,36 +56,26 @@ def from_torch(module: Any, activation: Phi | None = None) -> Cells:
         that are missing or not such a module's; weights unlike these.
     """
     if _kind(module, "torch.nn", "RNN", "RNNCell"):
-        own, left = module.nonlinearity, _torch_state(module)
+        own, state = module.nonlinearity, _torch_state(module)
     elif isinstance(module, Mapping):
-        own, left = "tanh", {str(key): value for key, value in module.items()}
+        own, state = "tanh", {str(key): value for key, value in module.items()}
     else:
         wanted = "a torch.nn.RNN or RNNCell that keeps torch's forward, or a state_dict of one"
         checks.bad_type("module", wanted, _came(module))
-    phi, got, hint = own if activation is None else activation, _keys(left), _torch_hint(left)
-    found = [m for m in (re.fullmatch(r"[a-z]+_[ih]h_l(\d+)(_reverse)?", key) for key in left) if m]
-    depth = 0 if set(TORCH_KINDS) & set(left) else max((int(m[1]) + 1 for m in found), default=1)
-    turns = ("", "_reverse") if any(m[2] for m in found) else ("",)
-    kinds = TORCH_KINDS[: 4 if any(key.startswith("bias_") for key in left) else 2]
-
-    def cell(end):
-        values = []
-        for key in (kind + end for kind in kinds):
-            if key not in left:
-                checks.bad_value("module", f"the key {key!r}", got + hint)
-            values.append((f"module[{key!r}]", _torch_array(key, left.pop(key))))
-        # A sum would not keep every bit: −0.0 + 0.0 is 0.0, and XLA may flush denormals to 0.
-        for _, c in values[3:]:
-            if isinstance(c, np.ndarray) and c.shape == np.shape(values[2][1]) and not c.any():
-                del values[3]
-        return _cell(f"module, cell{end}", values, phi, transposed=False)
-
-    ends = ([f"_l{n}{turn}" for turn in turns] for n in range(depth)) if depth else [[""]]
-    layers = [tuple(cell(end) for end in layer) for layer in ends]
-    if left:
-        checks.bad_value("module", "no keys but those of a torch.nn.RNN", _keys(left))
-    cells: Any = tuple(layer if len(layer) == 2 else layer[0] for layer in layers)
-    return check_cells("module", cells if depth > 1 or len(turns) > 1 else cells[0])
+    phi = own if activation is None else activation
+    keys = [m for m in (re.fullmatch(r"[a-z]+_[ih]h_l(\d+)(_reverse)?", key) for key in state) if m]
+    turns = ("", "_reverse") if any(m[2] for m in keys) else ("",)
+    # Of more layers than keys one key is missing in any case.
+    depth = min(max((int(m[1]) + 1 for m in keys), default=1), len(state) + 1)
+    ends = [[f"_l{n}{turn}" for turn in turns] for n in range(depth)]
+    ends = [[""]] if set(TORCH_KINDS) & set(state) else ends
+    kinds = TORCH_KINDS[: 4 if any(key.startswith("bias_") for key in state) else 2]
+    stack = [tuple(_torch_cell(state, end, kinds, phi) for end in layer) for layer in ends]
+    others = set(state) - {kind + end for kind in kinds for layer in ends for end in layer}
+    if others:
+        checks.bad_value("module", "no keys but those of a torch.nn.RNN", _keys(sorted(others)))
+    cells: Any = tuple(layer if len(layer) == 2 else layer[0] for layer in stack)
+    return check_cells("module", cells if len(ends) > 1 or len(turns) > 1 else cells[0])
 
 
 def to_torch(cells: Cells) -> Any:
@@ -117,7 +105,7 @@ def to_torch(cells: Cells) -> Any:
     if any(cell.leak is not None for cell in flat):
         checks.bad_value("cells", "no leak, which torch does not have", "a leak")
     for leaf in jax.tree.leaves(flat):
-        if isinstance(leaf, jax.core.Tracer) or leaf.size == 0:
+        if isinstance(leaf, Tracer) or leaf.size == 0:
             checks.bad_value("cells", "arrays of values that torch can hold", checks.came(leaf))
     pairs = _same("all or no layers in both directions", [len(layer) == 2 for layer in layers])
     hidden_size = _same("one hidden size", [cell.W.shape[0] for cell in flat])
@@ -185,12 +173,13 @@ def from_haiku(params: Mapping[str, Any], activation: Phi = "relu") -> Cells:
         checks.bad_type("params", "an hk.VanillaRNN's parameters", _came(params))
     names = {str(key).rpartition("/")[0] for key in params} - {""} or {"vanilla_rnn"}
     names = sorted(names, key=lambda name: [s.zfill(9) for s in re.split("([0-9]+)", name)])
-    keys = [(f"{name}/linear", f"{name}/linear_1") for name in names]
-    parts = [[(key, _entry("params", params, key)) for key in pair] for pair in keys]
+    cells = []
+    for name in names:
+        pair = [f"{name}/linear", f"{name}/linear_1"]
+        values = _linears("params", {k: _entry("params", params, k) for k in pair}, "w", "b")
+        cells.append(_cell(f"params of {name}", values, activation))
     if len(params) > 2 * len(names):
         checks.bad_value("params", "an hk.VanillaRNN's linear and linear_1 only", _keys(params))
-    linears = [_linears("params", pair, "w", "b") for pair in parts]
-    cells = [_cell(f"params of {n}", v, activation) for n, v in zip(names, linears, strict=True)]
     return check_cells("params", cells[0] if len(cells) == 1 else tuple(cells))
 
 
@@ -245,16 +234,26 @@ def _torch_hint(state: Mapping[str, Any]) -> str:
     return how.format(" or ".join(prefixes), *prefixes[:1] * 2) if prefixes else ""
 
 
-def _torch_array(key: str, value: Any) -> Any:
-    """A copy: the module's next training step must not reach into the cell."""
-    if not _kind(value, "torch", "Tensor"):
-        return np.array(value) if isinstance(value, np.ndarray) else value
-    try:
-        half, held = str(value.dtype) == "torch.bfloat16", value.detach().cpu()
-        return held.float().numpy().astype(jnp.bfloat16) if half else np.array(held.numpy())
-    except (TypeError, RuntimeError):
-        got = f"{value.dtype}, {value.layout}, on {value.device}"
-        checks.bad_type(f"module[{key!r}]", "a tensor that NumPy can hold", got)
+def _torch_cell(state: Mapping[str, Any], end: str, kinds: tuple, phi: Phi) -> Cell:
+    values = []
+    for key in (kind + end for kind in kinds):
+        name, value = f"module[{key!r}]", _entry("module", state, key, _torch_hint)
+        half = str(getattr(value, "dtype", "")) == "torch.bfloat16"
+        if _kind(value, "torch", "Tensor"):
+            try:
+                held = value.detach().cpu()
+                value = (held.float() if half else held).numpy()
+            except (TypeError, RuntimeError):
+                got = f"{value.dtype}, {value.layout}, on {value.device}"
+                checks.bad_type(name, "a tensor that NumPy can hold", got)
+        if isinstance(value, np.ndarray):  # The module's next training step must not reach it.
+            value = np.array(value, jnp.bfloat16 if half else None)
+        values.append((name, value))
+    # A sum would not keep every bit: −0.0 + 0.0 is 0.0, and XLA may flush denormals to 0.
+    for _, c in values[3:]:
+        if isinstance(c, np.ndarray) and c.shape == np.shape(values[2][1]) and not c.any():
+            del values[3]
+    return _cell(f"module, cell{end}", values, phi, transposed=False)
 
 
 def _each(name: str, value: Any, convert: Callable, *how: Any) -> Any:
@@ -272,13 +271,14 @@ def _flax(name: str, value: Any, phi: Phi | None, turned: bool = False) -> Any:
     for keys in (("i", "h"), NNX_PARTS["SimpleCell"], NNX_PARTS["Bidirectional"]):
         if not set(keys) & set(found):
             continue
-        parts = [(key, _entry(name, found, key)) for key in keys]
+        parts = {key: _entry(name, found, key) for key in keys}
         if len(found) > 2:
             checks.bad_value(name, f"the keys {keys[0]} and {keys[1]} only", _keys(found))
+        where = {key: f"{name}[{key!r}]" for key in keys}
         if keys[0] == "forward_rnn":
-            return (tuple(_flax(f"{name}[{key!r}]", part, phi, True) for key, part in parts),)
-        opened = [(k, _nnx_parts(f"{name}[{k!r}]", part, turned, "Linear")) for k, part in parts]
-        return _cell(name, _linears(name, opened), "tanh" if phi is None else phi)
+            return (tuple(_flax(where[key], parts[key], phi, True) for key in keys),)
+        parts = {key: _nnx_parts(where[key], parts[key], turned, "Linear") for key in keys}
+        return _cell(name, _linears(name, parts), "tanh" if phi is None else phi)
     # A cell stands under "params", as its RNN's attribute, or alone under a name of its own.
     if len(found) != 1:
         checks.bad_value(name, "the parameters of one SimpleCell, with i and h", _keys(found))
@@ -287,10 +287,7 @@ def _flax(name: str, value: Any, phi: Phi | None, turned: bool = False) -> Any:
 
 
 def _nnx_parts(name: str, value: Any, turned: bool, *kinds: str) -> Mapping:
-    """Parameters as they are; of a module its parts, where nothing else changes what it computes.
-
-    `turned` in a `Bidirectional`, which says itself who reads backwards.
-    """
+    """Parameters, or a module's; `turned` in a `Bidirectional`, which says who reads backwards."""
     kind = _kind(value, "flax.nnx", *kinds)
     if kind is None:
         if not isinstance(value, Mapping):
@@ -338,10 +335,10 @@ def _keras(name: str, layer: Any) -> Any:
     return _cell(name, values, phi)
 
 
-def _linears(name: str, layers: Any, w: str = "kernel", b: str = "bias") -> list:
+def _linears(name: str, layers: Mapping[str, Any], w: str = "kernel", b: str = "bias") -> list:
     """U, W and one or two biases, by name, of a layer of the inputs and one of the states."""
     weights, biases = [], []
-    for n, (key, layer) in enumerate(layers):
+    for n, (key, layer) in enumerate(layers.items()):
         where = f"{name}[{key!r}]"
         if not isinstance(layer, Mapping):
             checks.bad_type(where, f"arrays by name, as {w!r}", _came(layer))
@@ -362,13 +359,13 @@ def _cell(name: str, values: list[tuple[str, Any]], phi: Any, transposed: bool =
     return check_cell(name, Cell(U, W, total, activation=phi))
 
 
-def _entry(name: str, found: Mapping, key: str) -> Any:
+def _entry(name: str, found: Mapping, key: str, hint: Callable[[Any], str] = lambda _: "") -> Any:
     if key not in found:
-        checks.bad_value(name, f"the key {key!r}", _keys(found))
+        checks.bad_value(name, f"the key {key!r}", _keys(found) + hint(found))
     return found[key]
 
 
-def _keys(found: Mapping) -> str:
+def _keys(found: Collection) -> str:
     more = [f"and {len(found) - 8} more"] if len(found) > 8 else []
     return ", ".join([*map(str, found)][:8] + more) or "no keys"
 
