@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,7 @@ class Vocabulary:
         or a list of distinct characters.
 
     Raises:
+      TypeError: neither of them, as bytes or a file.
       ValueError: nothing given, an entry that is not one character, or one given twice.
 
     >>> vocabulary = Vocabulary("hello")
@@ -48,6 +50,9 @@ class Vocabulary:
     characters: tuple[str, ...]
 
     def __init__(self, characters: str | Iterable[str]):
+        if _hint(characters) or not np.iterable(characters):
+            got = checks.came(characters) + _hint(characters)
+            checks.bad_type("characters", "a str or a list of characters", got)
         found = tuple(dict.fromkeys(characters) if isinstance(characters, str) else characters)
         if not found:
             checks.bad_value("characters", "at least one character", "none")
@@ -72,8 +77,11 @@ class Vocabulary:
         """The ids of a text, int32 `[len(text)]`.
 
         Raises:
+          TypeError: no text, as bytes or a list.
           ValueError: a character outside the vocabulary; the message shows it and its position.
         """
+        if not isinstance(text, str):
+            checks.bad_type("text", "a str", checks.came(text) + _hint(text))
         encoded = [t.encode("utf-32-le", "surrogatepass") for t in ("".join(self.characters), text)]
         codes, wanted = (np.frombuffer(points, np.uint32) for points in encoded)
         order = np.argsort(codes)
@@ -88,14 +96,35 @@ class Vocabulary:
         """The text of a sequence of ids.
 
         Raises:
+          TypeError: ids that are not integers.
           ValueError: an id outside 0 … |A| − 1; the message shows it and its position.
         """
-        values = np.asarray(ids if hasattr(ids, "__array__") else list(ids))
+        values = _integers(ids)
         if values.ndim != 1:
             checks.bad_value("ids", "shape [length]", list(values.shape))
         for n in np.flatnonzero((values < 0) | (values >= len(self)))[:1]:
             checks.bad_value("ids", f"0 to {len(self) - 1}", f"{values[n]} at position {n}")
         return "".join(self.characters[int(n)] for n in values)
+
+
+def _hint(value: object) -> str:
+    """How a text is made of bytes or of a file."""
+    return next((f"; {how} it first" for how in ("decode", "read") if hasattr(value, how)), "")
+
+
+def _integers(ids: Any) -> np.ndarray:
+    """A NumPy array of integers, as it is if it is one."""
+    is_array, masked = hasattr(ids, "__array__"), np.ma.isMaskedArray(ids)
+    try:
+        values = np.asarray(ids if is_array else list(ids))
+    except ValueError:
+        checks.bad_value("ids", "integers in one axis", "entries of different lengths")
+    except (TypeError, RuntimeError):  # None or another that is no sequence, or a traced array
+        checks.bad_type("ids", "integers", checks.came(ids))
+    empty = values.size == 0 and not is_array
+    if masked or not (empty or jnp.issubdtype(values.dtype, np.integer)):
+        checks.bad_type("ids", "integers", "a masked array" if masked else values.dtype.name)
+    return values.astype(np.int32) if empty or values.dtype.kind == "V" else values  # int4 is "V"
 
 
 def one_hot(ids: jax.Array, size: int, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
@@ -140,7 +169,7 @@ def streams(ids: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
       TypeError, ValueError: ids of another shape, or fewer than B + 1; a count below 1.
     """
     checks.positive("count", count)
-    ids = np.asarray(ids)
+    ids = _integers(ids)
     if ids.ndim != 1 or len(ids) <= count:
         checks.bad_value("ids", f"shape [N], N above {count}", list(ids.shape))
     used = (len(ids) - 1) // count * count
@@ -168,7 +197,7 @@ def generate(
       TypeError: ids that are not integers, params of another kind.
       ValueError: an empty prompt, an invalid id, a negative length or temperature.
     """
-    params, prompt, sharpness = _check_generation(params, key, prompt, length, temperature)
+    params, key, prompt, sharpness = _check_generation(params, key, prompt, length, temperature)
     return _generate(params, key, prompt, sharpness, length=length, greedy=temperature == 0)
 
 
@@ -194,7 +223,8 @@ def stream_ids(
     Raises:
       TypeError, ValueError: as `generate`, before the first block.
     """
-    params, prompt, sharpness = _check_generation(params, key, prompt, length, temperature)
+    params, key, prompt, sharpness = _check_generation(params, key, prompt, length, temperature)
+    checks.positive("block", block)
 
     def blocks():
         state, drawn = _read(params, prompt), None
@@ -213,10 +243,17 @@ def stream_ids(
 
 def _check_generation(params, key, prompt, length, temperature):
     params = check_params(params)
-    prompt = checks.integers("prompt", prompt, (None,))
+    none = isinstance(prompt, list | tuple) and not prompt
+    prompt = checks.integers("prompt", np.zeros(0, np.int32) if none else prompt, (None,))
     if prompt.shape[0] == 0:
         checks.bad_value("prompt", "at least one id", "none")
     checks.random_key("key", key)
+    if key.ndim:  # Of the default PRNG now, where a compiled function may hold the one before.
+        try:
+            key = jax.random.wrap_key_data(jnp.asarray(key))
+        except TypeError:
+            shape = list(jax.random.key_data(jax.random.key(0)).shape)
+            checks.bad_value("key", f"shape {shape}, as the default PRNG's", checks.came(key))
     checks.whole("length", length)
     temperature = checks.number("temperature", temperature)
     if not (temperature == 0 or LEAST_TEMPERATURE <= temperature < math.inf):
@@ -227,7 +264,8 @@ def _check_generation(params, key, prompt, length, temperature):
     if outputs != inputs:
         checks.bad_value("params", "as many outputs as inputs", f"{outputs} and {inputs}")
     checks.in_range("prompt", prompt, inputs)
-    return params, prompt, jnp.asarray(1.0 / temperature if temperature else 1.0, jnp.float32)
+    sharpness = jnp.asarray(1.0 / temperature if temperature else 1.0, jnp.float32)
+    return params, key, prompt, sharpness
 
 
 @partial(jax.jit, static_argnames=("length", "greedy"))
