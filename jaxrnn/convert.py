@@ -70,10 +70,9 @@ def from_torch(module: Any, activation: Phi | None = None) -> Cells:
     ends = [[f"_l{n}{turn}" for turn in turns] for n in range(depth)]
     ends = [[""]] if set(TORCH_KINDS) & set(state) else ends
     kinds = TORCH_KINDS[: 4 if any(key.startswith("bias_") for key in state) else 2]
+    wanted = [kind + end for layer in ends for end in layer for kind in kinds]
+    _require("module", state, wanted, hint=_torch_hint(state))
     stack = [tuple(_torch_cell(state, end, kinds, phi) for end in layer) for layer in ends]
-    others = set(state) - {kind + end for kind in kinds for layer in ends for end in layer}
-    if others:
-        checks.bad_value("module", "no keys but those of a torch.nn.RNN", _keys(sorted(others)))
     cells: Any = tuple(layer if len(layer) == 2 else layer[0] for layer in stack)
     return check_cells("module", cells if len(ends) > 1 or len(turns) > 1 else cells[0])
 
@@ -85,8 +84,7 @@ def to_torch(cells: Cells) -> Any:
 
     Args:
       cells: a `Cell`, or a tuple of layers as in `unroll_layers`: all of one hidden size, dtype
-        and activation, "tanh" or "relu", all or none of them pairs, of the rate
-        form without leak.
+        and activation, "tanh" or "relu", all or none of them pairs, of the rate form, no leak.
 
     Returns:
       The module, on the CPU, `batch_first` False. torch's random numbers are left as they were.
@@ -159,7 +157,8 @@ def from_haiku(params: Mapping[str, Any], activation: Phi = "relu") -> Cells:
 
     Args:
       params: the parameters of one `hk.VanillaRNN` or of several, and no others: each has the
-        modules "<name>/linear", of the inputs, and "<name>/linear_1", of the states.
+        modules "<name>/linear", of the inputs, and "<name>/linear_1", of the states, which has
+        a bias only with `double_bias`.
       activation: φ; Haiku's is "relu".
 
     Returns:
@@ -173,13 +172,10 @@ def from_haiku(params: Mapping[str, Any], activation: Phi = "relu") -> Cells:
         checks.bad_type("params", "an hk.VanillaRNN's parameters", _came(params))
     names = {str(key).rpartition("/")[0] for key in params} - {""} or {"vanilla_rnn"}
     names = sorted(names, key=lambda name: [s.zfill(9) for s in re.split("([0-9]+)", name)])
-    cells = []
-    for name in names:
-        pair = [f"{name}/linear", f"{name}/linear_1"]
-        values = _linears("params", {k: _entry("params", params, k) for k in pair}, "w", "b")
-        cells.append(_cell(f"params of {name}", values, activation))
-    if len(params) > 2 * len(names):
-        checks.bad_value("params", "an hk.VanillaRNN's linear and linear_1 only", _keys(params))
+    pairs = [(f"{name}/linear", f"{name}/linear_1") for name in names]
+    _require("params", params, [key for pair in pairs for key in pair])
+    layers = [_linears("params", {key: params[key] for key in pair}, "w", "b") for pair in pairs]
+    cells = [_cell(f"params of {n}", v, activation) for n, v in zip(names, layers, strict=True)]
     return check_cells("params", cells[0] if len(cells) == 1 else tuple(cells))
 
 
@@ -237,7 +233,7 @@ def _torch_hint(state: Mapping[str, Any]) -> str:
 def _torch_cell(state: Mapping[str, Any], end: str, kinds: tuple, phi: Phi) -> Cell:
     values = []
     for key in (kind + end for kind in kinds):
-        name, value = f"module[{key!r}]", _entry("module", state, key, _torch_hint)
+        name, value = f"module[{key!r}]", state[key]
         half = str(getattr(value, "dtype", "")) == "torch.bfloat16"
         if _kind(value, "torch", "Tensor"):
             try:
@@ -271,13 +267,11 @@ def _flax(name: str, value: Any, phi: Phi | None, turned: bool = False) -> Any:
     for keys in (("i", "h"), NNX_PARTS["SimpleCell"], NNX_PARTS["Bidirectional"]):
         if not set(keys) & set(found):
             continue
-        parts = {key: _entry(name, found, key) for key in keys}
-        if len(found) > 2:
-            checks.bad_value(name, f"the keys {keys[0]} and {keys[1]} only", _keys(found))
+        _require(name, found, keys)
         where = {key: f"{name}[{key!r}]" for key in keys}
         if keys[0] == "forward_rnn":
-            return (tuple(_flax(where[key], parts[key], phi, True) for key in keys),)
-        parts = {key: _nnx_parts(where[key], parts[key], turned, "Linear") for key in keys}
+            return (tuple(_flax(where[key], found[key], phi, True) for key in keys),)
+        parts = {key: _nnx_parts(where[key], found[key], turned, "Linear") for key in keys}
         return _cell(name, _linears(name, parts), "tanh" if phi is None else phi)
     # A cell stands under "params", as its RNN's attribute, or alone under a name of its own.
     if len(found) != 1:
@@ -342,11 +336,9 @@ def _linears(name: str, layers: Mapping[str, Any], w: str = "kernel", b: str = "
         where = f"{name}[{key!r}]"
         if not isinstance(layer, Mapping):
             checks.bad_type(where, f"arrays by name, as {w!r}", _came(layer))
-        weights.append((f"{where}[{w!r}]", _entry(where, layer, w)))
-        if n == 0 or b in layer:
-            biases.append((f"{where}[{b!r}]", _entry(where, layer, b)))
-        if not set(layer) <= {w, b}:
-            checks.bad_value(where, f"the keys {w} and {b} only", _keys(layer))
+        _require(where, layer, (w, b) if n == 0 or b in layer else (w,))
+        weights.append((f"{where}[{w!r}]", layer[w]))
+        biases += [(f"{where}[{b!r}]", layer[b])] if b in layer else []
     return weights + biases
 
 
@@ -359,10 +351,14 @@ def _cell(name: str, values: list[tuple[str, Any]], phi: Any, transposed: bool =
     return check_cell(name, Cell(U, W, total, activation=phi))
 
 
-def _entry(name: str, found: Mapping, key: str, hint: Callable[[Any], str] = lambda _: "") -> Any:
-    if key not in found:
-        checks.bad_value(name, f"the key {key!r}", _keys(found) + hint(found))
-    return found[key]
+def _require(name: str, found: Mapping, keys: Collection[str], hint: str = "") -> None:
+    """Require these keys and no others."""
+    for key in keys:
+        if key not in found:
+            checks.bad_value(name, f"the key {key!r}", _keys(found) + hint)
+    if len(found) > len(keys):
+        others = [key for key in found if key not in keys]
+        checks.bad_value(name, f"no keys but {_keys(keys)}", _keys(others))
 
 
 def _keys(found: Collection) -> str:
