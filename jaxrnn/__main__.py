@@ -1,8 +1,52 @@
 """`python -m jaxrnn` and the console script."""
 
+import io
+import os
 import sys
+from contextlib import suppress
 
-from jaxrnn._app.cli import main
+EXTRAS = {"rich": "cli", "orbax": "cli", "shtab": "cli", "matplotlib": "plot"}
+
+
+def main() -> int:
+    """Run the command line, on any terminal or none; name the extra that is missing.
+
+    Returns:
+      The exit code: that of the command, 1 where output cannot be written, 2 for a missing extra,
+      130 after Ctrl-C.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever has begun this
+            setattr(sys, name, open(os.devnull, "w"))
+        # A terminal that cannot show a character shows its number, not a traceback.
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    code = 0
+    try:
+        from jaxrnn._app.cli import run
+
+        code = run()
+        sys.stdout.flush()
+        return code
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").split(".")[0]
+        if missing not in EXTRAS:
+            raise
+        needs = f"pip install 'jaxrnn[{EXTRAS[missing]}]'"
+        print(f"jaxrnn: error: {missing} is missing; {needs}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        # Python would complain once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # whoever read the output has had enough
+            return code
+        where = error.filename or "standard output"
+        with suppress(OSError):  # the same terminal
+            print(f"jaxrnn: error: {where}: cannot be written: {error.strerror}", file=sys.stderr)
+        return code or 1
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -3,9 +3,11 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 from jaxrnn._app.cli import run
 
@@ -13,17 +15,37 @@ TEXT = "the quick brown fox jumps over the lazy dog.\n" * 60
 SMALL = ["--steps", "30", "--hidden-size", "16", "--seq-length", "8", "--batch-size", "4",
          "--eval-every", "10", "--sample-length", "20"]  # fmt: skip
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 # root may write anywhere, unless it gives that up.
 AS_A_USER = () if os.geteuid() else ("setpriv", "--bounding-set", "-dac_override")
 MAY_WRITE_ANYWHERE = os.geteuid() == 0 and not shutil.which("setpriv")
 
 
+@contextmanager
+def hearing():
+    """What is started here hears each signal, even where these tests were told to ignore some."""
+    before = {each: signal.signal(each, signal.SIG_DFL) for each in SIGNALS}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
 def start(*args, cwd=None, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, **env):
-    return subprocess.Popen(
-        [sys.executable, "-m", "jaxrnn", *map(os.fspath, args)],
-        cwd=cwd, stdin=stdin, stdout=stdout, stderr=subprocess.PIPE, text=text,
-        env={**os.environ, "XLA_FLAGS": "", **env},
+    return start_python(
+        "-m", "jaxrnn", *args, cwd=cwd, stdin=stdin, stdout=stdout, text=text, **env
     )  # fmt: skip
+
+
+def start_python(*args, cwd=None, stdin=None, stdout=subprocess.PIPE, text=True, **env):
+    with hearing():
+        return subprocess.Popen(
+            [sys.executable, *map(os.fspath, args)],
+            cwd=cwd, stdin=stdin, stdout=stdout, stderr=subprocess.PIPE, text=text,
+            env={**os.environ, "XLA_FLAGS": "", **env},
+        )  # fmt: skip
 
 
 def jaxrnn(*args, **how):

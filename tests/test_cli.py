@@ -13,7 +13,18 @@ import unicodedata
 import jax
 import numpy as np
 import pytest
-from commands import SMALL, TEXT, here, in_terminal, jaxrnn, start, wait_for
+from commands import (
+    SIGNALS,
+    SMALL,
+    TEXT,
+    hearing,
+    here,
+    in_terminal,
+    jaxrnn,
+    start,
+    start_python,
+    wait_for,
+)  # fmt: skip
 
 from jaxrnn import init_params
 from jaxrnn import text as text_module
@@ -186,18 +197,6 @@ def test_a_sample_that_is_interrupted(trained):
     assert rest.endswith("\n") and len(rest) < 1_000_000
 
 
-SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-
-
-@pytest.fixture
-def _hears():
-    """Whoever runs these tests may have told their processes to ignore what they are sent."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
-
-
-@pytest.mark.usefixtures("_hears")
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_run_that_is_interrupted_is_kept(number, text_file, tmp_path, capsys):
     out = tmp_path / "a run"
@@ -215,7 +214,6 @@ def test_a_run_that_is_interrupted_is_kept(number, text_file, tmp_path, capsys):
     assert here(capsys, "sample", out, "--length", "5").returncode == 0
 
 
-@pytest.mark.usefixtures("_hears")
 def test_a_terminal_that_closes(text_file, tmp_path):
     """A real one, which is the process's own, and takes nothing of it any more."""
     ours, theirs = pty.openpty()
@@ -225,10 +223,11 @@ def test_a_terminal_that_closes(text_file, tmp_path):
         f"sys.argv = {['jaxrnn', 'train', str(text_file), '--out', str(out), *SMALL]!r};"
         "sys.argv += ['--steps', '1000000']; runpy.run_module('jaxrnn', run_name='__main__')"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=theirs, stdout=theirs, stderr=theirs,
-        start_new_session=True, env={**os.environ, "XLA_FLAGS": "", "TERM": "xterm"},
-    )  # fmt: skip
+    with hearing():
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=theirs, stdout=theirs, stderr=theirs,
+            start_new_session=True, env={**os.environ, "XLA_FLAGS": "", "TERM": "xterm"},
+        )  # fmt: skip
     os.close(theirs)
     wait_for(out / "metrics.jsonl", process)
     os.close(ours)
@@ -408,15 +407,13 @@ def test_output_that_is_closed(trained):
 
 def test_starts_of_one_second_have_directories_of_their_own(text_file, tmp_path):
     code = (
-        "import sys, time; time.strftime = lambda _: 'runs/now'; from jaxrnn._app.cli import main;"
+        "import sys, time; time.strftime = lambda _: 'runs/now'; from jaxrnn.__main__ import main;"
         f"sys.argv = {['jaxrnn', 'train', str(text_file), *SMALL]!r}; sys.exit(main())"
     )
-    command = [sys.executable, "-c", code]
-    how = {"cwd": tmp_path, "stdout": subprocess.PIPE, "env": {**os.environ, "XLA_FLAGS": ""}}
-    both = [subprocess.Popen(command, **how) for _ in range(3)]
-    outputs = [process.communicate(timeout=120)[0].decode() for process in both]
-    assert [process.returncode for process in both] == [0, 0, 0], outputs
-    names = sorted(re.search("run directory: (.*);", output)[1] for output in outputs)
+    all_three = [start_python("-c", code, cwd=tmp_path) for _ in range(3)]
+    said = [process.communicate(timeout=120) for process in all_three]
+    assert [process.returncode for process in all_three] == [0, 0, 0], said
+    names = sorted(re.search("run directory: (.*);", output)[1] for output, _ in said)
     assert names == ["runs/now", "runs/now-2", "runs/now-3"]
     assert all((tmp_path / name / "checkpoints" / "30").is_dir() for name in names)
 
@@ -444,7 +441,6 @@ def test_two_runs_that_begin_beside_each_other(text_file, tmp_path):
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["b"]
 
 
-@pytest.mark.usefixtures("_hears")
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_start_that_is_interrupted_leaves_nothing(number, tmp_path):
     process = start("train", "-", "--out", tmp_path / "run", *SMALL, stdin=subprocess.PIPE)

@@ -158,7 +158,7 @@ def test_runs_are_no_text(tmp_path):
     (tmp_path / "all" / "notes" / "text").write_text("text")
     (tmp_path / "all" / "notes" / "config.json").write_text("[]")
     for name in ("a", "b"):
-        directory.write_json(
+        directory.write(
             tmp_path / "all" / "runs" / name / "config.json", {"sources": [], "options": {}}
         )
     (tmp_path / "all" / "runs" / "a" / "ids.npy").write_bytes(b"\xff")

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from commands import here, wait_for
+from commands import hearing, here, wait_for
 from helpers import assert_close
 
 import jaxrnn
@@ -100,7 +100,8 @@ class Started:
         self.folder = folder
         environment = {**os.environ, "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1", **env}
         with (folder / "out").open("w") as out, (folder / "err").open("w") as err:
-            self.popen = subprocess.Popen(command, stdout=out, stderr=err, env=environment)
+            with hearing():
+                self.popen = subprocess.Popen(command, stdout=out, stderr=err, env=environment)
 
     def wait(self, seconds=120):
         return self.popen.wait(seconds)
@@ -187,7 +188,7 @@ def test_the_command_trains_alike_with_one_process_and_two(model, text_file, tmp
         assert codes == [0] * count, [each.errors for each in all_of_them]
         assert [each.errors for each in all_of_them] == [""] * count
         with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
-            config, (text, _) = read_begun(out).config, read_text(out)
+            (config, _), (text, _) = read_begun(out), read_text(out)
             states.append(saved(out, initial_state(config, len(text.characters))))
     said = "the batch over 2" if model == 1 else "hidden units over 2"
     assert f"2 cpu devices in 2 processes, {said}, about" in all_of_them[0].output

@@ -14,11 +14,11 @@ from jaxrnn import train
 from jaxrnn._api.checks import InputError
 from jaxrnn._app import directory
 from jaxrnn._app import run as run_module
-from jaxrnn._app.checkpoints import Checkpoints
+from jaxrnn._app.checkpoints import Checkpoints, FailedError
 from jaxrnn._app.corpus import encode, open_corpus
 from jaxrnn._app.devices import SIGNALS, Placement, stop_requests
 from jaxrnn._app.directory import best_checkpoint, checkpoint_steps
-from jaxrnn._app.run import Config, FailedError, Run
+from jaxrnn._app.run import Config, Run
 
 # Held-out bits by the step at which they are measured.
 BITS = {2: 3.0, 4: 1.0, 6: 2.0, 8: 1.5, 10: 2.5, 12: 2.0, 14: 1.25, 15: 2.0}

@@ -23,8 +23,8 @@ from jaxrnn._app.directory import CHECKPOINTS, best_checkpoint, checkpoint_steps
 KEPT = 3
 
 
-class SaveError(Exception):
-    """A checkpoint that cannot be written; those before it are untouched."""
+class FailedError(Exception):
+    """A run that could not go on; one line says why."""
 
 
 class GoneError(InputError):
@@ -51,10 +51,7 @@ class Checkpoints:
             shutil.rmtree(path, ignore_errors=True)
 
     def save(self, step: int, state: Any, about: dict[str, Any], held_out_bits: float | None):
-        """Save a checkpoint, and drop those that are no longer among the last or the best.
-
-        `about` is what JSON can say. A SaveError where it cannot be written.
-        """
+        """Save a checkpoint, and then drop those that are neither of the last nor the best."""
         path, args = self.folder / str(step), self._args
         about = {**about, "held_out_bits": held_out_bits, "fingerprint": int(fingerprint(state))}
         items = args.Composite(state=args.StandardSave(state), about=args.JsonSave(about))
@@ -67,8 +64,10 @@ class Checkpoints:
                     # Under another name first: a half-deleted checkpoint is none.
                     gone = (self.folder / str(old)).rename(self.folder / f"{old}.deleted")
                     shutil.rmtree(gone, ignore_errors=True)
+        except jax.errors.JaxRuntimeError:  # of another process, that is gone
+            raise
         except Exception as error:  # of many kinds, by what went wrong
-            raise SaveError(f"{path}: cannot be written: {_line(error)}") from error
+            raise FailedError(f"{path}: cannot be written: {_line(error)}") from error
 
     def about(self, step: int) -> dict[str, Any]:
         """What JSON said beside the arrays."""
@@ -78,12 +77,7 @@ class Checkpoints:
         return about
 
     def state(self, step: int, shapes: Any) -> Any:
-        """The arrays, as in a tree of `jax.ShapeDtypeStruct` with the shardings that are wanted.
-
-        Raises:
-          GoneError: it was dropped before it was read.
-          InputError: it is damaged, or of another tree.
-        """
+        """The arrays, as in a tree of `jax.ShapeDtypeStruct` with the shardings that are wanted."""
         state = self._read(step, state=self._args.StandardRestore(shapes))["state"]
         if int(fingerprint(state)) != self.about(step).get("fingerprint"):
             raise self._damaged(step, "it holds other numbers than were saved")

@@ -1,12 +1,9 @@
 """The command line: `jaxrnn train`, `sample`, `show` and `example`."""
 
 import argparse
-import io
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import fields
 from importlib import import_module
 from typing import ClassVar, NoReturn
@@ -16,7 +13,6 @@ from jaxrnn._api.checks import InputError
 from jaxrnn.text import LEAST_TEMPERATURE
 
 EXIT_BAD_INPUT = 2
-EXTRAS = {"rich": "cli", "orbax": "cli", "shtab": "cli", "matplotlib": "plot"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -121,12 +117,10 @@ def _add_train(train):
         help="files, directories, - for standard input; CPython's own documentation if none",
     )  # fmt: skip
     where = run.add_mutually_exclusive_group()
-    where.add_argument(
-        "--out", metavar="RUN", type=_named, help="run directory (default: a new one in runs/)"
-    )
-    where.add_argument(
-        "--resume", metavar="RUN", type=_named, help="go on with a run that was interrupted"
-    )
+    about = "run directory (default: a new one in runs/)"
+    where.add_argument("--out", metavar="RUN", type=_named, help=about)
+    about = "go on with a run that was interrupted"
+    where.add_argument("--resume", metavar="RUN", type=_named, help=about)
     for title, options in _TRAIN.items():
         for name, (kind, about) in options.items():
             default = {field.name: field.default for field in fields(Config)}[name]
@@ -202,10 +196,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def run(argv: Sequence[str] | None = None) -> int:
     """Run one command: the function of its name, in the module of its name.
 
-    Returns:
-      0; 1 where numbers disagree, the loss is no number, a file cannot be written in training or a
-      process is gone; 2 for bad input, with one line on standard error; 130 where Ctrl-C ended
-      training early, 143 where SIGTERM did, 129 where the terminal closed.
+    0; 1 where numbers disagree, the loss is no number, a file cannot be written in training or a
+    process is gone; 2 for bad input, with one line on standard error; 130 where Ctrl-C ended
+    training early, 143 where SIGTERM did, 129 where the terminal closed.
     """
     args = parse(argv)
     try:
@@ -213,41 +206,3 @@ def run(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"jaxrnn {args.command}: error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
-
-
-def main() -> int:
-    """The program: `run`, for any terminal or none, and the extra that is missing by its name.
-
-    Returns:
-      The exit code: that of the command, 1 where output cannot be written, 2 for a missing extra,
-      130 after Ctrl-C.
-    """
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever has begun this
-            setattr(sys, name, open(os.devnull, "w"))
-        # A terminal that cannot show a character shows its number, not a traceback.
-        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    code = 0
-    try:
-        code = run()
-        sys.stdout.flush()
-        return code
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").split(".")[0]
-        if missing not in EXTRAS:
-            raise
-        needs = f"pip install 'jaxrnn[{EXTRAS[missing]}]'"
-        print(f"jaxrnn: error: {missing} is missing; {needs}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        return 130
-    except OSError as error:
-        # Python would complain once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):  # whoever read the output has had enough
-            return code
-        where = error.filename or "standard output"
-        with suppress(OSError):  # the same terminal
-            print(f"jaxrnn: error: {where}: cannot be written: {error.strerror}", file=sys.stderr)
-        return code or 1

@@ -21,8 +21,8 @@ from typing import Any, BinaryIO, NoReturn
 import numpy as np
 
 from jaxrnn._api import checks
-from jaxrnn._api.checks import InputError
-from jaxrnn._app.directory import is_run, whole_file, writing
+from jaxrnn._api.checks import InputError, bad_input
+from jaxrnn._app.directory import first_line, is_run, whole_file, writing
 from jaxrnn.text import Vocabulary, streams
 
 UNITS = {"char": "character", "byte": "byte"}
@@ -75,7 +75,7 @@ def _sources(name: str) -> list[Source]:
         return [(name, lambda: open(name, "rb"))]
     paths = sorted(_below(name), key=lambda path: path.parts)
     if not paths:
-        raise InputError(f"{name}: expected text, got a directory without text files")
+        bad_input(name, "text", "a directory without text files")
     return [(str(path), lambda path=path: path.open("rb")) for path in paths]
 
 
@@ -115,8 +115,7 @@ def _read(source: Source) -> Iterator[bytes]:
     except OSError as error:
         _unreadable(name, error)
     if not came:
-        got = "nothing" if name == "standard input" else "an empty file"
-        raise InputError(f"{name}: expected text, got {got}")
+        bad_input(name, "text", "nothing" if name == "standard input" else "an empty file")
 
 
 def _decoded(source: Source) -> Iterator[str]:
@@ -129,21 +128,15 @@ def _decoded(source: Source) -> Iterator[str]:
         except UnicodeDecodeError as error:
             # What was decoded is this chunk, after the bytes that the last one left over.
             offset = read - len(error.object) + error.start
-            raise InputError(
-                f"{source[0]}: expected UTF-8, got byte 0x{error.object[error.start]:02x} at "
-                f"offset {offset} ({error.reason}); --level byte takes any bytes"
-            ) from error
+            got = f"byte 0x{error.object[error.start]:02x} at offset {offset} ({error.reason})"
+            bad_input(source[0], "UTF-8", f"{got}; --level byte takes any bytes")
         yield text if begun else text.removeprefix("\ufeff")
         begun = begun or bool(text)
 
 
 @dataclass(frozen=True)
 class Text:
-    """What there is to know of a text whose ids are in a file.
-
-    The name is what messages call it. Characters are in order of first appearance; those of bytes
-    are always chr(0) … chr(255), so that a byte is its own id.
-    """
+    """What there is to know of a text whose ids are in a file; a byte is its own id."""
 
     name: str
     level: str
@@ -158,9 +151,6 @@ def encode(names: Sequence[str], level: str, path: Path) -> Text:
     The names are of files and directories, "-" is standard input, and none CPython's documentation.
     The file is one `.npy` array `[length]`, written whole or not at all: uint8 up to 256
     characters, then uint16, then uint32. Ids are those of `Vocabulary` of the whole text.
-
-    Raises:
-      InputError: what cannot be read or is empty, is no UTF-8, or cannot be written.
     """
     checks.one_of("level", level, tuple(UNITS))
     name, sources = _find(names)
@@ -180,7 +170,7 @@ def encode(names: Sequence[str], level: str, path: Path) -> Text:
                     file.write(ids.data)
                 length, dtype = length + len(ids), ids.dtype
         if not length:
-            raise InputError(f"{name}: expected text, got a byte-order mark alone")
+            bad_input(name, "text", "a byte-order mark alone")
         header = _header(dtype, length)
         if len(header) != start:
             raise RuntimeError(f"{path}: NumPy's header grew to {len(header)} bytes")
@@ -244,29 +234,21 @@ def open_ids(path: Path, length: int, size: int) -> np.ndarray:
     except OSError as error:
         _unreadable(path, error)
     except Exception as error:  # the header is read as Python, and errs as that may
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path}: expected the ids of a text, got {line}") from error
+        bad_input(path, "the ids of a text", first_line(error))
     if ids.shape != (length,) or ids.dtype != _dtype(size):
-        wanted = f"{_dtype(size)} array of shape [{length}]"
-        raise InputError(f"{path}: expected {wanted}, got {checks.came(ids)}")
+        bad_input(path, f"{_dtype(size)} array of shape [{length}]", checks.came(ids))
     return np.asarray(ids)  # the same memory, without the methods of a file
 
 
 def chunks(ids: np.ndarray, overlap: int = 0) -> Iterator[np.ndarray]:
-    """All ids, piece by piece, each sharing its last ids with the next where they overlap.
-
-    Pages of mapped ids are given back, so that memory does not grow with them.
-    """
+    """All ids, in memory that does not grow with them, in pieces that may overlap by some ids."""
     for start in range(0, len(ids) - overlap, CHUNK):
         yield ids[start : start + CHUNK + overlap]
         release(ids)
 
 
 def release(ids: np.ndarray) -> None:
-    """Give the pages of mapped ids back; what is looked at again is mapped again.
-
-    The kernel would take them only when it wants them, and until then they count as the process's.
-    """
+    """Give the pages of mapped ids back; the kernel would take them only when it wants them."""
     memory: Any = ids
     while isinstance(memory, np.ndarray):
         memory = memory.base
@@ -292,10 +274,7 @@ class Corpus:
     held_out: np.ndarray
 
     def held_out_streams(self, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Few streams where the text is short, never more than in training.
-
-        Their number is a power of two, so that they divide over devices.
-        """
+        """Few streams where the text is short, never more than in training: a power of two."""
         most = min(batch_size, max(1, len(self.held_out) // HELD_OUT_STREAM))
         return streams(self.held_out, 1 << (most.bit_length() - 1))
 
@@ -335,25 +314,20 @@ def open_corpus(
 
     None is read into memory. `held_out` is the fraction at the end that is not trained on; of it,
     from its beginning, at most `evaluated` are predicted. `verify` reads all of the file, to see
-    whether it holds what was written.
-
-    Raises:
-      InputError: a missing or damaged file, a text of one distinct character, or too short.
+    whether it holds what was written. A text too short, or of one distinct character, is refused.
     """
     ids = open_ids(path, text.length, len(text.characters))
     if verify and checksum(ids) != text.checksum:
-        raise InputError(f"{path}: expected the ids of {text.name}, got others")
+        bad_input(path, f"the ids of {text.name}", "others")
     unit, first = f"{UNITS[text.level]}s", ids[0]
     if not any(np.any(chunk != first) for chunk in chunks(ids)):
         only = f"0x{first:02x}" if text.level == "byte" else repr(text.characters[first])
-        raise InputError(f"{text.name}: expected two distinct {unit}, got only {only}")
+        bad_input(text.name, f"two distinct {unit}", f"only {only}")
     kept = max(2, round(text.length * held_out))
     needed, left = batch_size * seq_length + 1, max(0, text.length - kept)
     if left < needed:
-        raise InputError(
-            f"{text.name}: expected at least {needed:,} {unit} for training, "
-            f"{batch_size} streams of one window of {seq_length}, "
-            f"got {left:,}; lower --batch-size, --seq-length or --held-out"
-        )
+        why = f"{batch_size} streams of one window of {seq_length}"
+        got = f"{left:,}; lower --batch-size, --seq-length or --held-out"
+        bad_input(text.name, f"at least {needed:,} {unit} for training, {why}", got)
     vocabulary = Vocabulary(text.characters)
     return Corpus(text, vocabulary, ids[:-kept], ids[-kept:][:evaluated])

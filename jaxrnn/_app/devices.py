@@ -24,6 +24,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxrnn._api.checks import InputError, bad_input
+from jaxrnn._app.directory import first_line
 from jaxrnn.train import DATA as DATA
 
 # The other axis of the mesh, over which hidden units are split.
@@ -41,10 +42,7 @@ SIGNALS = tuple(each for each in (signal.SIGINT, signal.SIGTERM, _HANG_UP) if ea
 
 
 def use_cores() -> None:
-    """Make each core of a CPU a device, unless their number has been chosen or JAX has started.
-
-    A step of a small network is too short to be shared between cores; half of a batch is not.
-    """
+    """Make each core of a CPU a device, unless their number has been chosen or JAX has started."""
     chosen = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if not chosen and "JAX_NUM_CPU_DEVICES" not in os.environ:
         affinity = getattr(os, "sched_getaffinity", None)  # not everywhere
@@ -58,20 +56,15 @@ def start() -> None:
     try:
         jax.devices()
     except Exception as error:  # of many kinds, by what is missing
-        got = f"{jax.config.read('jax_platforms') or 'none chosen'}: {first_line(error)}"
+        got = f"{getattr(jax.config, 'jax_platforms', None) or 'none named'}: {first_line(error)}"
         bad_input("JAX_PLATFORMS", "devices that JAX can use", got)
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, without the pages that may follow."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 class Placement:
     """Where the arrays of a run are.
 
     The hidden units are split over `model` devices, the batch over the others: in one process over
-    as many as divide it, of several processes over all. Where that cannot be: an InputError.
+    as many as divide it, of several processes over all.
     """
 
     def __init__(self, batch_size: int, hidden_size: int, model: int = 1):
@@ -116,10 +109,7 @@ class Placement:
         return jax.tree.map(lambda x, how: _place(np.asarray(x), how), state, self.of_state(state))
 
     def split(self, x: Any, axis: int) -> jax.Array:
-        """An array of the host whose axis is the batch, as int32 where it is ids.
-
-        Where the batch is no multiple of the devices it is split over, each has all of it.
-        """
+        """An array of the host, split along the batch's axis if that divides; ids as int32."""
         data = DATA if x.shape[axis] % self.mesh.shape[DATA] == 0 else None
         ids = np.issubdtype(x.dtype, np.integer)
         sharding = NamedSharding(self.mesh, P(*(None,) * axis, data))
@@ -148,12 +138,11 @@ def check_processes(args: Any) -> bool:
     if several and args.processes != "auto" and None in (
         args.coordinator, args.processes, args.process
     ):  # fmt: skip
-        expected = "--processes N and --process I with it, or --processes auto"
-        raise InputError(f"--coordinator: expected {expected}")
+        bad_input("--coordinator", "--processes N and --process I with it, or auto", "not both")
     if several and not (args.out or args.resume):
         bad_input("--out", "a directory that all processes see", "none")
     if not several and args.process is not None:
-        raise InputError("--process: expected --coordinator HOST:PORT with it")
+        bad_input("--process", "--coordinator HOST:PORT with it", "none")
     if isinstance(args.processes, int) and (args.process or 0) >= args.processes:
         bad_input("--process", f"a number from 0 to {args.processes - 1}", args.process)
     return several
@@ -179,7 +168,7 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
     # All that a cluster knows of its processes it would say of their devices too.
     by_hand = "deactivate" if None not in (coordinator, processes, process) else None
     try:
-        with handled(signal.SIG_DFL):
+        with handled(signal.SIG_DFL):  # which end a process where Python can raise nothing
             jax.distributed.initialize(
                 coordinator, processes, process, cluster_detection_method=by_hand,
                 initialization_timeout=PATIENCE + 60, heartbeat_timeout_seconds=HEARTBEAT,
@@ -224,10 +213,8 @@ def are_several() -> bool:
 
 
 def wait_for_all(name: str) -> None:
-    """Return when every process has come here; a LostError where one will not.
-
-    Not by a collective of the devices: the first of these gives up after half a minute.
-    """
+    """Return when every process has come here; a LostError where one will not."""
+    # Not by a collective of the devices: the first of these gives up after half a minute.
     import orbax.checkpoint as ocp
 
     barrier = ocp.multihost.get_barrier_sync_fn()
@@ -249,12 +236,8 @@ def largest(number: int) -> int:
 def agree(error: Exception | None, alike: Mapping[str, object]) -> None:
     """Go on together or not at all; each must ask at the same place, soon after a `wait_for_all`.
 
-    The error keeps this process from going on. `alike` is what all must have alike, by what is said
-    where they have not.
-
-    Raises:
-      RefusedError: this process or another one has an error, or they differ.
-      LostError: one did not come.
+    A RefusedError in all of them if one has an error, or if they have something not alike: by what
+    is said then. A LostError if one did not come.
     """
     try:
         failed = largest(error is not None)
@@ -271,10 +254,7 @@ def agree(error: Exception | None, alike: Mapping[str, object]) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End without a word to the others, for a tidy end would wait for them.
-
-    What is sent to a process that is gone fails, and so they end as well.
-    """
+    """End without a word to the others, for a tidy end would wait for them; so they end as well."""
     with suppress(OSError):
         sys.stdout.flush()
     if is_first():
@@ -284,10 +264,7 @@ def leave(code: int) -> NoReturn:
 
 @contextmanager
 def handled(handler: Any) -> Iterator[Sequence[int]]:
-    """With this handler of Ctrl-C, SIGTERM and a terminal that closes, of the signals it yields.
-
-    By `signal.SIG_DFL` they end a process that waits where Python can raise no exception.
-    """
+    """With this handler of Ctrl-C, SIGTERM and a terminal that closes, of the signals it yields."""
     # But not of what nohup asks to be ignored.
     ours = [n for n in SIGNALS if n != _HANG_UP or signal.getsignal(n) != signal.SIG_IGN]
     before = [signal.signal(number, handler) for number in ours]
@@ -302,7 +279,7 @@ def raising(number: int, frame: Any) -> NoReturn:
     """The handler that raises where the program is, so that what has begun is undone."""
     if number == signal.SIGINT:
         raise KeyboardInterrupt
-    raise SystemExit(exit_code(number))
+    raise SystemExit(128 + number)
 
 
 @contextmanager
@@ -321,8 +298,3 @@ def stop_requests() -> Iterator[Callable[[], int]]:
 
     with handled(first) as ours:
         yield lambda: asked
-
-
-def exit_code(number: int) -> int:
-    """What a shell reports of a process that this signal ended."""
-    return 128 + number

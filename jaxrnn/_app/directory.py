@@ -16,12 +16,17 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jaxrnn._api.checks import InputError
+from jaxrnn._api.checks import InputError, bad_input
 
 CONFIG, TEXT, IDS, METRICS = "config.json", "text.json", "ids.npy", "metrics.jsonl"
 CHECKPOINTS, MARK = "checkpoints", ".together"
 # Seconds for which a lock is asked for again: `show` holds it for an instant.
 PATIENCE = 1.0
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the pages that may follow."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 @contextmanager
@@ -82,11 +87,7 @@ def _lock(file: BinaryIO, seconds: float = PATIENCE, shared: bool = False) -> bo
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Hold the lock on a run, which ends with the process.
-
-    Raises:
-      InputError: another process holds it.
-    """
+    """Hold the lock on a run, which ends with the process; an InputError if another has it."""
     path = out / CONFIG
     # On NFS only what can be written can be locked.
     with path.open("r+b" if os.access(path, os.W_OK) else "rb") as file:
@@ -109,11 +110,7 @@ class TakenError(InputError):
 def claimed(out: Path, config: dict[str, Any], held: ExitStack) -> Iterator[None]:
     """Make an empty or new directory that of a run; undo it where the block fails.
 
-    `held` gets the lock on it, which outlives the block.
-
-    Raises:
-      TakenError: it holds something.
-      InputError: it is a file, or cannot be written.
+    `held` gets the lock on it, which outlives the block. A TakenError if it holds something.
     """
     made: list[Path] = []
     begun = False
@@ -145,8 +142,7 @@ def claimed(out: Path, config: dict[str, Any], held: ExitStack) -> Iterator[None
 def _begin(out: Path, config: dict[str, Any], held: ExitStack) -> bool:
     """Write config.json, locked before it has its name; False to be tried again.
 
-    Of those who begin at once one makes the unfinished file. One that a killed process has left is
-    not locked; where there are no locks nobody can tell.
+    Of those who begin at once one makes the unfinished file; what a killed one left is not locked.
     """
     path, new = out / CONFIG, partial(out / CONFIG)
     with writing(path), ExitStack() as undo, suppress(FileNotFoundError):
@@ -192,27 +188,18 @@ def _as_text(value) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()  # in ASCII: a name may be no UTF-8
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    _write(path, _as_text(value))
-
-
-def _write(path: Path, content: bytes) -> None:
+def write(path: Path, content: Any) -> None:
+    """Write a file whole or not at all: bytes, or else as JSON."""
     with whole_file(path) as file, writing(path):
-        file.write(content)
+        file.write(content if isinstance(content, bytes) else _as_text(content))
 
 
 def read_json(path: Path, parse: Callable[[Any], Any], what: str) -> Any:
-    """What `parse` makes of a JSON file of a run, which is to be what it is called.
-
-    Raises:
-      InputError: it is not there, or is not that.
-    """
+    """What `parse` makes of a JSON file of a run; an InputError if it is not what it should be."""
     try:
         return parse(json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError):
-        expected = f"expected a run directory, got no {path.name} in it"
-        raise InputError(f"{path.parent}: {expected}") from None
+        bad_input(path.parent, "a run directory", f"no {path.name} in it")
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -228,11 +215,7 @@ def append_metrics(out: Path, row: dict[str, Any]) -> None:
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """All rows of the metrics; one that was cut short, which can only be the last, is none.
-
-    Raises:
-      InputError: a line that is no row.
-    """
+    """All rows of the metrics; one that was cut short, which can only be the last, is none."""
     path, rows = out / METRICS, []
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -248,8 +231,7 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
         except (ValueError, TypeError, KeyError):
             if number == len(lines) and not line.endswith("\n"):
                 break
-            got = f"{line.strip()[:40]!r} in line {number}"
-            raise InputError(f"{path}: expected a row of metrics, got {got}") from None
+            bad_input(path, "a row of metrics", f"{line.strip()[:40]!r} in line {number}")
         rows.append(row)
     return rows
 
@@ -257,13 +239,13 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
 def trim_metrics(out: Path, step: int) -> None:
     """Drop the rows past a step."""
     rows = [row for row in read_metrics(out) if row["step"] <= step]
-    _write(out / METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    write(out / METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 @contextmanager
 def marked(out: Path) -> Iterator[None]:
     """A file in a run directory by which several processes know that they see the same one."""
-    _write(out / MARK, secrets.token_hex().encode())
+    write(out / MARK, secrets.token_hex().encode())
     try:
         yield
     finally:
@@ -282,6 +264,13 @@ def checkpoint_steps(out: Path) -> list[int]:
     """The steps of the finished checkpoints, in order."""
     names = [path.name for path in (out / CHECKPOINTS).glob("*")]
     return sorted(int(name) for name in names if name.isdecimal())
+
+
+def last_checkpoint(out: Path) -> str:
+    """In words."""
+    steps = checkpoint_steps(out)
+    newest = out / CHECKPOINTS / str(steps[-1]) if steps else None
+    return f"the last checkpoint is {newest}" if newest else "there is no checkpoint yet"
 
 
 def best_checkpoint(out: Path) -> tuple[int, float] | None:

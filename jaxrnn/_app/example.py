@@ -100,10 +100,7 @@ def print_ensemble(console: Console, losses: np.ndarray) -> None:
 
 
 def plot_ensemble(losses: np.ndarray, path: Path) -> None:
-    """Draw the loss curves of the ensemble and the source's four totals as a PNG file.
-
-    On the left all epochs on a logarithmic axis, on the right the last ones.
-    """
+    """Draw the ensemble's losses and the source's four totals: all epochs, and the last ones."""
     figure, epochs = new_figure(10, 5), np.arange(EPOCHS + 1)
     whole, end = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
     bands = np.quantile(losses, (0.05, 0.95), axis=1).T
@@ -119,9 +116,9 @@ def plot_ensemble(losses: np.ndarray, path: Path) -> None:
             axes.axvline(parting, color="gray", linestyle=":", label=f"they part: epoch {parting}")
         red = {"color": "tab:red", "zorder": 3}
         axes.plot(list(TOTALS), list(TOTALS.values()), "o", label="printed by the source", **red)
-        for epoch, total in TOTALS.items():
-            how = {"textcoords": "offset points", "color": "tab:red", "annotation_clip": True}
-            axes.annotate(four_digits(total), (epoch, total), xytext=(7, 5), **how)
+        how = {"textcoords": "offset points", "color": "tab:red", "annotation_clip": True}
+        for at in TOTALS.items():
+            axes.annotate(four_digits(at[1]), at, xytext=(7, 5), **how)
         axes.set_xlabel("epoch")
     whole.set_xscale("symlog", linthresh=1)
     whole.set_xticks([0, 1, 10, 100, 1000], ["0", "1", "10", "100", "1000"])

@@ -14,9 +14,9 @@ import optax
 from jaxrnn import train
 from jaxrnn._api import checks
 from jaxrnn._api.cell import init_params
-from jaxrnn._api.checks import InputError
+from jaxrnn._api.checks import bad_input
 from jaxrnn._app import devices, directory
-from jaxrnn._app.checkpoints import Checkpoints, GoneError, SaveError
+from jaxrnn._app.checkpoints import Checkpoints, FailedError, GoneError
 from jaxrnn._app.corpus import UNITS, Corpus, Text, release
 from jaxrnn._app.devices import Placement
 from jaxrnn.text import Vocabulary, streams
@@ -107,8 +107,7 @@ def go_on_with(begun: Config, given: Mapping[str, Any], out: Path) -> Config:
     """The options of a run that goes on; some may be given again, but not to change its numbers."""
     for name, value in given.items():
         if name not in FREE and value != (before := getattr(begun, name)):
-            expected = f"{before}, as {out} was begun with"
-            raise InputError(f"{flag(name)}: expected {expected}, got {value}")
+            bad_input(flag(name), f"{before}, as {out} was begun with", value)
     return replace(begun, **given)
 
 
@@ -128,9 +127,9 @@ def initial_state(config: Config, size: int) -> train.TrainState:
         key, size, config.hidden_size, size, dtype=jnp.float32,
         layers=config.layers, recurrent=config.recurrent, activation=config.activation,
     )  # fmt: skip
+    state = train.init_state(params, make_optimizer(config), config.batch_size)
     # Raw, which every way of saving and placing takes as the array that it is.
-    key = jax.random.key_data(key)
-    return train.init_state(params, make_optimizer(config), config.batch_size, key)
+    return replace(state, key=jax.random.key_data(key))
 
 
 def identity(config: Config, text: Text) -> dict[str, Any]:
@@ -150,8 +149,8 @@ def check_identity(checkpoints: Checkpoints, step: int, config: Config, text: Te
         for name, value in values.items():
             if saved.get(name) != value:
                 detail = "" if name == "characters" else f", {saved.get(name)} instead of {value}"
-                expected = f"a checkpoint of this run, got one of another {name}{detail}"
-                raise InputError(f"{checkpoints.folder / str(step)}: expected {expected}")
+                got = f"one of another {name}{detail}"
+                bad_input(checkpoints.folder / str(step), "a checkpoint of this run", got)
 
 
 def load_state(
@@ -165,19 +164,13 @@ def load_state(
     )  # fmt: skip
     state = checkpoints.state(step, shapes)
     if int(state.step) != step:
-        expected = f"the state of step {step}, got that of step {state.step}"
-        raise InputError(f"{checkpoints.folder / str(step)}: expected {expected}")
+        path, got = checkpoints.folder / str(step), f"that of step {state.step}"
+        bad_input(path, f"the state of step {step}", got)
     return state
 
 
 def load(out: Path, best: bool = False) -> tuple[train.TrainState, Text, Config]:
-    """The newest or the best checkpoint of a run, on one device.
-
-    Beside a process that trains it too, which may drop the checkpoint that is being read.
-
-    Raises:
-      InputError: no run directory, no checkpoint in it yet, or a damaged one.
-    """
+    """The newest or the best checkpoint of a run, on one device; beside who trains it too."""
     (config, _), (text, _) = read_begun(out), read_text(out)
     placement = Placement(1, config.hidden_size)
     checkpoints = Checkpoints(out)
@@ -185,8 +178,8 @@ def load(out: Path, best: bool = False) -> tuple[train.TrainState, Text, Config]
         steps, found = directory.checkpoint_steps(out), directory.best_checkpoint(out)
         step = (found[0] if found else None) if best else max(steps, default=None)
         if step is None:
-            which = "whose held-out loss was measured" if steps else "yet"
-            raise InputError(f"{out}: expected a run with a checkpoint, got none {which}")
+            which = "none whose held-out loss was measured" if steps else "none yet"
+            bad_input(out, "a run with a checkpoint", which)
         try:
             check_identity(checkpoints, step, config, text)
             return load_state(checkpoints, step, config, text, placement), text, config
@@ -194,16 +187,11 @@ def load(out: Path, best: bool = False) -> tuple[train.TrainState, Text, Config]
             continue  # there is a newer or a better one
 
 
-class FailedError(Exception):
-    """A run that could not go on; one line says why."""
-
-
 class Run:
     """A run that is about to begin or to go on, in its directory.
 
     It knows the `step` where it stands, the `bits` per held-out character when they were last
-    measured, NaN if they never were, and its `seconds` of training, all its parts together. An
-    InputError where checkpoints or metrics are damaged, of another run, or cannot be written.
+    measured, NaN if they never were, and its `seconds` of training, all its parts together.
     """
 
     def __init__(self, out: Path, config: Config, corpus: Corpus, placement: Placement):
@@ -222,12 +210,8 @@ class Run:
     def go(self, report: Callable[[dict[str, Any]], None]) -> int:
         """Train to the end, or until a signal, leaving checkpoints and metrics.
 
-        `report` is called with each row of metrics. Returns the signal that ended it, or 0.
-
-        Raises:
-          InputError: the checkpoint to go on from is damaged; the directory cannot be written.
-          FailedError: a number that is not finite, or a file that cannot be written.
-          LostError: another process is gone.
+        `report` is called with each row of metrics. Returns the signal that ended it, or 0; a
+        FailedError for a number that is not finite, or a file that cannot be written; a LostError.
         """
         try:
             return self._go(report)
@@ -238,9 +222,7 @@ class Run:
             if devices.are_several():
                 # What is gone breaks whatever the others do with it next.
                 raise devices.LostError(error) from error
-            raise FailedError(devices.first_line(error)) from error
-        except SaveError as error:
-            raise FailedError(error) from error
+            raise FailedError(directory.first_line(error)) from error
         except OSError as error:
             name = error.filename or self.out
             raise FailedError(f"{name}: cannot be written: {error.strerror}") from error

@@ -64,10 +64,7 @@ def stream(
 
 
 def decoded(vocabulary: Vocabulary, level: str, blocks: Iterable[Iterable[int]]) -> Iterator[str]:
-    r"""The text of ids that come piece by piece, as those of the bytes of a character may.
-
-    Bytes that are no UTF-8 become \xNN.
-    """
+    r"""The text of ids that come piece by piece; bytes that are no UTF-8 become \xNN."""
     texts = map(vocabulary.decode, blocks)
     if level == "char":
         return texts

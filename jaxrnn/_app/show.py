@@ -112,7 +112,5 @@ def picture(out: Path, rows: list[dict[str, Any]], references: dict[str, float],
             return "no picture: matplotlib is missing; pip install 'jaxrnn[plot]'"
         return f"no picture: {error}"
     except Exception as error:  # whatever a library for pictures fails with
-        line = (str(error).splitlines() or [""])[0]
-        known = isinstance(error, ValueError)
-        return f"no picture: {line if known else f'{type(error).__name__}: {line}'}"
+        return f"no picture: {directory.first_line(error)}"
     return f"picture: {path}"

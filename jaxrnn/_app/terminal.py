@@ -35,10 +35,7 @@ class Console(RichConsole):
 def reporter(
     console: Console, steps: int, begun: int, unit: str
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """What shows each row of metrics of a run that begins at some step.
-
-    A bar on a terminal; elsewhere a line where the held-out loss was measured.
-    """
+    """A function that shows a row of metrics: in a bar, or as a line if held-out loss is in it."""
     held_out, printed, at = "–", begun, time.perf_counter()
 
     def words(row):
@@ -67,11 +64,9 @@ def reporter(
         yield line
         return
     columns = (
-        progress.TextColumn("{task.completed}/{task.total}"),
-        progress.BarColumn(bar_width=None),
-        progress.TextColumn("{task.fields[figures]}"),
-        progress.TimeRemainingColumn(compact=True),
-    )
+        "{task.completed}/{task.total}", progress.BarColumn(bar_width=None),
+        "{task.fields[figures]}", progress.TimeRemainingColumn(compact=True),
+    )  # fmt: skip
     with progress.Progress(*columns, console=console, expand=True) as bar:
         task = bar.add_task("", total=steps, completed=begun, figures="compiling")
         yield lambda row: bar.update(task, completed=row["step"], figures=words(row))
@@ -108,10 +103,9 @@ def text_plot(
         label = f"{bits:.4g}" if n in (0, height // 2, height - 1) else ""
         lines.append(f"{label:>{MARGIN - 2}} |{line}".rstrip())
     legend = "   ".join(f"{mark} {name}" for name, mark in CURVES.values())
-    ends = f"step {first}", f"{last}"
-    lines += [" " * (MARGIN - 1) + "+" + "-" * columns]
-    lines += [" " * MARGIN + ends[0] + ends[1].rjust(columns - len(ends[0]))]
-    return [f"bits per {unit}   {legend}", *lines]
+    ends = f"step {first}{last:>{columns - len(f'step {first}')}}"
+    axis = [" " * (MARGIN - 1) + "+" + "-" * columns, " " * MARGIN + ends]
+    return [f"bits per {unit}   {legend}", *lines, *axis]
 
 
 def new_figure(width: float, height: float) -> Any:

@@ -18,9 +18,10 @@ import jax
 from jaxrnn._api.checks import InputError
 from jaxrnn._app import devices, directory, terminal
 from jaxrnn._app import run as runs
+from jaxrnn._app.checkpoints import FailedError
 from jaxrnn._app.corpus import STANDARD_INPUT, UNITS, encode, open_corpus
-from jaxrnn._app.devices import LostError, Placement, RefusedError, complain, exit_code
-from jaxrnn._app.run import Config, FailedError, Run
+from jaxrnn._app.devices import LostError, Placement, RefusedError, complain
+from jaxrnn._app.run import Config, Run
 from jaxrnn._app.sample import TEMPERATURE, stream
 from jaxrnn._app.show import picture
 from jaxrnn._app.terminal import Console
@@ -43,7 +44,8 @@ def train(args: Any) -> int:
         devices.join(args.coordinator, number, args.process)
     devices.start()
     args.given = {f.name: vars(args)[f.name] for f in fields(Config) if f.name in args}
-    args.out = Path(args.resume or args.out) if args.resume or args.out else None
+    named: Any = args.resume or args.out
+    args.out = named and Path(named)
     console = Console(soft_wrap=True, quiet=not devices.is_first())
     try:
         with ExitStack() as held:
@@ -52,7 +54,7 @@ def train(args: Any) -> int:
     except RefusedError:
         raise
     except (FailedError, LostError) as error:
-        complain(f"{error}; {_last(args.out)}; {_go_on(args)}")
+        complain(f"{error}; {directory.last_checkpoint(args.out)}; {_go_on(args)}")
         code = EXIT_FAILED
     except BaseException as error:
         if not devices.are_several():
@@ -64,7 +66,7 @@ def train(args: Any) -> int:
 
 
 def _end_of_one(error):
-    """What one of several processes says, and its exit code, where the others know nothing."""
+    """The exit code of one of several processes, where the others know nothing of its error."""
     if isinstance(error, InputError):
         complain(error)
         return EXIT_BAD_INPUT
@@ -72,7 +74,7 @@ def _end_of_one(error):
         complain(f"{error.filename or 'standard output'}: cannot be written: {error.strerror}")
         return EXIT_FAILED
     if isinstance(error, KeyboardInterrupt):
-        return exit_code(signal.SIGINT)
+        return 128 + signal.SIGINT
     if isinstance(error, SystemExit) and isinstance(error.code, int):
         return error.code
     traceback.print_exception(error)
@@ -113,14 +115,15 @@ def _prepare(args, console, held):
         has_text = (args.out / directory.TEXT).exists()
         if not has_text and not directory.checkpoint_steps(args.out):
             if STANDARD_INPUT in sources:
-                gone = "its text came from standard input, which is gone; begin again elsewhere"
-                raise InputError(f"{args.out}: {gone}")
+                gone = "standard input, which is gone; begin again in another place"
+                raise InputError(f"{args.out}: its text came from {gone}")
             _encode(config, args.out, console, sources)
         return
     config = Config(**args.given)
     sources = [f if f == STANDARD_INPUT else str(Path(f).absolute()) for f in args.files]
     about = {"sources": sources, "options": asdict(config)}
-    _placement(config, args)  # what cannot be split shall leave no directory behind
+    # What cannot be split shall leave no directory behind.
+    Placement(config.batch_size, config.hidden_size, args.model_devices)
     name = time.strftime("runs/%Y%m%d-%H%M%S")
     for n in count(1):
         out = args.out or Path(name if n == 1 else f"{name}-{n}")
@@ -138,7 +141,7 @@ def _encode(config, out, console, names):
     with console.status("reading the text") if console.is_terminal else nullcontext():
         text = encode(names, config.level, out / directory.IDS)
     about = {"text": runs.text_as_json(text), "references": _open(out, config, text).references()}
-    directory.write_json(out / directory.TEXT, about)
+    directory.write(out / directory.TEXT, about)
 
 
 def _read(args):
@@ -148,7 +151,7 @@ def _read(args):
     text, references = runs.read_text(out)
     # Whoever goes on has not written the text just now.
     corpus = _open(out, config, text, verify=args.resume and devices.is_first())
-    placement = _placement(config, args)
+    placement = Placement(config.batch_size, config.hidden_size, args.model_devices)
     alike = {
         "--out: expected a directory that all processes see": directory.read_mark(out),
         "--process: expected the same options in all processes": (config, args.model_devices),
@@ -165,10 +168,6 @@ def _open(out, config, text, verify=False):
     )  # fmt: skip
 
 
-def _placement(config, args):
-    return Placement(config.batch_size, config.hidden_size, args.model_devices)
-
-
 def _plan(args: Any, run: Run, references: dict[str, float]) -> Iterator[str]:
     """What will be done, line by line, before anything is compiled."""
     config, corpus, text = run.config, run.corpus, run.corpus.text
@@ -178,11 +177,10 @@ def _plan(args: Any, run: Run, references: dict[str, float]) -> Iterator[str]:
     shapes = jax.eval_shape(lambda: runs.initial_state(config, len(text.characters)))
     weights = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes.params))
     times = config.steps * config.batch_size * config.seq_length / length
-    yield (
-        f"{weights:,} parameters, {config.steps:,} updates of {config.batch_size} × "
-        f"{config.seq_length} {unit}s: the text {times:.3g} times"
-    )
-    yield f"{run.placement}"
+    window = f"{config.batch_size} × {config.seq_length} {unit}s"
+    updates = f"{config.steps:,} updates of {window}: the text {times:.3g} times"
+    yield f"{weights:,} parameters, {updates}"
+    yield str(run.placement)
     counted = ", ".join(f"{name} {bits:.2f}" for name, bits in references.items())
     yield f"held-out bits per {unit} for reference: {counted}"
     if devices.are_several():
@@ -211,7 +209,7 @@ def _run(args, run, references, console):
         stopped = f"stopped by {signal.Signals(ended).name} at step {run.step} of {config.steps}"
         with suppress(OSError):
             console.print(f"{stopped}; {_go_on(args)}")
-        return exit_code(ended)
+        return 128 + ended
     console.print(f"held-out bits per {unit}: {run.bits:.3f} ({run.seconds:.0f} s)")
     if devices.is_first():
         _show(run, references, console, 0 if devices.are_several() else args.sample_length)
@@ -230,13 +228,6 @@ def _show(run, references, console, sample_length):
     console.print(picture(out, directory.read_metrics(out), references, UNITS[text.level]))
     sample = shlex.join(["jaxrnn", "sample", str(out), "--prompt", "TEXT"])
     console.print(f"run directory: {out}; go on with: {sample}")
-
-
-def _last(out):
-    steps = directory.checkpoint_steps(out)
-    if not steps:
-        return "there is no checkpoint yet"
-    return f"the last checkpoint is {out / directory.CHECKPOINTS / str(steps[-1])}"
 
 
 def _go_on(args):

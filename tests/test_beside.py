@@ -1,0 +1,317 @@
+"""What stands beside a run or around it: other commands, other settings of JAX, what is missing."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from commands import SMALL, TEXT, hearing, here, jaxrnn, start, start_python, wait_for
+
+from jaxrnn._app import directory
+from jaxrnn._app.checkpoints import Checkpoints
+from jaxrnn._app.directory import checkpoint_steps
+from jaxrnn._app.run import load
+
+UNEVEN = {"JAX_DEFAULT_PRNG_IMPL": "rbg", "JAX_ENABLE_CUSTOM_PRNG": "1", "JAX_ENABLE_X64": "1"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compile_once(tmp_path_factory):
+    cache = tmp_path_factory.getbasetemp().parent / "jax-cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _as_users_have_it():
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "fox.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(text_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    run = jaxrnn("train", text_file, "--out", out, *SMALL, "--checkpoint-every", "10")
+    assert (run.returncode, run.stderr) == (0, "")
+    return out
+
+
+@pytest.fixture
+def stopped(finished, tmp_path):
+    """That run as if it had been stopped at step 20."""
+    out = shutil.copytree(finished, tmp_path / "stopped")
+    shutil.rmtree(out / "checkpoints" / "30")
+    return out
+
+
+def state(out):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(load(out)[0])]
+
+
+def one_line(run, code, pattern):
+    assert (run.returncode, run.stdout) == (code, ""), run
+    assert re.fullmatch(pattern + r"\n", run.stderr), run.stderr
+
+
+# Other settings of JAX.
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_a_run_is_the_same_whatever_jax_is_set_to(name, finished, stopped, text_file, tmp_path):
+    """Begun under one setting, and gone on with and sampled under another, it is one run."""
+    setting = {name: UNEVEN[name]}
+    begun = jaxrnn("train", text_file, "--out", tmp_path / "run", *SMALL, **setting)
+    assert (begun.returncode, begun.stderr) == (0, "")
+    resumed = jaxrnn("train", "--resume", stopped, "--sample-length", "0", **setting)
+    assert (resumed.returncode, resumed.stderr) == (0, "")
+    for out in (tmp_path / "run", stopped):
+        for found, expected in zip(state(out), state(finished), strict=True):
+            # With 64 bits optax forms the learning rate in them: an eps of float32 in each of 30
+            # updates of 3e-3 at most, where Adam divides by a root of moments.
+            np.testing.assert_allclose(found, expected, 0, 1e-5 if "X64" in name else 0)
+    there = jaxrnn("sample", finished, "--length", "20", **setting)
+    assert (there.returncode, there.stderr) == (0, "")
+    assert there.stdout == jaxrnn("sample", tmp_path / "run", "--length", "20").stdout
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu", "none such"])
+def test_devices_that_are_not_there_are_one_line(platform, finished, text_file, tmp_path):
+    said = f"error: JAX_PLATFORMS: expected devices that JAX can use, got {platform}: .*"
+    run = jaxrnn("train", text_file, "--out", tmp_path / "run", *SMALL, JAX_PLATFORMS=platform)
+    one_line(run, 2, f"jaxrnn train: {said}")
+    assert not (tmp_path / "run").exists()
+    one_line(jaxrnn("sample", finished, JAX_PLATFORMS=platform), 2, f"jaxrnn sample: {said}")
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("raise RuntimeError('no fonts\\nand more')", "no picture: no fonts"),
+        ("import not_there", "no picture: No module named 'not_there'"),
+        ("raise OSError(24, 'Too many open files')", "Too many open files"),
+    ],
+)
+def test_a_picture_library_that_fails_ends_nothing(code, said, finished, text_file, tmp_path):
+    (tmp_path / "broken" / "matplotlib").mkdir(parents=True)
+    (tmp_path / "broken" / "matplotlib" / "__init__.py").write_text(code)
+    path = os.pathsep.join([str(tmp_path / "broken"), os.environ.get("PYTHONPATH", os.getcwd())])
+    for run in (
+        jaxrnn("train", text_file, "--out", tmp_path / "run", *SMALL, PYTHONPATH=path),
+        jaxrnn("show", finished, PYTHONPATH=path),
+    ):
+        assert (run.returncode, run.stderr) == (0, "")
+        assert re.search(rf"^no picture: .*{re.escape(said.removeprefix('no picture: '))}$",
+                         run.stdout, re.M), run.stdout  # fmt: skip
+
+
+# Other commands beside a training.
+
+
+def test_a_checkpoint_that_is_dropped_while_it_is_read(stopped, monkeypatch):
+    """The next one is read, as often as that happens; one that is damaged is named as ever."""
+    steps = checkpoint_steps(stopped)
+    read = Checkpoints.state
+
+    def dropped_first(self, step, shapes):
+        if step == steps[-1]:
+            shutil.rmtree(self.folder / str(step))
+        return read(self, step, shapes)
+
+    monkeypatch.setattr(Checkpoints, "state", dropped_first)
+    assert load(stopped)[0].step == steps[-2]
+    shutil.rmtree(stopped / "checkpoints" / str(steps[-2]))
+    with pytest.raises(ValueError, match="expected a run with a checkpoint, got none yet"):
+        load(stopped)
+
+
+def test_reading_beside_a_training_that_drops_checkpoints(text_file, tmp_path):
+    out = tmp_path / "run"
+    process = start("train", text_file, "--out", out, *SMALL, "--steps", "1000000",
+                    "--checkpoint-every", "1", stdout=subprocess.DEVNULL)  # fmt: skip
+    try:
+        wait_for(out / "checkpoints" / "4", process)
+        steps = [int(load(out)[0].step) for _ in range(60)]
+        sampled = jaxrnn("sample", out, "--length", "5")
+        best = jaxrnn("sample", out, "--length", "5", "--best")
+        shown = jaxrnn("show", out)
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+    assert steps == sorted(steps) and len(set(steps)) > 5
+    for run in (sampled, best, shown):
+        assert (run.returncode, run.stderr) == (0, "")
+    assert "being trained, at step" in shown.stdout
+
+
+def test_who_looks_at_a_run_keeps_nobody_from_training_it(stopped):
+    """As `watch jaxrnn show` does, but without a pause, and two of them."""
+    watch = (
+        "import sys; from pathlib import Path; from jaxrnn._app.directory import is_locked\n"
+        "out, seen, found = Path(sys.argv[1]), 0, []\n"
+        "while not (out / 'checkpoints' / '30').exists():\n"
+        "    now, seen = is_locked(out), seen + 1\n"
+        "    found += [] if found[-1:] == [now] else [now]\n"
+        "    if seen == 100: print('watching', flush=True)\n"
+        "print(*found)"
+    )
+    watching = [start_python("-c", watch, stopped) for _ in range(2)]
+    try:
+        assert {process.stdout.readline() for process in watching} == {"watching\n"}
+        run = jaxrnn("train", "--resume", stopped, "--sample-length", "0")
+        seen = {process.communicate(timeout=60)[0] for process in watching}
+    finally:
+        for process in watching:
+            process.kill()
+    assert (run.returncode, run.stderr) == (0, "")
+    assert seen == {"False True\n"}
+
+
+def test_who_looks_at_a_run_does_not_see_the_others(stopped):
+    with (stopped / "config.json").open("rb") as file:
+        assert directory._lock(file, shared=True)
+        assert not directory.is_locked(stopped)
+        begun = time.monotonic()
+        with pytest.raises(ValueError, match="nobody is training"), directory.locked(stopped):
+            pass
+    assert 0.5 < time.monotonic() - begun < 10  # it has asked again and again
+    with directory.locked(stopped):
+        assert directory.is_locked(stopped)
+
+
+CLAIM = """
+import os, sys, time
+from contextlib import ExitStack
+from pathlib import Path
+from jaxrnn._app import directory
+
+def refuse(*args, **how):
+    raise OSError(1, "Operation not permitted")
+
+os.link = refuse
+if "no locks" in sys.argv:
+    directory._lock = lambda *args, **how: None
+print("ready", flush=True)
+for line in sys.stdin:
+    out, at = line.split()
+    while time.time() < float(at):
+        pass
+    with ExitStack() as held:
+        try:
+            about = {"sources": [], "options": {"by": os.getpid()}}
+            with directory.claimed(Path(out), about, held):
+                print("mine", flush=True)
+                sys.stdin.readline()
+        except directory.TakenError as error:
+            print(error, flush=True)
+            sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("locks", ["locks", "no locks"])
+def test_without_hard_links_one_start_gets_a_directory(locks, tmp_path):
+    """Four of them, at once, again and again; the others are refused and change nothing."""
+    with hearing():
+        processes = [
+            subprocess.Popen([sys.executable, "-c", CLAIM, locks], stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, text=True) for _ in range(4)
+        ]  # fmt: skip
+    try:
+        for process in processes:
+            assert process.stdout.readline() == "ready\n"
+        for n in range(12):
+            out, at = tmp_path / str(n), time.time() + 0.05
+            for process in processes:
+                process.stdin.write(f"{out} {at}\n")
+                process.stdin.flush()
+            said = [process.stdout.readline() for process in processes]
+            assert said.count("mine\n") == 1, said
+            for line in said:
+                assert line == "mine\n" or "expected an empty or new directory, got" in line
+            winner = processes[said.index("mine\n")].pid
+            config = json.loads((out / "config.json").read_text())
+            assert config["options"] == {"by": winner}
+            assert [path.name for path in out.iterdir()] == ["config.json"]
+            for process in processes:
+                process.stdin.write("\n")
+                process.stdin.flush()
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_a_start_that_was_killed_leaves_a_directory_that_is_new(text_file, tmp_path):
+    """Between the moments at which config.json is made and has its name."""
+    (out := tmp_path / "run").mkdir()
+    (out / ".config.json.partial").write_text('{"sour')
+    run = jaxrnn("train", text_file, "--out", out, *SMALL, "--sample-length", "0")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert sorted(path.name for path in out.iterdir()) == [
+        "checkpoints", "config.json", "ids.npy", "loss.png", "metrics.jsonl", "text.json",
+    ]  # fmt: skip
+
+
+# What is named on the command line.
+
+
+def test_files_stand_anywhere_among_options(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, content in (("a", "ant\n"), ("b", "bee\n"), ("c", "cow\n")):
+        (tmp_path / name).write_text(content * 200)
+    run = jaxrnn("train", "a", "--seed", "1", "b", *SMALL, "c", "--out", "run", cwd=tmp_path)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.startswith("a b c: 2,160 characters,")
+    sources = json.loads((tmp_path / "run" / "config.json").read_text())["sources"]
+    assert sources == [str(tmp_path / name) for name in "abc"]
+    for args, said in (
+        (["a", "--steps", "3", "-x"], "unrecognized arguments: -x; a file of that name: ./-x"),
+        (["a", "--depth", "3", "b"], "unrecognized arguments: --depth 3 b"),
+        (["a", "--resume", "run", "b"], "--resume: expected no text beside it"),
+    ):
+        run = here(capsys, "train", *args)
+        assert (run.returncode, run.stdout) == (2, "")
+        assert said in run.stderr and len(run.stderr.splitlines()) == 1
+    run = here(capsys, "show", "run", "b")
+    assert run.returncode == 2 and "unrecognized arguments: b" in run.stderr
+
+
+def test_a_prompt_that_begins_with_a_dash(finished, capsys):
+    run = here(capsys, "sample", finished, "--prompt", "-x")
+    assert run.returncode == 2 and len(run.stderr.splitlines()) == 1
+    assert "--prompt: expected one argument; a text that begins with a dash: --prompt=-x" in (
+        run.stderr
+    )
+    run = here(capsys, "sample", finished, "--prompt=-x")
+    assert run.returncode == 2 and "'-' at position 0" in run.stderr
+
+
+@pytest.mark.parametrize("command", ["show", "sample"])
+@pytest.mark.parametrize("name", ["model.pt", "config.json"])
+def test_what_is_no_run_is_one_line(command, name, tmp_path, capsys):
+    """A file of weights, or a run's own file, where its directory is expected."""
+    (tmp_path / name).write_bytes(b"PK\x03\x04" + bytes(10_000))
+    for path in (tmp_path / name, tmp_path):
+        run = here(capsys, command, path)
+        assert (run.returncode, run.stdout) == (2, "")
+        assert re.fullmatch(rf"jaxrnn {command}: error: .*expected .*\n", run.stderr)
+
+
+def test_weights_of_another_library_are_no_text(tmp_path, capsys):
+    (tmp_path / "model.pt").write_bytes(b"PK\x03\x04" + bytes(100) + b"\x80\x02}q" + bytes(1000))
+    run = here(capsys, "train", tmp_path / "model.pt", "--out", tmp_path / "run", *SMALL)
+    said = r"jaxrnn train: error: .*model.pt: expected UTF-8, got byte 0x80 at offset 104 .*"
+    one_line(run, 2, said)
