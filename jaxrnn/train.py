@@ -249,7 +249,18 @@ def _is_key(leaf):
 
 
 class DivergedError(Exception):
-    """The loss, the gradient or what an update makes of it is no number any more."""
+    """The loss, the gradient or what an update makes of it is no number any more.
+
+    Args:
+      message: what became of which number.
+      state: the `TrainState` at hand, finite as a checked update left it: to save, or to go on from
+        with a smaller learning rate. None where nobody has one.
+      step: that of the first update that was not finite, or None.
+    """
+
+    def __init__(self, message: str = "", *, state: TrainState | None = None, step: Any = None):
+        super().__init__(message)
+        self.state, self.step = state, step
 
 
 @dataclass(frozen=True)
@@ -297,7 +308,8 @@ def fit(
 
     Raises:
       TypeError, ValueError: steps or every that are no whole numbers, another state or update.
-      DivergedError: an update was not finite; the step and the norms are in its message.
+      DivergedError: an update was not finite; the norms are in its message, and it has the step
+        and a state to go on from.
     """
     intervals = tuple(every) if isinstance(every, Iterable) else (every,)
     for n in intervals:
@@ -309,7 +321,9 @@ def fit(
     def report():
         figures = jax.device_get(unseen)
         pace = timed / (time.perf_counter() - since) if timed else math.nan
-        finite = _finite_losses(figures, step, skip_nonfinite)
+        finite = [float(each.loss) for each in figures if each.finite]
+        if not skip_nonfinite and len(finite) < len(figures):
+            raise _diverged(figures, step, state)
         loss = float(np.mean(finite)) if finite else math.nan
         norms = float(figures[-1].gradient_norm), float(figures[-1].parameter_norm)
         return Report(state, step, loss, *norms, len(figures) - len(finite), pace)
@@ -336,19 +350,16 @@ def fit(
         yield report()
 
 
-def _finite_losses(figures, last, skip):
-    """The losses of the updates up to step `last` that were finite."""
-    for step, each in enumerate(figures, last - len(figures) + 1):
-        if each.finite or skip:
-            continue
-        what = "the update made a number that is not finite"
-        if not math.isfinite(each.loss):
-            what = f"the loss became {each.loss}"
-        elif not math.isfinite(each.gradient_norm):
-            what = f"the norm of the gradient became {each.gradient_norm}"
-        norms = f"gradient norm {each.gradient_norm:.4g}, parameter norm {each.parameter_norm:.4g}"
-        raise DivergedError(f"{what} at step {step} ({norms})")
-    return [float(each.loss) for each in figures if each.finite]
+def _diverged(figures, last, state):
+    """The error of the first update up to step `last` that was not finite."""
+    n, first = next((n, each) for n, each in enumerate(figures) if not each.finite)
+    step, what = last - len(figures) + 1 + n, "the update made a number that is not finite"
+    if not math.isfinite(first.loss):
+        what = f"the loss became {first.loss}"
+    elif not math.isfinite(first.gradient_norm):
+        what = f"the norm of the gradient became {first.gradient_norm}"
+    norms = f"gradient norm {first.gradient_norm:.4g}, parameter norm {first.parameter_norm:.4g}"
+    return DivergedError(f"{what} at step {step} ({norms})", state=state, step=step)
 
 
 def windows(

@@ -1,6 +1,8 @@
 """The checked update and the loop, as functions: what they count, when they stop, own models."""
 
+import copy
 import math
+import pickle
 from typing import ClassVar
 
 import jax
@@ -122,8 +124,24 @@ def test_a_number_that_is_none_ends_it_and_names_the_step():
     reports = train.fit(make_state(key=jax.random.key(7)), update, reader(), 12, every=4)
     assert next(reports).step == 4
     said = r"^the loss became nan at step 6 \(gradient norm 0, parameter norm \d\.\d+\)$"
-    with pytest.raises(train.DivergedError, match=said):
+    with pytest.raises(train.DivergedError, match=said) as error:
         next(reports)
+    # The state at hand: step 6 changed nothing, and the later ones in flight were updates again.
+    state = error.value.state
+    assert (error.value.step, state.step) == (6, 8)
+    skipped = train.fit(make_state(key=jax.random.key(7)), update, reader(), 8, skip_nonfinite=True)
+    assert state == list(skipped)[-1].state
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((state.params, state.h)))
+    *_, last = train.fit(state, train.make_checked_update(OPTIMIZER), reader(8), 12)
+    assert last.step == 12
+
+
+def test_the_error_is_one_of_text_and_can_be_pickled():
+    plain = train.DivergedError("text")
+    assert (str(plain), plain.state, plain.step) == ("text", None, None)
+    error = train.DivergedError("text", state=make_state(key=jax.random.PRNGKey(0)), step=3)
+    for same in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
+        assert (str(same), same.step, same.state) == ("text", 3, error.state)
 
 
 def test_or_it_is_skipped():
