@@ -8,9 +8,10 @@ the work as they lie.
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, wraps
 from itertools import count, islice
 from typing import Any
 
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
@@ -27,8 +29,8 @@ from jaxrnn._api.gradients import loss_and_grads
 from jaxrnn._api.layers import unroll_layers
 from jaxrnn._api.readout import apply_readout, cross_entropy
 from jaxrnn._jax.sharding import varying_like
-from jaxrnn._record import Record, pytree
-from jaxrnn._types import Ids
+from jaxrnn._record import Record, by_name, pytree
+from jaxrnn._types import Ids, Params, first_cell
 from jaxrnn.text import streams as streams
 
 # The axis of a mesh over which the batch is split.
@@ -44,10 +46,13 @@ EVALUATION_WINDOW = 1024
 class TrainState(Record):
     """All that changes in training.
 
-    The `params`; what optax keeps; `h`, carried from window to window, `[B, H]`, of a stack one for
-    each layer; `step`, how many updates have been made, int32; a random `key` for a loss of one's
-    own, None if nothing is random, which does not change: each update folds its step into it.
-    For a model of one's own `params` is any pytree of arrays, and `h` too.
+    The `params`; the optimiser's own state; `h`, carried from window to window, `[B, H]`, of a
+    stack one for each layer; `step`, how many updates have been made, int32; a random `key` for a
+    custom loss, None if nothing is random, which does not change: each update folds its step into
+    it. For a custom model `params` is any pytree of arrays, and `h` too.
+
+    An update consumes (donates) the state it takes, with every array that was put into it, as
+    `dataclasses.replace(state, h=my_h)` does; nothing else.
     """
 
     params: Any
@@ -69,16 +74,18 @@ def init_state(
 
     Args:
       params: as in `TrainState`.
-      optimizer: from optax.
+      optimizer: any of optax, as in `make_update`.
       batch_size: B, how many streams are read side by side.
-      key: as in `TrainState`, where that loss draws.
-      h: of a model of one's own, instead of B: what it carries, any pytree of zeros.
+      key: a random key for a custom loss that draws, typed or raw.
+      h: for a custom model, instead of B: what it carries, any pytree of zeros.
 
     Returns:
-      A `TrainState` with h = 0 and step = 0, of copies: an update consumes it.
+      A `TrainState` with h = 0 and step = 0. All its arrays are copies, none of them shared with
+      another or with what the caller or the optimiser holds, as an update consumes them.
 
     Raises:
-      TypeError, ValueError: bad params, a batch size below 1, both or neither of that and h.
+      TypeError, ValueError: bad params, optimiser or key, a batch size below 1, both or neither of
+        that and h.
     """
     if (batch_size is None) == (h is None):
         checks.bad_value("batch_size", "either that or h", "both" if h is not None else "neither")
@@ -87,9 +94,37 @@ def init_state(
         check_forward("params.cell", params.cell)  # a state from the end is not carried on
         checks.positive("batch_size", batch_size)
         h = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), _state_types(params, batch_size))
+    if key is not None:
+        checks.random_key("key", key)
     params = jax.tree.map(jnp.asarray, params)
-    state = TrainState(params, optimizer.init(params), h, jnp.zeros((), jnp.int32), key)
+    kept = _ask(_check_optimizer(optimizer).init, params)
+    state = TrainState(params, kept, h, jnp.zeros((), jnp.int32), key)
     return jax.tree.map(jnp.array, state)
+
+
+def _check_optimizer(optimizer):
+    """Require what has the two functions of optax; each then takes more than it needs."""
+    both: Any = [getattr(optimizer, name, None) for name in ("init", "update")]
+    if isinstance(optimizer, type) or not all(map(callable, both)):
+        hint = f"; call it: {by_name(optimizer)}(...)" if callable(optimizer) else ""
+        got = checks.came(optimizer) + hint
+        checks.bad_type("optimizer", "an optax.GradientTransformation", got)
+    if isinstance(optimizer, optax.MultiSteps):  # takes them too, and does not say so
+        return optax.GradientTransformationExtraArgs(*both)
+    return optax.with_extra_args_support(optimizer)
+
+
+def _ask(function, *args, extras=({},)):
+    """Call a function of an optimiser with the first keywords it takes; else say so in one line."""
+    failed = None
+    for extra in extras:
+        try:
+            return function(*args, **extra)
+        except (TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
+            failed = failed or error
+    reason = str(failed).strip().split("\n")[0]
+    got = f"one that fails: {type(failed).__name__}: {reason}"
+    raise TypeError(f"optimizer: expected one for these parameters, got {got}") from failed
 
 
 def _state_types(params, batch_size):
@@ -107,7 +142,7 @@ def start_over(state: TrainState) -> TrainState:
       state: a `TrainState`.
 
     Returns:
-      It with h = 0.
+      It with h = 0; an update that consumes it consumes the other arrays of `state` too.
 
     Raises:
       TypeError: another state.
@@ -124,69 +159,173 @@ def make_update(
     θ ← θ + optimizer(∂/∂θ of the mean loss of the window), h_0 ← h_T
 
     Args:
-      optimizer: from optax; `optax.sgd(η)` is the source's θ ← θ − η ∂L/∂θ, of the mean.
-      loss: a `Loss` of a model of one's own; by default `jaxrnn.loss_and_grads`, by hand.
+      optimizer: any of optax; `optax.sgd(η)` is the source's θ ← θ − η ∂L/∂θ, of the mean. One that
+        asks for more gets it: `value`, the mean loss, `grad`, its gradient, and as functions of the
+        parameters, of this window from this h, `value_fn` (also as `obj_fn`) and `grad_fn`.
+      loss: a custom `Loss`; by default `jaxrnn.loss_and_grads`, by hand, which needs no key.
       mesh: has an axis "data" over which the batch is split, axis 0 of each array of h. Each device
         there forms the gradients of its own sequences, and after all loops one all-reduce adds them
         up; left to itself, XLA may do that in every segment of a long sequence. B is a multiple of
-        that axis. Where it has several devices, a loss of one's own gets another key on each, and
-        can ask for its `jax.lax.axis_index`.
+        that axis. Where it has several devices, a custom loss gets another key on each, and can
+        ask for its `jax.lax.axis_index`.
 
     Returns:
       A function (state, inputs, targets) -> (state, loss): ids `[T, B]` each, loss in mean nats per
-      character before the update. It consumes the state that it is given.
+      character before the update. It consumes the state it takes, and begins to wait for the
+      devices once they are a few updates behind. It has the `lower` of a jitted function.
 
     Raises:
-      ValueError: a mesh without that axis.
-      TypeError, ValueError: the function returned, as `jaxrnn.loss_and_grads`.
+      TypeError, ValueError: no optimiser; a mesh without that axis.
+      TypeError, ValueError: the function returned: shapes that do not fit, no integers, ids
+        beyond the alphabet, an optimiser that cannot update these parameters. Ids are looked at
+        where they are on the host, in NumPy or a list: to look at an array of JAX would be to wait
+        for it, and an invalid id there gives NaN. For a custom loss inputs and targets may be
+        anything, and nothing is checked.
     """
-    whole = partial(_update, optimizer, _split(loss, mesh))
+    whole = _update(optimizer, loss, mesh)
 
-    @partial(jax.jit, donate_argnums=0)
     def update(state: TrainState, inputs: jax.Array, targets: jax.Array):
         return whole(state, inputs, targets)[:2]
+
+    return _called(update, loss)
+
+
+def _called(update, loss) -> Any:
+    """The function that callers get of an update: it looks at ids, and waits."""
+    jitted: Any = jax.jit(update, donate_argnums=0)
+    under_way = deque()
+
+    @wraps(jitted)
+    def call(state, inputs, targets):
+        checks.instance("state", state, TrainState)
+        if loss is None and isinstance(state.params, Params):
+            inputs = _known_ids("inputs", inputs, first_cell(state.params.cell).U.shape[1])
+            targets = _known_ids("targets", targets, state.params.readout.V.shape[0])
+        state, said = jitted(state, inputs, targets)
+        value = said.loss if isinstance(said, Figures) else said
+        if not isinstance(value, Tracer):
+            under_way.append(value)
+            if len(under_way) > AHEAD and not (oldest := under_way.popleft()).is_deleted():
+                oldest.block_until_ready()
+        return state, said
+
+    for name in ("lower", "trace", "eval_shape", "clear_cache", "_cache_size"):
+        setattr(call, name, getattr(jitted, name))
+    return call
+
+
+def _known_ids(name, ids: Any, size):
+    """Require 0 <= id < size of ids on the host."""
+    if isinstance(ids, jax.Array):
+        return ids
+    ids = _on_host(name, ids)
+    if ids.dtype.kind not in "iu" or not ids.dtype.isnative:
+        checks.integers(name, ids)
+    # Read as unsigned, ids below 0 are large.
+    if ids.size and ids.view(f"u{ids.itemsize}").max() >= size:
+        checks.in_range(name, ids, size)
+    return ids
+
+
+def _on_host(name, value):
+    """An array of NumPy as it is, mapped from a file perhaps; anything else as one."""
+    if type(value) in (np.ndarray, np.memmap):
+        return value
+    return np.asarray(checks.array(name, value))
+
+
+def _update(optimizer, loss, mesh):
+    """(state, inputs, targets) -> (new state, mean loss, its gradient, whether h is finite)."""
+    optimizer = _check_optimizer(optimizer)
+    with_gradient, alone = _split(loss, mesh)
+
+    def update(state, inputs, targets):
+        params, h, size = state.params, state.h, targets.size
+        if loss is None:
+            _check_window(h, inputs, targets)
+        key = None if loss is None else state.key
+        if key is not None:
+            checks.random_key("state.key", key)
+            key = jax.random.fold_in(key, state.step)
+        (total, gradient, wrong), h = with_gradient(params, h, inputs, targets, key)
+        mean: Any = jax.tree.map(lambda g: g / jnp.asarray(size, g.dtype), gradient)
+        value = total / size
+
+        def value_fn(params):
+            again = None if key is None else jax.random.clone(key)
+            return alone(params, state.h, inputs, targets, again)[0] / size
+
+        # Some optimisers refuse what others ask for.
+        common = {"value": value, "grad": mean, "value_fn": value_fn}
+        grad_fn = {"grad_fn": lambda params, *_: jax.grad(value_fn)(params)}
+        extras = {**common, **grad_fn, "obj_fn": value_fn}, common, grad_fn, {}
+        old = state.optimizer_state
+        updates, kept = _ask(optimizer.update, mean, old, params, extras=extras)
+        for what, (a, b) in {"updates": (updates, params), "a state": (kept, old)}.items():
+            if jax.tree.map(jnp.shape, a) != jax.tree.map(jnp.shape, b):
+                checks.bad_value("optimizer", f"{what} of the same shapes", "others")
+        new = TrainState(optax.apply_updates(params, updates), kept, h, state.step + 1, state.key)
+        return new, value, mean, wrong == 0
 
     return update
 
 
-def _update(optimizer, summed, state, inputs, targets):
-    """The new state, the mean loss, and its gradient."""
-    params, size = state.params, targets.size
-    key = None if state.key is None else jax.random.fold_in(state.key, state.step)
-    (total, gradient), h = summed(params, state.h, inputs, targets, key)
-    mean: Any = jax.tree.map(lambda g: g / jnp.asarray(size, g.dtype), gradient)
-    updates, optimizer_state = optimizer.update(mean, state.optimizer_state, params)
-    params = optax.apply_updates(params, updates)
-    return TrainState(params, optimizer_state, h, state.step + 1, state.key), total / size, mean
+def _check_window(h, inputs, targets):
+    """Require ids `[T, B]` of the batch of h."""
+    batch = jax.tree.leaves(h)[0].shape[:-1]
+    hint = (*batch, None), "time comes first here"
+    inputs = checks.integers("inputs", inputs, (None, *batch), hint)
+    checks.integers("targets", targets, inputs.shape)
+    if inputs.shape[0] == 0:
+        checks.bad_value("inputs", "at least one step", "none")
+
+
+def _network(params, h, inputs, targets, key):
+    """The `Loss` of the library's own network, without gradients."""
+    h, hs = unroll_layers(params.cell, Ids(inputs), h)
+    return jnp.sum(cross_entropy(apply_readout(params.readout, hs), targets)), h
 
 
 def _split(loss, mesh):
-    """(params, h, inputs, targets, key) -> ((the summed loss, its gradient), the last h)."""
+    """Two functions of (params, h, inputs, targets, key), split over the mesh.
+
+    The first returns (the summed loss, its gradient, how many numbers of the last h are not
+    finite) and that h; the second is a `Loss`.
+    """
     if mesh is not None and DATA not in mesh.shape:
         checks.bad_value("mesh", f"an axis {DATA!r}", list(mesh.shape))
 
-    def summed(params, h, inputs, targets, key):
+    def with_gradient(params, h, inputs, targets, key):
         if loss is None:
             total, found = loss_and_grads(params, Ids(inputs), targets, h0=h)
-            return (total, found.params), found.h_last
-        run = jax.value_and_grad(loss, has_aux=True)
-        (total, h), gradient = run(params, h, inputs, targets, key)
-        return (total, gradient), h
+            gradient, h = found.params, found.h_last
+        else:
+            run = jax.value_and_grad(loss, has_aux=True)
+            (total, h), gradient = run(params, h, inputs, targets, key)
+        wrong = [jnp.sum(~jnp.isfinite(x), dtype=total.dtype) for x in _numbers(h)]
+        return (total, gradient, sum(wrong, jnp.zeros_like(total))), h
 
+    functions = with_gradient, loss or _network
     if mesh is None or mesh.shape[DATA] == 1:
-        return summed
+        return functions
 
-    def share(params, h, inputs, targets, key):
-        if loss is not None:
-            # Else JAX itself would add gradients up over the devices, wherever they are formed.
-            params = varying_like(params, inputs)
-            key = None if key is None else jax.random.fold_in(key, jax.lax.axis_index(DATA))
-        sums, h = summed(params, h, inputs, targets, key)
+    def share(function, params, h, inputs, targets, key):
+        # Else JAX itself would add gradients up over the devices, wherever they are formed.
+        params = varying_like(params, inputs)
+        if key is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(DATA))
+        sums, h = function(params, h, inputs, targets, key)
         return jax.lax.psum(sums, DATA), h
 
     whole, rows, batch = jax.P(), jax.P(DATA), jax.P(None, DATA)
     specs = {"in_specs": (whole, rows, batch, batch, whole), "out_specs": (whole, rows)}
-    return jax.shard_map(share, mesh=mesh, axis_names={DATA}, **specs)
+    split = partial(jax.shard_map, mesh=mesh, axis_names={DATA}, **specs)
+    return [split(partial(share, function)) for function in functions]
+
+
+def _numbers(tree):
+    """The leaves but the random keys."""
+    return [x for x in jax.tree.leaves(tree) if not _is_key(x)]
 
 
 @pytree
@@ -196,7 +335,7 @@ class Figures(Record):
 
     The loss in mean nats per character and the norms of its gradient, before the optimiser, and of
     the parameters, each of all together and before the update; and whether loss, gradient, and the
-    new parameters and optimiser state are all finite.
+    new parameters, optimiser state and carried h are all finite.
     """
 
     loss: jax.Array
@@ -212,7 +351,8 @@ def make_checked_update(
 
     Parameters and optimiser state are then as before (typed keys in it go on: none is used twice),
     h = 0 as at the start of a stream, and the step counts. `optax.apply_if_finite` sees neither the
-    carried state nor what overflows although the gradient did not.
+    carried state nor what overflows although the gradient did not. An infinity that was there
+    before, as an optimiser's best value so far, does not count.
 
     Args:
       optimizer: as in `make_update`.
@@ -225,23 +365,21 @@ def make_checked_update(
     Raises:
       TypeError, ValueError: as `make_update`, and what that returns.
     """
-    whole = partial(_update, optimizer, _split(loss, mesh))
+    whole = _update(optimizer, loss, mesh)
 
-    @partial(jax.jit, donate_argnums=0)
     def update(state: TrainState, inputs: jax.Array, targets: jax.Array):
-        new, mean, gradient = whole(state, inputs, targets)
-        # Not h: it is split as the batch is, and a loss is finite only where its states are.
-        leaves = jax.tree.leaves((mean, gradient, new.params, new.optimizer_state))
-        numbers = [jnp.all(jnp.isfinite(leaf)) for leaf in leaves if not _is_key(leaf)]
-        finite = jnp.all(jnp.stack(numbers))
+        new, mean, gradient, finite = whole(state, inputs, targets)
+        pairs = [_numbers((x.params, x.optimizer_state)) for x in (new, state)]
+        good = [jnp.isfinite(x) for x in _numbers((mean, gradient))]
+        good += [jnp.isfinite(x) | (x == old) for x, old in zip(*pairs, strict=True)]
+        finite = jnp.all(jnp.stack([finite, *map(jnp.all, good)]))
         squares = [jax.tree.map(jnp.square, tree) for tree in (gradient, state.params)]
         norms = [jnp.sqrt(sum(map(jnp.sum, jax.tree.leaves(tree)))) for tree in squares]
         kept = replace(start_over(state), step=new.step)
         keep = lambda a, b: a if _is_key(a) else jnp.where(finite, a, b)  # noqa: E731
-        new = jax.tree.map(keep, new, kept)
-        return new, Figures(mean, norms[0], norms[1], finite)
+        return jax.tree.map(keep, new, kept), Figures(mean, norms[0], norms[1], finite)
 
-    return update
+    return _called(update, loss)
 
 
 def _is_key(leaf):
@@ -334,8 +472,6 @@ def fit(
         if not isinstance(figures, Figures):
             checks.bad_type("update", "that of make_checked_update", "another function")
         unseen.append(figures)
-        if len(unseen) > AHEAD:
-            unseen[-1 - AHEAD].loss.block_until_ready()
         timed += since > 0
         if not since:
             figures.loss.block_until_ready()
@@ -402,11 +538,11 @@ def evaluate(
     For text that was held out, of any length in the same memory.
 
     Args:
-      params: the `Params`; of a model of one's own what its loss takes.
+      params: the `Params`; of a custom model what its loss takes.
       inputs: ids, `[L, B]`.
       targets: ids, `[L, B]`.
       seq_length: steps read at once: memory grows with it, and the result changes by rounding only.
-      loss: of a model of one's own, as in `make_update`; its key is None.
+      loss: of a custom model, as in `make_update`; its key is None.
       h: with that loss, what it starts from, where it shall be computed with.
       put: (an array of the host, which of its axes is B) -> the same where it is computed with.
 
@@ -415,29 +551,33 @@ def evaluate(
 
     Raises:
       TypeError, ValueError: as `jaxrnn.loss_and_grads`; empty streams, a window of no step, one of
-        h and loss alone.
+        h and loss alone. All ids are looked at.
     """
     if (loss is None) != (h is None):
-        checks.bad_value("h", "one with a loss of your own only", checks.came(h))
+        checks.bad_value("h", "one with a custom loss only", checks.came(h))
     inputs, targets = _streams(inputs, targets)
     checks.positive("seq_length", seq_length)
     if targets.size == 0:
         checks.bad_value("targets", "at least one character", list(targets.shape))
+    sizes = 0, 0
     if loss is None:
         params = check_params(params)
+        sizes = first_cell(params.cell).U.shape[1], params.readout.V.shape[0]
         types = _state_types(params, inputs.shape[1])
         h = jax.tree.map(lambda x: put(np.zeros(x.shape, x.dtype), 0), types)
     nats = 0.0
     for start in range(0, len(inputs), seq_length):
-        x, y = (put(ids[start : start + seq_length], 1) for ids in (inputs, targets))
-        total, h = _total(params, x, y, h, loss=loss)
+        x, y = (ids[start : start + seq_length] for ids in (inputs, targets))
+        if loss is None:
+            x, y = map(_known_ids, ("inputs", "targets"), (x, y), sizes)
+        total, h = _total(params, put(x, 1), put(y, 1), h, loss=loss)
         nats += float(total)  # waited for, see AHEAD
     return nats / targets.size
 
 
 def _streams(inputs, targets):
     """Ids `[L, B]` on the host, of one shape."""
-    inputs, targets = np.asarray(inputs), np.asarray(targets)
+    inputs, targets = map(_on_host, ("inputs", "targets"), (inputs, targets))
     if inputs.ndim != 2:
         checks.bad_value("inputs", "shape [L, B]", list(inputs.shape))
     if targets.shape != inputs.shape:
@@ -447,7 +587,4 @@ def _streams(inputs, targets):
 
 @partial(jax.jit, static_argnames="loss")
 def _total(params, inputs, targets, h, *, loss):
-    if loss is not None:
-        return loss(params, h, inputs, targets, None)
-    h, hs = unroll_layers(params.cell, Ids(inputs), h)
-    return jnp.sum(cross_entropy(apply_readout(params.readout, hs), targets)), h
+    return (loss or _network)(params, h, inputs, targets, None)

@@ -194,6 +194,59 @@ def test_an_evaluation_of_many_windows_comes_to_an_end(place):
     assert found == pytest.approx(math.log(K), rel=0.5)
 
 
+# A plain loop in a process of its own, which can be killed: without waiting XLA's CPU hangs.
+LOOP = """
+import sys
+from dataclasses import replace
+import jax, jax.numpy as jnp, optax
+jax.config.update("jax_num_cpu_devices", 4)
+import jaxrnn
+from jaxrnn import train
+mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+def put(x, *axes):
+    return jax.device_put(x, jax.NamedSharding(mesh, jax.P(*axes)))
+optimizer = optax.sgd(0.1)
+state = train.init_state(jaxrnn.init_params(jax.random.key(0), 5, 8, 5), optimizer, 8)
+state = replace(jax.tree.map(put, state), h=put(state.h, "data"))
+ids = put(jnp.zeros((4, 8), int), None, "data")
+update = train.make_update(optimizer, mesh=mesh if sys.argv[1] == "mesh" else None)
+for _ in range(2000):
+    state, _ = update(state, ids, ids)
+print(state.step)
+"""
+
+
+@pytest.mark.parametrize("how", ["mesh", "placed"])
+def test_a_plain_loop_of_many_updates_comes_to_an_end(how):
+    """Of a mesh, and of arrays that were merely placed on several devices."""
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    command = [sys.executable, "-c", LOOP, how]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stdout) == (0, "2000\n"), found.stderr
+
+
+@pytest.mark.parametrize("case", ["whole", "split"])
+def test_an_infinite_state_of_one_device_is_seen(case, place):
+    """The loss does not read it, nor does a gradient: only h is infinite."""
+    placement = place(4, 1)
+
+    def loss(params, h, inputs, targets, key):
+        h = jnp.where(inputs[-1][:, None] == 1, jnp.inf, h)
+        return jnp.sum(params.cell.b) + jnp.sum(params.readout.c) * 0, h
+
+    optimizer = optax.sgd(0.1)
+    state, ids = make_state(optimizer), np.zeros((T, B), np.int32)
+    kept, mesh = jax.device_get(state.params), None
+    ids[-1, 5] = 1
+    if case == "split":
+        state, mesh = placement.put_state(state), placement.mesh
+        ids = placement.split(ids, 1)
+    new, figures = train.make_checked_update(optimizer, loss, mesh=mesh)(state, ids, ids)
+    assert np.isfinite(figures.loss) and not figures.finite
+    assert_close(jax.device_get(new.params), kept, 0)
+    assert not np.any(new.h)
+
+
 # What goes between devices, read from the optimised program.
 
 COLLECTIVE = re.compile(
@@ -259,14 +312,14 @@ LENGTHS = {"short": (H, B, T), "segments": (64, 64, 1024)}
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("layers", [1, 2])
 def test_one_all_reduce_carries_all_gradients(layers, length, place):
-    """Of a batch that is split: after all loops, with the loss; the tests and norms need none."""
+    """Of a batch that is split: after all loops, with the loss and what is not finite in h."""
     hidden_size, batch_size, steps = LENGTHS[length]
     placement = place(4, 1, batch_size, hidden_size)
     segment = segment_length(steps, (batch_size // 4,), hidden_size, hidden_size)
     assert (segment < steps) == (length == "segments")
     found, parameters = collectives_of_an_update(placement, layers, hidden_size, batch_size, steps)
-    arrays = 3 * layers + 2 + 1  # and the loss
-    assert found == [(0, "all-reduce", arrays, parameters + 4)]
+    arrays = 3 * layers + 2 + 2  # and the loss and a count
+    assert found == [(0, "all-reduce", arrays, parameters + 8)]
 
 
 @pytest.mark.usefixtures("as_users_have_it")
@@ -284,9 +337,9 @@ def test_a_step_of_split_units_gathers_once_and_sums_once(data, model, layers, h
     assert sorted(entry for entry in found if entry[0]) == expected
     # Outside: hs, logits, adjoints of a stack, norms; and the gradients, of a split batch.
     if data > 1:
-        c, loss = 4 * K, 4
-        gradients = (parameters - c) // model + c + loss
-        assert (0, "all-reduce", 3 * layers + 3, gradients) in found
+        c, loss, count = 4 * K, 4, 4
+        gradients = (parameters - c) // model + c + loss + count
+        assert (0, "all-reduce", 3 * layers + 4, gradients) in found
 
 
 @pytest.mark.parametrize("chosen", ["", "--xla_force_host_platform_device_count=3"])

@@ -1,11 +1,13 @@
 """The update, the windows, evaluation and generation, as functions."""
 
+import inspect
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 from helpers import assert_close, naive_unroll
 
@@ -228,17 +230,309 @@ def test_every_key_of_generation_is_used_once(temperature):
         list(stream_ids(params, jax.random.key(1), prompt, 5, temperature, block=2))
 
 
-@pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey])
-def test_an_update_consumes_nothing_that_the_caller_holds(make):
+def held_by_an_optimizer(held):
+    """An optimiser whose state is what it holds itself, and the parameters twice."""
+
+    def init(params):
+        return held, params, params
+
+    return optax.GradientTransformation(init, lambda g, state, params=None: (g, (held, params, g)))
+
+
+@pytest.mark.parametrize("make", [train.make_update, train.make_checked_update])
+@pytest.mark.parametrize("make_key", [jax.random.key, jax.random.PRNGKey])
+def test_an_update_consumes_nothing_that_the_caller_holds(make, make_key):
     params = jaxrnn.init_params(jax.random.key(0), D, H, K, layers=2, dtype=jnp.float64)
-    keys = make(1), make(2)
-    optimizer = optax.chain(optax.add_noise(0.1, 0.5, keys[0]), optax.sgd(0.1))
-    if make is jax.random.PRNGKey:
-        optimizer = optax.sgd(0.1)  # optax takes typed keys only
-    state = train.init_state(params, optimizer, B, keys[1])
-    state, _ = train.make_update(optimizer, noisy)(state, *window())
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((params, keys)))
-    assert state.key == keys[1] if make is jax.random.key else (state.key == keys[1]).all()
+    key, held = make_key(2), (jnp.full((), 0.1), jnp.ones((H, D)), make_key(3))
+    rate = optax.inject_hyperparams(optax.sgd)(learning_rate=held[0])
+    optimizer = optax.chain(held_by_an_optimizer(held), rate, optax.contrib.prodigy())
+    h = tuple([jnp.zeros((B, H))] * 2)
+    for how in ({"batch_size": B}, {"h": h}):
+        state = train.init_state(params, optimizer, key=key, **how)
+        again, update = train.init_state(params, optimizer, key=key, **how), make(optimizer, noisy)
+        for _ in range(3):
+            state, _ = update(train.start_over(state), *window())
+        update(again, *window())
+        assert again.step.is_deleted()  # which it is to consume
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((params, key, held, h)))
+    assert np.all(state.key == key)
+
+
+def addresses(x):
+    x = jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    return {shard.data.unsafe_buffer_pointer() for shard in x.addressable_shards}
+
+
+def test_no_two_arrays_of_a_state_are_one():
+    params = jaxrnn.init_params(jax.random.key(0), D, H, H, dtype=jnp.float64)
+    twice = replace(params, readout=jaxrnn.Readout(params.cell.W, params.cell.b))
+    key, h, held = jax.random.key(1), jnp.zeros((B, H)), (jnp.ones(3), jax.random.key(2))
+    aligned = np.zeros(64 + B * H)
+    aligned = aligned[-aligned.ctypes.data % 64 // 8 :][: B * H].reshape(B, H)
+    state = train.init_state(twice, held_by_an_optimizer(held), key=key, h=(h, h, aligned))
+    found = [addresses(x) for x in jax.tree.leaves((state, params, key, h, held))]
+    found.append({aligned.ctypes.data})
+    assert len(set().union(*found)) == len(found)
+
+
+SGD = optax.sgd(0.1)
+
+
+def by_axes(params):
+    return jax.tree.map(lambda x: "matrix" if x.ndim > 1 else "vector", params)
+
+
+# What they take, where that is more than defaults or a learning rate.
+ARGUMENTS = {
+    "MultiSteps": (SGD, 2), "adaptive_grad_clip": (0.1,), "apply_if_finite": (SGD, 3),
+    "add_noise": (0.1, 0.5, jax.random.key(3)), "clip": (1.0,), "clip_by_block_rms": (1.0,),
+    "clip_by_global_norm": (1.0,), "conditionally_mask": (SGD, lambda step, **_: step > 0),
+    "chain": (SGD,), "conditionally_transform": (SGD, lambda step, **_: step > 0),
+    "differentially_private_aggregate": (1.0, 0.1, jax.random.key(4)), "dpsgd": (0.1, 1.0, 0.1, 5),
+    "ema": (0.9,), "flatten": (SGD,), "freeze": (False,), "lookahead": (SGD, 2, 0.5),
+    "inject_hyperparams": (SGD,), "inject_stateful_hyperparams": (SGD,), "masked": (SGD, True),
+    "measure_with_ema": (optax.global_norm, 0.9), "mechanize": (SGD,), "named_chain": (("a", SGD),),
+    "multi_transform": ({"matrix": SGD, "vector": optax.adam(0.1)}, by_axes),
+    "partition": ({"matrix": SGD, "vector": optax.adam(0.1)}, by_axes), "sam": (SGD, SGD),
+    "scale": (0.1,), "scale_by_backtracking_linesearch": (5,), "scale_by_zoom_linesearch": (5,),
+    "scale_by_schedule": (lambda n: 0.1,), "schedule_free": (SGD, 0.1),
+    "snapshot": ("norm", optax.global_norm), "split_real_and_imaginary": (SGD,),
+    "stateless": (lambda updates, params: updates,), "trace": (0.9,),
+    "stateless_with_tree_map": (lambda g, p: g,), "with_extra_args_support": (SGD,),
+}  # fmt: skip
+# These need gradients of each example, other parameters or a tree without None; or make a number
+# of the updates.
+REFUSED = {"differentially_private_aggregate", "dpsgd", "lookahead", "galore", "scale_by_galore",
+           "scale_by_muon", "measure_with_ema"}  # fmt: skip
+
+
+def of_optax():
+    """Every function that makes an optimiser, by name."""
+    for module, name in ((m, n) for m in (optax, optax.contrib) for n in dir(m)):
+        function = getattr(module, name)
+        if name == "MultiSteps" or (
+            inspect.isfunction(function) and not name.startswith("_")
+            and "GradientTransformation" in str(inspect.signature(function).return_annotation)
+        ):  # fmt: skip
+            yield name, function
+
+
+def construct(name, function):
+    if name == "selective_transform":
+        return function(SGD, freeze_mask=False)
+    if name.startswith("inject_"):
+        return function(optax.sgd)(learning_rate=0.1)
+    if name == "noisy_sgd":
+        return function(0.1, key=jax.random.key(3))
+    parameters = inspect.signature(function).parameters
+    takes_rate = "learning_rate" in parameters and parameters["learning_rate"].default is not None
+    return function(*ARGUMENTS.get(name, (0.01,) if takes_rate else ()))
+
+
+def small_loss(params, h, inputs, targets, key):
+    """One step, so that it compiles fast, which reads all parameters."""
+    h = jnp.tanh(h @ params.cell.W.T + params.cell.U.T[inputs[-1]] + params.cell.b)
+    logits = h @ params.readout.V.T + params.readout.c
+    return jnp.sum(jaxrnn.cross_entropy(logits, targets[-1])), h
+
+
+def two_updates(optimizer, make, loss=small_loss):
+    params = jaxrnn.init_params(jax.random.key(0), D, H, K, dtype=jnp.float64)
+    state, update = train.init_state(params, optimizer, B), make(optimizer, loss)
+    with jax.numpy_rank_promotion("allow"):
+        for seed in range(2):
+            before = jax.tree.map(lambda x: (x.shape, x.dtype), state)
+            state, said = update(state, *window(seed))
+            assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == before
+        assert update._cache_size() <= 2  # of weak types the second time
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(state.params))
+    assert said.finite if make is train.make_checked_update else np.isfinite(said)
+    return state
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [
+    train.make_checked_update, pytest.param(train.make_update, marks=pytest.mark.full),
+])  # fmt: skip
+@pytest.mark.parametrize(("name", "function"), list(of_optax()))
+def test_every_optimizer_of_optax_updates_or_is_refused_in_one_line(name, function, make):
+    optimizer = construct(name, function)
+    if name in REFUSED:
+        with pytest.raises((TypeError, ValueError), match=r"^optimizer: expected .*, got ") as e:
+            two_updates(optimizer, make)
+        assert "\n" not in str(e.value)
+    else:
+        two_updates(optimizer, make)
+
+
+# What asks for more than the gradient, with the network itself and a plain update.
+ASKING = {
+    "polyak_sgd": optax.polyak_sgd(), "momo": optax.contrib.momo(), "lbfgs": optax.lbfgs(),
+    "plateau": optax.chain(SGD, optax.contrib.reduce_on_plateau()),
+    "sophia": optax.chain(optax.clip(1.0), optax.contrib.sophia(0.01)),
+    "sam": optax.contrib.sam(SGD, SGD, sync_period=2, opaque_mode=True),
+    "chained sam": optax.chain(optax.clip(1.0), optax.contrib.sam(SGD, SGD, sync_period=2)),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ASKING)
+def test_optimizers_get_what_they_ask_for(name):
+    two_updates(ASKING[name], train.make_update, None)
+
+
+@pytest.mark.parametrize("loss", [None, noisy])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_what_they_get_is_of_the_mean_loss(params, loss, devices):
+    seen = {}
+
+    def update(gradient, state, params, **extra):
+        seen.update(extra)
+        found = [extra["value_fn"](params), jax.grad(extra["value_fn"])(params),
+                 extra["grad_fn"](params, 0), extra["grad"]]  # fmt: skip
+        return jax.tree.map(jnp.zeros_like, gradient), (*found, extra["value"])
+
+    optimizer = optax.GradientTransformationExtraArgs(
+        lambda p: (jnp.zeros(()), p, p, p, jnp.zeros(())), update
+    )
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.debug_key_reuse(True):
+        state = train.init_state(params, optimizer, 2, jax.random.key(0))
+        ids = [x[:, :2] for x in window()]
+        state, loss = train.make_update(optimizer, loss, mesh=mesh)(state, *ids)
+    value, gradient, other, grad, given = state.optimizer_state
+    assert_close((value, gradient, other), (loss, grad, grad))
+    assert given == loss
+
+
+class NoOptimizer:
+    """As torch has them."""
+
+    def step(self):
+        pass
+
+
+@pytest.mark.parametrize(("optimizer", "got"), [
+    (None, "None"), ("adam", "str"), (optax.adam, r"function; call it: adam\(\.\.\.\)"),
+    (NoOptimizer(), "NoOptimizer"), (optax.MultiSteps, "type; call it: MultiSteps.*"),
+    (lambda g: g, "function.*"), (0.1, "float"), ([optax.sgd(0.1)], "list"),
+])  # fmt: skip
+@pytest.mark.parametrize("use", [
+    train.make_update, train.make_checked_update,
+    lambda o: train.init_state(jaxrnn.init_params(jax.random.key(0), D, H, K), o, B),
+])  # fmt: skip
+def test_what_is_no_optimizer_is_one_line(optimizer, got, use):
+    message = f"^optimizer: expected an optax.GradientTransformation, got {got}$"
+    with pytest.raises(TypeError, match=message):
+        use(optimizer)
+
+
+def with_entry(ids, value):
+    ids = ids.copy()
+    ids[2, 1] = value
+    return ids
+
+
+GOOD = np.zeros((T, B), int)
+BAD_IDS = {
+    "beyond": (with_entry(GOOD, D), GOOD, f"inputs: expected ids from 0 to {D - 1}, got {D} at"),
+    "below": (with_entry(GOOD, -1), GOOD, r"inputs: expected .*, got -1 at index \(2, 1\)"),
+    "targets beyond": (GOOD, with_entry(GOOD, K), f"targets: expected ids from 0 to {K - 1}, got"),
+    "targets below": (GOOD, with_entry(GOOD, -1), "targets: expected ids from 0 to"),
+    "narrow": (with_entry(GOOD.astype(np.int8), -1), GOOD, "inputs: expected ids .*, got -1 at"),
+    "unsigned": (with_entry(GOOD.astype(np.uint8), 255), GOOD, "inputs: expected .*, got 255 at"),
+    "wrapped": (with_entry(GOOD, 2**32), GOOD, "inputs: expected ids from 0 to .*, got 4294967296"),
+    "lists": (with_entry(GOOD, D).tolist(), GOOD.tolist(), "inputs: expected ids from 0 to"),
+    "floats": (GOOD + 0.5, GOOD, "inputs: expected an integer dtype, got float64"),
+    "bools": (GOOD, GOOD == 0, "targets: expected an integer dtype, got bool"),
+    "strings": (GOOD.astype(str), GOOD, "inputs: expected a numeric"),
+    "ragged": ([[0, 1], [1]], GOOD, "inputs: expected an array, got a list"),
+    "none": (None, GOOD, "inputs: expected an array, got None"),
+    "masked": (np.ma.masked_array(GOOD), GOOD, "inputs: expected an array, got a masked"),
+    "one-hot": (GOOD, np.eye(K)[GOOD], "targets: expected an integer dtype"),
+}
+BAD_SHAPES = {
+    "targets": (GOOD, GOOD[1:], rf"targets: expected shape \[{T}, {B}\], got \[{T - 1}, {B}\]"),
+    "batch": (GOOD[:, :2], GOOD[:, :2], rf"inputs: expected shape \[any, {B}\], got \[{T}, 2\]"),
+    "swapped": (GOOD.T, GOOD.T, "inputs: expected shape .*; time comes first"),
+    "axes": (GOOD[:, 0], GOOD[:, 0], "inputs: expected shape"),
+    "no step": (GOOD[:0], GOOD[:0], "inputs: expected at least one step"),
+}
+
+
+@pytest.mark.parametrize("make", [train.make_update, train.make_checked_update])
+@pytest.mark.parametrize("case", [*BAD_IDS, *BAD_SHAPES])
+def test_ids_that_can_be_seen_are_looked_at(params, case, make):
+    inputs, targets, message = {**BAD_IDS, **BAD_SHAPES}[case]
+    optimizer = optax.sgd(0.1)
+    state, update = train.init_state(params, optimizer, B), make(optimizer)
+    with pytest.raises((TypeError, ValueError), match=f"^{message}") as error:
+        update(state, inputs, targets)
+    assert "\n" not in str(error.value)
+    if case in BAD_SHAPES:
+        with pytest.raises(ValueError, match=f"^{message}"):
+            update(state, jnp.asarray(inputs), jnp.asarray(targets))
+    assert not state.step.is_deleted()
+
+
+@pytest.mark.parametrize("case", BAD_IDS)
+@pytest.mark.parametrize("seq_length", [2, 100])
+def test_evaluation_looks_at_ids(params, case, seq_length):
+    inputs, targets, message = BAD_IDS[case]
+    with pytest.raises((TypeError, ValueError), match=f"^{message.split(':')[0]}: expected"):
+        train.evaluate(params, inputs, targets, seq_length=seq_length)
+
+
+def test_ids_that_cannot_be_seen_are_not(params):
+    optimizer = optax.sgd(0.1)
+    state, update = train.init_state(params, optimizer, B), train.make_update(optimizer)
+    state, _ = update(state, GOOD.tolist(), GOOD[:, ::-1])
+    assert np.isnan(update(state, jnp.asarray(with_entry(GOOD, D)), GOOD)[1])
+
+    # A custom loss takes anything.
+    def loss(params, h, inputs, targets, key):
+        return jnp.sum(params["w"]) * jnp.sum(inputs["x"]) + jnp.sum(targets), h
+
+    state = train.init_state({"w": jnp.ones(2)}, optimizer, h=jnp.zeros(3))
+    _, value = train.make_update(optimizer, loss)(state, {"x": np.full(3, -0.5)}, np.full(4, -7))
+    np.testing.assert_allclose(value, (-3 - 28) / 4)
+
+
+@pytest.mark.parametrize("style", ["raw", "typed", "custom"])
+@pytest.mark.parametrize("implementation", ["threefry2x32", "rbg"])
+def test_keys_of_every_kind_are_taken(params, style, implementation):
+    optimizer = optax.sgd(0.1)
+    with jax.default_prng_impl(implementation), jax.enable_custom_prng(style == "custom"):
+        key = jax.random.key(0) if style == "typed" else jax.random.PRNGKey(0)
+        two = jaxrnn.init_params(jax.random.key(1), D, H, K, layers=2, dtype=jnp.float64)
+        state = train.init_state(two, optimizer, B, key)
+        state, loss = train.make_update(optimizer, noisy)(state, *window())
+        assert np.isfinite(loss) and np.all(state.key == key)
+
+
+@pytest.mark.parametrize("make", [train.make_update, train.make_checked_update])
+def test_a_raw_key_of_another_kind_is_not_needed_or_one_line(params, make):
+    optimizer = optax.sgd(0.1)
+    with jax.default_prng_impl("rbg"):
+        state = train.init_state(params, optimizer, B, jax.random.PRNGKey(0))
+    copy = jax.tree.map(jnp.array, state)
+    state, _ = make(optimizer)(state, *window())
+    assert state.key.shape == (4,)
+    with pytest.raises(
+        ValueError, match=r"^state.key: expected one .*, got traced uint32 .* \[4\]"
+    ):
+        make(optimizer, noisy)(copy, *window())
+
+
+@pytest.mark.parametrize(("key", "kind", "got"), [
+    (np.zeros(3, np.uint32), ValueError, r"uint32 array of shape \[3\]"), (7, TypeError, "int"),
+    (np.zeros(4, np.uint32), ValueError, r"uint32 array of shape \[4\]"),
+    (jax.random.split(jax.random.key(0), 2), ValueError, r"key<fry> array of shape \[2\]"),
+    (np.zeros(2), TypeError, r"float64 array of shape \[2\]"), ([0, 1], TypeError, "list"),
+])  # fmt: skip
+def test_what_is_no_key_is_one_line(params, key, kind, got):
+    with pytest.raises(kind, match=f"^key: expected (one|a) JAX random key.*, got {got}$"):
+        train.init_state(params, optax.sgd(0.1), B, key)
 
 
 def of_dtypes(cell, **dtypes):

@@ -131,7 +131,10 @@ def random_key(name: str, value: Any) -> None:
     typed = isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
     if not (raw or typed):
         bad_type(name, "a JAX random key", came(value))
-    if value.ndim != raw:
+    shape: Any = None
+    with suppress(TypeError, ValueError):  # a raw one is of the default kind, and shaped as that
+        shape = jax.random.wrap_key_data(jnp.asarray(value)).shape if raw else value.shape
+    if shape != ():
         bad_value(name, "one JAX random key", came(value))
 
 
