@@ -97,9 +97,9 @@ def init_state(
     if key is not None:
         checks.random_key("key", key)
     params = jax.tree.map(jnp.asarray, params)
-    kept = _ask(_check_optimizer(optimizer).init, params)
-    state = TrainState(params, kept, h, jnp.zeros((), jnp.int32), key)
-    return jax.tree.map(jnp.array, state)
+    copy, optimizer = partial(jax.tree.map, jnp.array), _check_optimizer(optimizer)
+    kept = _ask(lambda: copy(optimizer.init(params)))
+    return TrainState(copy(params), kept, copy(h), jnp.zeros((), jnp.int32), copy(key))
 
 
 def _check_optimizer(optimizer):

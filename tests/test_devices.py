@@ -221,7 +221,7 @@ def test_a_plain_loop_of_many_updates_comes_to_an_end(how):
     """Of a mesh, and of arrays that were merely placed on several devices."""
     environment = {**os.environ, "XLA_FLAGS": ""}
     command = [sys.executable, "-c", LOOP, how]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert (found.returncode, found.stdout) == (0, "2000\n"), found.stderr
 
 

@@ -427,6 +427,12 @@ def test_what_is_no_optimizer_is_one_line(optimizer, got, use):
         use(optimizer)
 
 
+def test_an_optimizer_state_of_no_arrays_is_one_line(params):
+    optimizer = optax.GradientTransformation(lambda params: "text", lambda g, s, p=None: (g, s))
+    with pytest.raises(TypeError, match=r"^optimizer: expected one for these parameters, got"):
+        train.init_state(params, optimizer, B)
+
+
 def with_entry(ids, value):
     ids = ids.copy()
     ids[2, 1] = value
