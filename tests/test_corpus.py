@@ -189,6 +189,23 @@ def test_a_pipe(tmp_path):
     assert Vocabulary(text.characters).decode(ids).encode() == content
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 2**20])
+def test_a_byte_order_mark_is_no_character(chunk, tmp_path, monkeypatch):
+    """At the beginning of each file or stream; anywhere else, and of bytes, it is one."""
+    monkeypatch.setattr(corpora, "CHUNK", chunk)
+    mark = "\ufeff".encode()
+    first, second = written(tmp_path, mark + b"ab", "1"), written(tmp_path, mark + b"bc", "2")
+    set_input(monkeypatch, mark + mark + b"d")
+    text, ids = encoded([first, second, "-"], tmp_path)
+    assert Vocabulary(text.characters).decode(ids) == "abbc\ufeffd"
+    text, ids = encoded([first], tmp_path, "byte")
+    assert ids.tobytes() == mark + b"ab"
+    alone = written(tmp_path, mark, "alone")
+    with pytest.raises(InputError, match="alone: expected text, got a byte-order mark alone"):
+        encoded([alone], tmp_path)
+    assert encoded([alone, first], tmp_path)[0].length == 2
+
+
 BAD_SOURCES = {
     "missing": (["{0}/none"], "{0}/none: cannot be read: No such file or directory"),
     "missing later": (["{0}/good", "{0}/none"], "{0}/none: cannot be read: No such file"),
