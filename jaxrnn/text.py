@@ -248,12 +248,8 @@ def _check_generation(params, key, prompt, length, temperature):
     if prompt.shape[0] == 0:
         checks.bad_value("prompt", "at least one id", "none")
     checks.random_key("key", key)
-    if key.ndim:  # Of the default PRNG now, where a compiled function may hold the one before.
-        try:
-            key = jax.random.wrap_key_data(jnp.asarray(key))
-        except TypeError:
-            shape = list(jax.random.key_data(jax.random.key(0)).shape)
-            checks.bad_value("key", f"shape {shape}, as the default PRNG's", checks.came(key))
+    # Of the default PRNG now, where a compiled function may hold the one before.
+    key = jax.random.wrap_key_data(jnp.asarray(key)) if key.ndim else key
     checks.whole("length", length)
     temperature = checks.number("temperature", temperature)
     if not (temperature == 0 or LEAST_TEMPERATURE <= temperature < math.inf):

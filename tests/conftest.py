@@ -25,3 +25,20 @@ def _drop_compiled_programs():
     """Give compiled programs back: each holds memory maps, of which a process has 65,530."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def compile_once(tmp_path_factory):
+    """The processes share compiled programs, with those of a parallel pytest worker too."""
+    cache = tmp_path_factory.getbasetemp().parent / "jax-cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        yield
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "fox.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog.\n" * 60)
+    return path

@@ -11,7 +11,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from commands import SMALL, TEXT, hearing, here, jaxrnn, start, start_python, wait_for
+from commands import SMALL, hearing, here, jaxrnn, start, start_python, wait_for
 
 from jaxrnn._app import directory
 from jaxrnn._app.checkpoints import Checkpoints
@@ -20,27 +20,13 @@ from jaxrnn._app.run import load
 
 UNEVEN = {"JAX_DEFAULT_PRNG_IMPL": "rbg", "JAX_ENABLE_CUSTOM_PRNG": "1", "JAX_ENABLE_X64": "1"}
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_once(tmp_path_factory):
-    cache = tmp_path_factory.getbasetemp().parent / "jax-cache"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        yield
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 @pytest.fixture(autouse=True)
 def _as_users_have_it():
     with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
         yield
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "fox.txt"
-    path.write_text(TEXT)
-    return path
 
 
 @pytest.fixture(scope="module")

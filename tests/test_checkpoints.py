@@ -25,14 +25,7 @@ SMALL = ["--steps", "30", "--hidden-size", "16", "--seq-length", "8", "--batch-s
 CONFIG = Config(hidden_size=16, batch_size=4)
 SIZE = 29
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_once(tmp_path_factory):
-    cache = tmp_path_factory.getbasetemp().parent / "jax-cache"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        yield
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 @pytest.fixture
@@ -53,13 +46,6 @@ runpy.run_module("jaxrnn", run_name="__main__")
         [*AS_A_USER, sys.executable, "-c", program, "train", *map(str, args)],
         capture_output=True, text=True, timeout=120, env={**os.environ, "XLA_FLAGS": ""},
     )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "fox.txt"
-    path.write_text("the quick brown fox jumps over the lazy dog.\n" * 60)
-    return path
 
 
 @pytest.fixture(scope="module")

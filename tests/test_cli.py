@@ -33,22 +33,7 @@ from jaxrnn._app.directory import read_metrics
 # Not UTF-8 wherever one begins to read.
 BYTES = bytes([0xFF, 0x00, 0xC3, 0x28, 0x0A]) * 600
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_once(tmp_path_factory):
-    """The processes share compiled programs, with those of a parallel pytest worker too."""
-    cache = tmp_path_factory.getbasetemp().parent / "jax-cache"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        yield
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "fox.txt"
-    path.write_text(TEXT)
-    return path
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 @pytest.fixture(scope="module")

@@ -34,6 +34,8 @@ SMALL = ["--hidden-size", "16", "--seq-length", "8", "--batch-size", "4", "--eva
          "--sample-length", "0"]  # fmt: skip
 K, H, B, T, STEPS = 5, 8, 8, 6, 20
 
+pytestmark = pytest.mark.usefixtures("compile_once")
+
 
 def twenty_steps(layers, model):
     """The state after 20 updates in float64, on all devices that there are."""
@@ -68,22 +70,6 @@ def drive(what, coordinator, count, index, out="", cases="[]"):
 
 if __name__ == "__main__":
     drive(*sys.argv[1:])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_once(tmp_path_factory):
-    cache = tmp_path_factory.getbasetemp().parent / "jax-cache"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        yield
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "fox.txt"
-    path.write_text(TEXT)
-    return path
 
 
 def free_address():
@@ -191,7 +177,7 @@ def test_the_command_trains_alike_with_one_process_and_two(model, text_file, tmp
             (config, _), (text, _) = read_begun(out), read_text(out)
             states.append(saved(out, initial_state(config, len(text.characters))))
     said = "the batch over 2" if model == 1 else "hidden units over 2"
-    assert f"2 cpu devices in 2 processes, {said}, about" in all_of_them[0].output
+    assert f"2 cpu devices in 2 processes, {said}\n" in all_of_them[0].output
     assert f"step {STEPS}/{STEPS}  loss" in all_of_them[0].output
     assert "loss" not in all_of_them[1].output  # the first speaks for all
     # Sums of 32 terms with eps 1.2e-7, through 20 steps.

@@ -9,8 +9,10 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from errno import EACCES, EDQUOT, EFBIG, EIO, ENOSPC, EPERM, EROFS
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxrnn._api.checks import InputError
-from jaxrnn._app.directory import CHECKPOINTS, best_checkpoint, checkpoint_steps, writing
+from jaxrnn._app import directory
+from jaxrnn._app.devices import LostError, are_several, is_first
 
 KEPT = 3
+# How a system refuses to write, in the words of whatever error.
+REFUSED = [os.strerror(n) for n in (EACCES, EDQUOT, EFBIG, EIO, ENOSPC, EPERM, EROFS)]
 
 
 class FailedError(Exception):
@@ -37,13 +42,13 @@ class Checkpoints:
     def __init__(self, out: Path):
         import orbax.checkpoint as ocp
 
-        self.folder, self._out, self._args = out / CHECKPOINTS, out, ocp.args
+        self.folder, self._out, self._args = out / directory.CHECKPOINTS, out, ocp.args
         self._orbax = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
 
     def prepare(self) -> None:
         """Remove what a save that was cut short has left; an InputError where none can be made."""
         for folder in (self._out, self.folder):
-            with writing(folder):
+            with directory.writing(folder):
                 folder.mkdir(exist_ok=True)
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise InputError(f"{folder}: expected a directory that can be written")
@@ -58,15 +63,16 @@ class Checkpoints:
         try:
             with _quiet():
                 self._orbax.save(path.absolute(), args=items)
-            if jax.process_index() == 0:
-                steps, best = checkpoint_steps(self._out), best_checkpoint(self._out)
-                for old in {*steps[:-KEPT]} - {best and best[0]}:
+            if is_first():
+                best = directory.best_checkpoint(self._out)
+                for old in {*directory.checkpoint_steps(self._out)[:-KEPT]} - {best and best[0]}:
                     # Under another name first: a half-deleted checkpoint is none.
                     gone = (self.folder / str(old)).rename(self.folder / f"{old}.deleted")
                     shutil.rmtree(gone, ignore_errors=True)
-        except jax.errors.JaxRuntimeError:  # of another process, that is gone
-            raise
         except Exception as error:  # of many kinds, by what went wrong
+            of_the_disk = isinstance(error, OSError) or any(why in str(error) for why in REFUSED)
+            if are_several() and not of_the_disk:
+                raise LostError(error) from error
             raise FailedError(f"{path}: cannot be written: {_line(error)}") from error
 
     def about(self, step: int) -> dict[str, Any]:
@@ -95,7 +101,7 @@ class Checkpoints:
         path = self.folder / str(step)
         if not path.exists():
             return GoneError(f"{path}: the checkpoint is gone")
-        older = [n for n in checkpoint_steps(self._out) if n < step]
+        older = [n for n in directory.checkpoint_steps(self._out) if n < step]
         way = f"; without it {self.folder / str(older[-1])} is the newest" if older else ""
         return InputError(f"{path}: the checkpoint cannot be read: {_line(error)}{way}")
 
@@ -118,11 +124,8 @@ def fingerprint(tree: Any) -> jax.Array:
 
 
 def _line(error):
-    """The first line of what an error says, without the pages that may follow."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    first = str(error).strip().splitlines()[:1] or [type(error).__name__]
-    return re.split(r" \[|\. See full", first[0])[0]
+    said = getattr(error, "strerror", None) or directory.first_line(error)
+    return re.split(r" \[|\. See full", said)[0]
 
 
 @contextmanager
@@ -133,11 +136,12 @@ def _quiet() -> Iterator[None]:
     """
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     before, hook = [logger.level for logger in loggers], sys.unraisablehook
-
+    (ignoring := warnings.catch_warnings(action="ignore")).__enter__()
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda unraisable: None
     yield
     sys.unraisablehook = hook
+    ignoring.__exit__(None, None, None)
     for logger, level in zip(loggers, before, strict=True):
         logger.setLevel(level)

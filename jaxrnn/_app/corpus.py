@@ -28,10 +28,8 @@ from jaxrnn.text import Vocabulary, streams
 UNITS = {"char": "character", "byte": "byte"}
 BYTES = tuple(map(chr, range(256)))
 STANDARD_INPUT = "-"
-# A text of more sources than this is called by the first of them.
-MOST_NAMES = 4
-# Bytes that are read at a time, and ids that are looked at at a time.
-CHUNK = 2**20
+MOST_NAMES = 4  # a text of more sources is called by the first of them
+CHUNK = 2**20  # bytes that are read at a time, and ids that are looked at
 # Streams of the held-out text are at least this long: each starts without context.
 HELD_OUT_STREAM = 4096
 # Added to each count (Lidstone), so that what was never seen has a probability.

@@ -85,7 +85,6 @@ class Placement:
         )
 
     def __str__(self) -> str:
-        """In words."""
         count, processes = self.devices, jax.process_count()
         said = f"{count} {jax.devices()[0].platform} device{'s' * (count > 1)}"
         said += f" in {processes} processes" if processes > 1 else ""

@@ -24,9 +24,9 @@ CHECKPOINTS, MARK = "checkpoints", ".together"
 PATIENCE = 1.0
 
 
-def first_line(error: BaseException) -> str:
+def first_line(error: object) -> str:
     """What an error says, without the pages that may follow."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:500]
 
 
 @contextmanager

@@ -74,8 +74,7 @@ def read_begun(out: Path) -> tuple[Config, list[str]]:
         config = Config(**values["options"])
         for field in fields(Config):
             value, kind = getattr(config, field.name), type(field.default)
-            whole_number = kind is float and type(value) is int
-            if type(value) is not kind and not whole_number:
+            if type(value) not in (kind, int if kind is float else kind):
                 checks.bad_type(field.name, kind.__name__, type(value).__name__)
             if kind is int:
                 checks.whole(field.name, value, LEAST.get(field.name, 1))

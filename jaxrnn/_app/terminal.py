@@ -16,8 +16,7 @@ from jaxrnn._app.directory import whole_file, writing
 
 # The curves of a run: what they are called in the metrics, in pictures, and their mark in text.
 CURVES = {"bits": ("training", "."), "held_out_bits": ("held-out", "o")}
-# Characters left of curves in text.
-MARGIN = 10
+MARGIN = 10  # characters left of curves in text
 
 
 class Console(RichConsole):
