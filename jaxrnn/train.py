@@ -142,13 +142,14 @@ def start_over(state: TrainState) -> TrainState:
       state: a `TrainState`.
 
     Returns:
-      It with h = 0; an update that consumes it consumes the other arrays of `state` too.
+      It with h = 0, but for random keys; an update that consumes it consumes the other arrays of
+      `state` too.
 
     Raises:
       TypeError: another state.
     """
     checks.instance("state", state, TrainState)
-    return replace(state, h=jax.tree.map(jnp.zeros_like, state.h))
+    return replace(state, h=jax.tree.map(lambda x: x if _is_key(x) else jnp.zeros_like(x), state.h))
 
 
 def make_update(
@@ -242,7 +243,7 @@ def _update(optimizer, loss, mesh):
     def update(state, inputs, targets):
         params, h, size = state.params, state.h, targets.size
         if loss is None:
-            _check_window(h, inputs, targets)
+            _check_window(h, inputs, targets, mesh)
         key = None if loss is None else state.key
         if key is not None:
             checks.random_key("state.key", key)
@@ -270,14 +271,17 @@ def _update(optimizer, loss, mesh):
     return update
 
 
-def _check_window(h, inputs, targets):
-    """Require ids `[T, B]` of the batch of h."""
+def _check_window(h, inputs, targets, mesh):
+    """Require ids `[T, B]` of the batch of h, which the devices of the mesh divide."""
     batch = jax.tree.leaves(h)[0].shape[:-1]
     hint = (*batch, None), "time comes first here"
     inputs = checks.integers("inputs", inputs, (None, *batch), hint)
     checks.integers("targets", targets, inputs.shape)
     if inputs.shape[0] == 0:
         checks.bad_value("inputs", "at least one step", "none")
+    if mesh is not None and inputs.shape[1] % mesh.shape[DATA]:
+        expected = f"a batch that the {mesh.shape[DATA]} devices of the mesh divide"
+        checks.bad_value("inputs", expected, inputs.shape[1])
 
 
 def _network(params, h, inputs, targets, key):
@@ -317,6 +321,7 @@ def _split(loss, mesh):
         sums, h = function(params, h, inputs, targets, key)
         return jax.lax.psum(sums, DATA), h
 
+    mesh = Mesh(mesh.devices, mesh.axis_names)  # XLA splits what is not over "data"
     whole, rows, batch = jax.P(), jax.P(DATA), jax.P(None, DATA)
     specs = {"in_specs": (whole, rows, batch, batch, whole), "out_specs": (whole, rows)}
     split = partial(jax.shard_map, mesh=mesh, axis_names={DATA}, **specs)
@@ -373,13 +378,17 @@ def make_checked_update(
         good = [jnp.isfinite(x) for x in _numbers((mean, gradient))]
         good += [jnp.isfinite(x) | (x == old) for x, old in zip(*pairs, strict=True)]
         finite = jnp.all(jnp.stack([finite, *map(jnp.all, good)]))
-        squares = [jax.tree.map(jnp.square, tree) for tree in (gradient, state.params)]
+        squares = [jax.tree.map(_square, tree) for tree in (gradient, state.params)]
         norms = [jnp.sqrt(sum(map(jnp.sum, jax.tree.leaves(tree)))) for tree in squares]
         kept = replace(start_over(state), step=new.step)
         keep = lambda a, b: a if _is_key(a) else jnp.where(finite, a, b)  # noqa: E731
         return jax.tree.map(keep, new, kept), Figures(mean, norms[0], norms[1], finite)
 
     return _called(update, loss)
+
+
+def _square(x):
+    return jnp.square(jnp.abs(x))
 
 
 def _is_key(leaf):

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ SMALL = ["--steps", "30", "--hidden-size", "16", "--seq-length", "8", "--batch-s
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 # root may write anywhere, unless it gives that up.
-AS_A_USER = () if os.geteuid() else ("setpriv", "--bounding-set", "-dac_override")
+AS_A_USER = () if os.geteuid() else ("setpriv", "--bounding-set", "-dac_override,-dac_read_search")
 MAY_WRITE_ANYWHERE = os.geteuid() == 0 and not shutil.which("setpriv")
 
 
@@ -61,6 +62,12 @@ def wait_for(path, *processes, seconds=120):
         assert all(process.poll() is None for process in processes), f"ended without {path}"
         assert time.monotonic() < end, f"no {path}"
         time.sleep(0.01)
+
+
+def free_address():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{sock.getsockname()[1]}"
 
 
 def in_terminal(*args, **env):

@@ -322,7 +322,7 @@ def test_bad_sampling_input_is_one_line(trained, tmp_path, capsys):
         ([broken], "config.json: expected the options of a run: hidden_size: expected int"),
         ([out, "--prompt", "the Fox"], "--prompt: expected the 29 characters .* 'F' at position 4"),
         ([out, "--temperature", "1e-39"], "expected 0, or a number of at least 1.2e-38, got 1e-39"),
-        ([out, "--temperature", "-1"], "expected a number, at least 0, got -1"),
+        ([out, "--temperature", "-1"], "0, or a number of at least 1.2e-38, got -1"),
         ([out, "--length", "1.5"], "expected a whole number, at least 0, got 1.5"),
     ]
     for args, message in cases:

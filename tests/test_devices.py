@@ -174,6 +174,20 @@ def test_a_mesh_without_the_axis_is_one_line():
         train.make_update(optax.sgd(0.1), mesh=mesh)
 
 
+def test_a_mesh_of_any_kind_of_axis_and_batches_that_it_divides():
+    """JAX's default kind too, which its own splitting by hand would refuse."""
+    optimizer, kinds = optax.sgd(0.1), (jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto)
+    ids = np.random.default_rng(0).integers(0, K, (2, T, B))
+    found = []
+    for kind in kinds:
+        update = train.make_update(optimizer, mesh=jax.make_mesh((4,), ("data",), (kind,)))
+        found.append(jax.device_get(update(make_state(optimizer, 1), *ids)))
+    assert_close(found[0], found[1], 0)
+    with pytest.raises(ValueError, match=r"^inputs: expected a batch that the 4 devices of the "):
+        state = train.init_state(make_state(optimizer, 1).params, optimizer, 6)
+        update(state, *ids[:, :, :6])
+
+
 @pytest.mark.parametrize("streams", [8, 2, 1])
 def test_split_evaluation_is_the_same_evaluation(streams, place):
     params = make_state(optax.sgd(0.1)).params

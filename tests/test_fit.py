@@ -372,3 +372,20 @@ def test_windows_go_on_where_they_were():
         assert_same(next(later), next(windows))
     with pytest.raises(ValueError, match=r"^start: expected at least 0, got -1"):
         next(reader(-1))
+
+
+def test_what_is_carried_may_hold_keys_and_complex_numbers():
+    """A key in h is left as it is where the streams start over, and norms are real."""
+    h = {"key": jax.random.key(7), "state": jnp.ones((B, 2))}
+    state = train.init_state({"w": jnp.full(2, 3 + 4j)}, optax.sgd(0.1), h=h)
+    over = train.start_over(state)
+    assert over.h["key"] == h["key"] and not over.h["state"].any()
+
+    def loss(params, h, inputs, targets, key):
+        return jnp.sum(jnp.abs(params["w"]) ** 2) * inputs.size, h
+
+    _, figures = train.make_checked_update(optax.sgd(0.1), loss)(
+        state, *[np.zeros((T, B), int)] * 2
+    )
+    assert figures.finite and figures.parameter_norm == pytest.approx(50**0.5)
+    assert figures.gradient_norm == pytest.approx(2 * 50**0.5)

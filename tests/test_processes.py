@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from commands import hearing, here, wait_for
+from commands import free_address, hearing, here, wait_for
 from helpers import assert_close
 
 import jaxrnn
@@ -70,12 +70,6 @@ def drive(what, coordinator, count, index, out="", cases="[]"):
 
 if __name__ == "__main__":
     drive(*sys.argv[1:])
-
-
-def free_address():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{sock.getsockname()[1]}"
 
 
 class Started:

@@ -42,6 +42,7 @@ class Checkpoints:
     def __init__(self, out: Path):
         import orbax.checkpoint as ocp
 
+        directory.check_name(out)
         self.folder, self._out, self._args = out / directory.CHECKPOINTS, out, ocp.args
         self._orbax = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
 
@@ -50,10 +51,11 @@ class Checkpoints:
         for folder in (self._out, self.folder):
             with directory.writing(folder):
                 folder.mkdir(exist_ok=True)
-            if not os.access(folder, os.W_OK | os.X_OK):
+            if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
                 raise InputError(f"{folder}: expected a directory that can be written")
-        for path in self.folder.glob("*.*"):
-            shutil.rmtree(path, ignore_errors=True)
+        for pattern in ("*.orbax-checkpoint-tmp*", "*.deleted"):
+            for path in self.folder.glob(pattern):
+                shutil.rmtree(path, ignore_errors=True)
 
     def save(self, step: int, state: Any, about: dict[str, Any], held_out_bits: float | None):
         """Save a checkpoint, and then drop those that are neither of the last nor the best."""
@@ -99,7 +101,7 @@ class Checkpoints:
 
     def _damaged(self, step, error):
         path = self.folder / str(step)
-        if not path.exists():
+        if not os.path.lexists(path):
             return GoneError(f"{path}: the checkpoint is gone")
         older = [n for n in directory.checkpoint_steps(self._out) if n < step]
         way = f"; without it {self.folder / str(older[-1])} is the newest" if older else ""
@@ -108,10 +110,9 @@ class Checkpoints:
 
 @jax.jit
 def fingerprint(tree: Any) -> jax.Array:
-    """A number of all bits of all arrays, which no split over devices changes: uint32.
+    """A number of all bits of all arrays, which orbax does not check: Σ (2 i + 1) bits_i, uint32.
 
-    Σ (2 i + 1) bits_i modulo 2³²: integers, so that the order of a sum is of no account, and odd
-    weights, so that no change of one number goes unseen. What orbax reads it does not check.
+    No order of a sum of integers changes it, and with odd weights any change of one number does.
     """
     total = jnp.zeros((), jnp.uint32)
     for n, leaf in enumerate(jax.tree.leaves(tree)):
@@ -130,10 +131,7 @@ def _line(error):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Nothing on standard error but the one line of what is raised.
-
-    Where orbax fails, its threads go on and print pages, some of them later: then this stays.
-    """
+    """Nothing on standard error; where orbax fails this stays, for its threads go on and print."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     before, hook = [logger.level for logger in loggers], sys.unraisablehook
     (ignoring := warnings.catch_warnings(action="ignore")).__enter__()

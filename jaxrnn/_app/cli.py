@@ -8,6 +8,8 @@ from dataclasses import fields
 from importlib import import_module
 from typing import ClassVar, NoReturn
 
+import jax
+
 from jaxrnn import __version__
 from jaxrnn._api.checks import InputError
 from jaxrnn.text import LEAST_TEMPERATURE
@@ -23,13 +25,13 @@ class _Parser(argparse.ArgumentParser):
         self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def _number(kind: type, low: float, expected: str, below: float = math.inf) -> Callable:
+def _number(kind: type, low: float, expected: str, below=math.inf, zero=False) -> Callable:
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (low <= value < below):
+        if not (low <= value < below or (zero and value == 0)):
             raise argparse.ArgumentTypeError(f"expected {expected}, got {text}")
         return value
 
@@ -42,15 +44,10 @@ _SEED = _number(int, 0, "a whole number from 0 to 2³² − 1", below=2**32)
 _POSITIVE = _number(float, math.ulp(0), "a number above 0")
 _NOT_NEGATIVE = _number(float, 0, "a number, at least 0")
 _FRACTION = _number(float, math.ulp(0), "a fraction between 0 and 1", below=1)
+_TEMPERATURE = _number(
+    float, LEAST_TEMPERATURE, f"0, or a number of at least {LEAST_TEMPERATURE}", zero=True
+)
 _SOME = _number(int, 2, "a whole number, at least 2")  # all but the first are predicted
-
-
-def _temperature(text: str) -> float:
-    value = _NOT_NEGATIVE(text)
-    if 0 < value < LEAST_TEMPERATURE:
-        expected = f"0, or a number of at least {LEAST_TEMPERATURE}"
-        raise argparse.ArgumentTypeError(f"expected {expected}, got {text}")
-    return value
 
 
 def _named(text: str) -> str:
@@ -144,7 +141,7 @@ def _add_sample(sample):
     sample.add_argument("--prompt", metavar="TEXT", help="text to go on from (default: a new line)")
     _option(sample, "--length", _NATURAL, 500, "characters to generate")
     about = "below 1 is safer, above 1 wilder, 0 always the likeliest"
-    _option(sample, "--temperature", _temperature, TEMPERATURE, about)
+    _option(sample, "--temperature", _TEMPERATURE, TEMPERATURE, about)
     _option(sample, "--seed", _SEED, 0, "of the random choices")
     sample.add_argument(
         "--best", action="store_true", help="of the checkpoint of least held-out loss, not the last"
@@ -184,25 +181,29 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The options of one command; files may stand before, between and after options."""
     parser = make_parser()
     args, others = parser.parse_known_args(argv)
-    unknown = [word for word in others if args.command != "train" or word[:1] == "-" != word]
+    training = args.command == "train"
+    end = others.index("--") if training and "--" in others else len(others)
+    unknown = [word for word in others[:end] if not training or word[:1] == "-" != word]
     if unknown:
-        hint = "" if unknown[0][:2] in ("--", "-") else f"; a file of that name: ./{unknown[0]}"
+        short = training and unknown[0][:2] != "--"
+        hint = f"; a file of that name: ./{unknown[0]}" if short else ""
         parser.error(f"unrecognized arguments: {' '.join(others)}{hint}")
     if others:
-        args.files += others
+        args.files += others[:end] + others[end + 1 :]
     return args
 
 
 def run(argv: Sequence[str] | None = None) -> int:
     """Run one command: the function of its name, in the module of its name.
 
-    0; 1 where numbers disagree, the loss is no number, a file cannot be written in training or a
-    process is gone; 2 for bad input, with one line on standard error; 130 where Ctrl-C ended
-    training early, 143 where SIGTERM did, 129 where the terminal closed.
+    1 where numbers disagree, the loss is no number, a file cannot be written in training or a
+    process is gone; 2 for bad input, in one line; 130, 143, 129 where a signal ended training.
     """
     args = parse(argv)
     try:
-        return getattr(import_module(f"jaxrnn._app.{args.command}"), args.command)(args)
+        # Whatever JAX's default is, a run is the same, and optax needs its promotion.
+        with jax.threefry_partitionable(True), jax.numpy_dtype_promotion("standard"):
+            return getattr(import_module(f"jaxrnn._app.{args.command}"), args.command)(args)
     except InputError as error:
         print(f"jaxrnn {args.command}: error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT

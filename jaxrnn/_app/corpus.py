@@ -1,7 +1,6 @@
 """A text of any size as ids in a file, which is mapped, split, and never held in memory whole.
 
-Files, directories and standard input are read once, a chunk at a time. An id stands for a character
-of UTF-8, or for a byte of anything.
+It is read once, a chunk at a time. An id stands for a character of UTF-8, or for any byte.
 """
 
 import codecs
@@ -147,8 +146,7 @@ def encode(names: Sequence[str], level: str, path: Path) -> Text:
     """Write the ids of a text to a file, in memory that does not grow with the text.
 
     The names are of files and directories, "-" is standard input, and none CPython's documentation.
-    The file is one `.npy` array `[length]`, written whole or not at all: uint8 up to 256
-    characters, then uint16, then uint32. Ids are those of `Vocabulary` of the whole text.
+    The file is one `.npy` array `[length]`, of the narrowest dtype. Ids are those of `Vocabulary`.
     """
     checks.one_of("level", level, tuple(UNITS))
     name, sources = _find(names)
@@ -310,9 +308,8 @@ def open_corpus(
 ) -> Corpus:  # fmt: skip
     """Split the ids that `encode` wrote into training and held-out ones, for B streams of T ids.
 
-    None is read into memory. `held_out` is the fraction at the end that is not trained on; of it,
-    from its beginning, at most `evaluated` are predicted. `verify` reads all of the file, to see
-    whether it holds what was written. A text too short, or of one distinct character, is refused.
+    `held_out` is the fraction at the end that is not trained on; of it, from its beginning, at most
+    `evaluated` are predicted. `verify` reads all of the file, to see whether it holds what was.
     """
     ids = open_ids(path, text.length, len(text.characters))
     if verify and checksum(ids) != text.checksum:

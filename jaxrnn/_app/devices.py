@@ -1,7 +1,6 @@
-"""The devices of a run, over which batch and weights are split, and its processes.
+"""The devices of a run, over which batch and weights are split, its processes, and their signals.
 
-Several processes, on one machine or many, find each other through `jax.distributed`: all devices of
-all of them are one mesh. What one of them cannot do ends the others, and none waits for ever.
+All devices of all processes are one mesh. What a process cannot do ends the others.
 """
 
 import math
@@ -32,9 +31,8 @@ MODEL = "model"
 # How each array of the parameters, and of what an optimiser keeps for it, is split.
 SPLIT = {"U": P(MODEL, None), "W": P(MODEL, None), "b": P(MODEL), "leak": P(MODEL),
          "V": P(None, MODEL)}  # fmt: skip
-# Seconds: after which a process that is not heard of is lost; for which each waits for the others
-# to start, and for the first one to write the ids of a text; by which the first one ends after the
-# others, which JAX aborts when it is gone.
+# Seconds: after which a process that is not heard of is lost; to wait for all to start, and for the
+# first one to read the text; by which it ends after the others, which JAX aborts when it is gone.
 HEARTBEAT, PATIENCE, PREPARATION, LAST = 30, 300, 24 * 3600, 5
 
 _HANG_UP = getattr(signal, "SIGHUP", None)  # not everywhere
@@ -137,7 +135,7 @@ def check_processes(args: Any) -> bool:
     if several and args.processes != "auto" and None in (
         args.coordinator, args.processes, args.process
     ):  # fmt: skip
-        bad_input("--coordinator", "--processes N and --process I with it, or auto", "not both")
+        bad_input("--coordinator", "--processes N and --process I with it, or auto", "less")
     if several and not (args.out or args.resume):
         bad_input("--out", "a directory that all processes see", "none")
     if not several and args.process is not None:
@@ -178,6 +176,7 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
         raise InputError(f"--coordinator: {said}") from error
     finally:
         alarm.cancel()
+    start()
     devices = Counter(device.process_index for device in jax.devices())
     if len(set(devices.values())) > 1:
         got = ", ".join(str(devices[process]) for process in sorted(devices))
@@ -229,7 +228,10 @@ def largest(number: int) -> int:
     """The largest of the numbers that all processes have; each must ask at the same place."""
     if not are_several():
         return number
-    return int(np.max(multihost_utils.process_allgather(np.int32(number))))
+    try:
+        return int(np.max(multihost_utils.process_allgather(np.int32(number))))
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        raise LostError(error) from error
 
 
 def agree(error: Exception | None, alike: Mapping[str, object]) -> None:
@@ -238,18 +240,15 @@ def agree(error: Exception | None, alike: Mapping[str, object]) -> None:
     A RefusedError in all of them if one has an error, or if they have something not alike: by what
     is said then. A LostError if one did not come.
     """
-    try:
-        failed = largest(error is not None)
-        if error is not None:
-            raise RefusedError(error) from error
-        if failed:
-            raise RefusedError("--process: another process cannot begin this run, and says why")
-        for said, value in alike.items():
-            mark = zlib.crc32(repr(value).encode()) >> 1
-            if largest(mark) != -largest(-mark):
-                raise RefusedError(f"{said}, got {value} here")
-    except jax.errors.JaxRuntimeError as gone:
-        raise LostError(gone) from gone
+    failed = largest(error is not None)
+    if error is not None:
+        raise RefusedError(error) from error
+    if failed:
+        raise RefusedError("--process: another process cannot begin this run, and says why")
+    for said, value in alike.items():
+        mark = zlib.crc32(repr(value).encode()) >> 1
+        if largest(mark) != -largest(-mark):
+            raise RefusedError(f"{said}, got {value} here")
 
 
 def leave(code: int) -> NoReturn:
@@ -283,10 +282,7 @@ def raising(number: int, frame: Any) -> NoReturn:
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], int]]:
-    """Which signal has asked to stop, 0 if none; a second one raises where the program is.
-
-    What a run writes it writes whole or not at all, so that raising anywhere does no damage.
-    """
+    """Which signal has asked to stop, 0 if none; a second one raises where the program is."""
     asked = 0
 
     def first(number, frame):

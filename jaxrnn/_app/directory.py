@@ -1,18 +1,19 @@
 """The files of a run: each is written whole or not at all, and one process at a time trains it.
 
 `config.json` is there first, and locked as long as the run is trained: where it is there is a run.
-`text.json` and `ids.npy` are its text, `metrics.jsonl` grows by a line at each report, and
-`checkpoints/<step>` is a checkpoint, which orbax names when it is whole.
+`metrics.jsonl` grows by a line at each report; orbax names `checkpoints/<step>` when it is whole.
 """
 
 import json
 import math
 import os
+import re
 import secrets
 import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import product
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -85,13 +86,19 @@ def _lock(file: BinaryIO, seconds: float = PATIENCE, shared: bool = False) -> bo
             return None
 
 
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    with suppress(OSError):
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    return False
+
+
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """Hold the lock on a run, which ends with the process; an InputError if another has it."""
     path = out / CONFIG
     # On NFS only what can be written can be locked.
     with path.open("r+b" if os.access(path, os.W_OK) else "rb") as file:
-        if _lock(file) is False:
+        if _lock(file) is False or not _is_at(file, path):
             raise InputError(f"{out}: expected a run that nobody is training, another process is")
         yield
 
@@ -112,23 +119,20 @@ def claimed(out: Path, config: dict[str, Any], held: ExitStack) -> Iterator[None
 
     `held` gets the lock on it, which outlives the block. A TakenError if it holds something.
     """
-    made: list[Path] = []
-    begun = False
+    made, begun = [], False
     try:
         try:
             made += [folder for folder in (out, *out.parents) if not folder.exists()]
-            str(out.absolute()).encode()  # orbax takes no other name
+            check_name(out, "--out")
             out.mkdir(parents=True, exist_ok=True)
             # What a start that was killed leaves behind is nobody's work.
             if not {path.name for path in out.iterdir()} <= {partial(out / CONFIG).name}:
                 raise _taken(out)
         except OSError as error:
             raise InputError(f"--out: cannot write to {out}: {error.strerror}") from error
-        except UnicodeEncodeError as error:
-            raise InputError(f"--out: expected a name that is UTF-8, got {out}") from error
-        while not _begin(out, config, held):
+        while not begun:
             out.mkdir(parents=True, exist_ok=True)
-        begun = True
+            begun = _begin(out, config, held)
         yield
     except BaseException:
         for name in (IDS, TEXT, CONFIG) if begun else ():
@@ -146,11 +150,13 @@ def _begin(out: Path, config: dict[str, Any], held: ExitStack) -> bool:
     """
     path, new = out / CONFIG, partial(out / CONFIG)
     with writing(path), ExitStack() as undo, suppress(FileNotFoundError):
+        if new.is_symlink():
+            raise _taken(out)
         made = not new.exists()
         with suppress(FileExistsError):
             file = undo.enter_context(new.open("xb" if made else "r+b"))
             ours = _lock(file)
-            if not os.path.samestat(os.fstat(file.fileno()), new.stat()):
+            if not _is_at(file, new):
                 return False  # it has got its name, or is gone
             if not (ours or (made and ours is None)):
                 raise _taken(out, f", where another process begins a run; if none does, rm {new}")
@@ -175,6 +181,12 @@ def _taken(out, why=""):
     return TakenError(f"--out: expected an empty or new directory, got {out}{why}")
 
 
+def check_name(out: Path, argument: str = "RUN") -> None:
+    """Refuse a name that orbax does not take."""
+    if any("\ud800" <= character <= "\udfff" for character in str(out.absolute())):
+        bad_input(argument, "a name that is UTF-8", out)
+
+
 def is_run(folder: Path) -> bool:
     """Whether a directory is that of a run, one that has just been claimed included."""
     try:
@@ -188,9 +200,9 @@ def _as_text(value) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()  # in ASCII: a name may be no UTF-8
 
 
-def write(path: Path, content: Any) -> None:
+def write(path: Path, content: Any, mark: str = "") -> None:
     """Write a file whole or not at all: bytes, or else as JSON."""
-    with whole_file(path) as file, writing(path):
+    with whole_file(path, mark) as file, writing(path):
         file.write(content if isinstance(content, bytes) else _as_text(content))
 
 
@@ -262,23 +274,23 @@ def read_mark(out: Path) -> str | None:
 
 def checkpoint_steps(out: Path) -> list[int]:
     """The steps of the finished checkpoints, in order."""
-    names = [path.name for path in (out / CHECKPOINTS).glob("*")]
-    return sorted(int(name) for name in names if name.isdecimal())
-
-
-def last_checkpoint(out: Path) -> str:
-    """In words."""
-    steps = checkpoint_steps(out)
-    newest = out / CHECKPOINTS / str(steps[-1]) if steps else None
-    return f"the last checkpoint is {newest}" if newest else "there is no checkpoint yet"
+    try:
+        names = os.listdir(out / CHECKPOINTS)
+    except (FileNotFoundError, NotADirectoryError):
+        names = []
+    except OSError as error:
+        raise InputError(f"{out / CHECKPOINTS}: cannot be read: {error.strerror}") from error
+    return sorted(int(name) for name in names if re.fullmatch("[1-9][0-9]*", name))
 
 
 def best_checkpoint(out: Path) -> tuple[int, float] | None:
     """Step and bits of the least held-out loss; None where none was measured."""
-    found = []
-    for step in checkpoint_steps(out):
+    found, steps = [], checkpoint_steps(out)
+    for step, name in product(steps, ("about/metadata", "metrics/metrics")):  # of older runs
         with suppress(OSError, ValueError, TypeError, KeyError):
-            about = json.loads((out / CHECKPOINTS / str(step) / "about" / "metadata").read_bytes())
+            about = json.loads((out / CHECKPOINTS / str(step) / name).read_bytes())
             found.append((float(about["held_out_bits"]), step))
+    if steps != checkpoint_steps(out):  # one may have been dropped before it was read
+        return best_checkpoint(out)
     bits, step = min(found, default=(math.inf, 0))
     return (step, bits) if math.isfinite(bits) else None

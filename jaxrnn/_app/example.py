@@ -11,6 +11,7 @@ from rich.text import Text
 
 from jaxrnn import worked_example
 from jaxrnn._api.checks import InputError
+from jaxrnn._app.directory import first_line
 from jaxrnn._app.terminal import Console, new_figure, save_png
 from jaxrnn._types import Params
 from jaxrnn.worked_example import PRINTED, Comparison, agreeing, four_digits
@@ -34,7 +35,12 @@ def report(
       Whether every number agrees that can: all but the total loss of epoch 1000.
     """
     if plot is not None:
-        import_module("matplotlib")  # missed now, not after all has been computed
+        try:
+            import_module("matplotlib.figure")  # missed now, not after all has been computed
+        except ModuleNotFoundError:
+            raise
+        except Exception as error:  # whatever a library for pictures fails with
+            raise InputError(f"--plot: cannot be drawn: {first_line(error)}") from error
         if Path(plot).is_dir() or not Path(plot).parent.is_dir():
             raise InputError(f"--plot: expected a file in a folder that exists, got {plot}")
     losses = worked_example.ensemble(members, EPOCHS)

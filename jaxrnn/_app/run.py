@@ -24,8 +24,7 @@ from jaxrnn.text import Vocabulary, streams
 REPORT_EVERY = 25
 # Characters of held-out text that are read at once, so that memory does not grow with it.
 EVALUATED_AT_ONCE = 2**13
-# These change no number of a run, so that one that goes on may have others.
-FREE = ("checkpoint_every", "skip_nonfinite")
+FREE = ("checkpoint_every", "skip_nonfinite")  # these change no number of a run
 # What an option may be that is one of a few names.
 CHOICES = {
     "level": tuple(UNITS),
@@ -33,10 +32,8 @@ CHOICES = {
     "activation": ("tanh", "relu", "sigmoid", "identity"),
     "recurrent": ("orthogonal", "identity", "normal", "uniform"),
 }
-# Whole numbers are at least 1, but for these.
-LEAST = {"seed": 0, "eval_length": 2}
-# Written out, so that a run is the same whatever JAX's default is.
-PRNG = "threefry2x32"
+LEAST = {"seed": 0, "eval_length": 2}  # other whole numbers are at least 1
+PRNG = "threefry2x32"  # whatever JAX's default is
 
 
 @dataclass(frozen=True)
@@ -189,8 +186,7 @@ def load(out: Path, best: bool = False) -> tuple[train.TrainState, Text, Config]
 class Run:
     """A run that is about to begin or to go on, in its directory.
 
-    It knows the `step` where it stands, the `bits` per held-out character when they were last
-    measured, NaN if they never were, and its `seconds` of training, all its parts together.
+    It knows its `step`, the last `bits` per held-out character, or NaN, and its `seconds`.
     """
 
     def __init__(self, out: Path, config: Config, corpus: Corpus, placement: Placement):
@@ -207,11 +203,7 @@ class Run:
         self._least = min((each for each in bits if each is not None), default=math.inf)
 
     def go(self, report: Callable[[dict[str, Any]], None]) -> int:
-        """Train to the end, or until a signal, leaving checkpoints and metrics.
-
-        `report` is called with each row of metrics. Returns the signal that ended it, or 0; a
-        FailedError for a number that is not finite, or a file that cannot be written; a LostError.
-        """
+        """Train to the end, or until the signal returned, leaving checkpoints and metrics."""
         try:
             return self._go(report)
         except train.DivergedError as error:

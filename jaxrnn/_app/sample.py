@@ -43,9 +43,9 @@ def stream(
     params: Any, vocabulary: Vocabulary, level: str, ids: np.ndarray, length: int,
     temperature: float, seed: int, *, before: Iterable[int] = (), raw: bool = False,
 ) -> None:  # fmt: skip
-    """Print what a network draws after it has read these ids, as it comes, and a new line.
+    """Print what is before, what a network draws after it has read these ids, and a new line.
 
-    The ids before are printed first. `raw` prints ids as the bytes that they are, and no new line.
+    As it comes; `raw` prints ids as the bytes that they are, and nothing else.
     """
     key = jax.random.key(seed, impl=PRNG)
     drawn = stream_ids(params, key, jnp.asarray(ids, jnp.int32), length, temperature)

@@ -12,8 +12,7 @@ from jaxrnn._app.corpus import UNITS, Text
 from jaxrnn._app.run import Config
 from jaxrnn._app.terminal import Console, plot_run, text_plot
 
-# Of an alphabet so many characters are shown, in lines of so many.
-SHOWN, CUT = 120, 60
+SHOWN, CUT = 120, 60  # of an alphabet so many characters, in lines of so many
 
 
 def show(args: Any) -> int:
@@ -38,10 +37,11 @@ def show(args: Any) -> int:
 
 
 def _standing(out: Path, config: Config, rows: list[dict[str, Any]]) -> str:
+    training = directory.is_locked(out)  # before one looks where it has come to
     newest = max(directory.checkpoint_steps(out), default=None)
     if newest == config.steps:
         return f"finished, {newest} updates"
-    if directory.is_locked(out):
+    if training:
         return f"being trained, at step {rows[-1]['step'] if rows else 0} of {config.steps}"
     where = f"at step {newest} of {config.steps}" if newest else "before its first checkpoint"
     go_on = shlex.join(["jaxrnn", "train", "--resume", str(out)])
@@ -107,10 +107,8 @@ def picture(out: Path, rows: list[dict[str, Any]], references: dict[str, float],
     path = out / "loss.png"
     try:
         plot_run(rows, references, path, unit)
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] == "matplotlib":
-            return "no picture: matplotlib is missing; pip install 'jaxrnn[plot]'"
-        return f"no picture: {error}"
     except Exception as error:  # whatever a library for pictures fails with
+        if isinstance(error, ModuleNotFoundError) and str(error.name).startswith("matplotlib"):
+            return "no picture: matplotlib is missing; pip install 'jaxrnn[plot]'"
         return f"no picture: {directory.first_line(error)}"
     return f"picture: {path}"

@@ -1,5 +1,6 @@
 """What a command shows: lines, a bar, curves as text and as a picture."""
 
+import io
 import math
 import os
 import time
@@ -12,7 +13,7 @@ from typing import Any
 from rich import progress
 from rich.console import Console as RichConsole
 
-from jaxrnn._app.directory import whole_file, writing
+from jaxrnn._app.directory import write
 
 # The curves of a run: what they are called in the metrics, in pictures, and their mark in text.
 CURVES = {"bits": ("training", "."), "held_out_bits": ("held-out", "o")}
@@ -116,8 +117,9 @@ def new_figure(width: float, height: float) -> Any:
 
 def save_png(figure: Any, path: Path) -> None:
     """Write a figure whole or not at all; an InputError where it cannot be written."""
-    with whole_file(path, f".{os.getpid()}") as file, writing(path):
-        figure.savefig(file, format="png", dpi=150)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=150)
+    write(path, content.getvalue(), f".{os.getpid()}")
 
 
 def plot_run(

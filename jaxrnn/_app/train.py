@@ -27,15 +27,11 @@ from jaxrnn._app.show import picture
 from jaxrnn._app.terminal import Console
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
-# Characters of held-out text that the closing sample reads first, and does not repeat.
-SAMPLE_CONTEXT = 100
+SAMPLE_CONTEXT = 100  # characters of held-out text that the closing sample reads first
 
 
 def train(args: Any) -> int:
-    """Run the command; bad input changes nothing.
-
-    But of several processes the first one may have begun the run when another refuses.
-    """
+    """Run the command; bad input changes nothing, but where another of several processes has it."""
     several = devices.check_processes(args)
     import_module("orbax.checkpoint")  # missed now, not when the first checkpoint is saved
     devices.use_cores()
@@ -54,7 +50,10 @@ def train(args: Any) -> int:
     except RefusedError:
         raise
     except (FailedError, LostError) as error:
-        complain(f"{error}; {directory.last_checkpoint(args.out)}; {_go_on(args)}")
+        steps = directory.checkpoint_steps(args.out)
+        newest = steps and args.out / directory.CHECKPOINTS / str(steps[-1])
+        last = f"the last checkpoint is {newest}" if steps else "there is no checkpoint yet"
+        complain(f"{error}; {last}; {_go_on(args)}")
         code = EXIT_FAILED
     except BaseException as error:
         if not devices.are_several():
