@@ -28,12 +28,14 @@ def main() -> int:
         code = run()
         sys.stdout.flush()
         return code
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").split(".")[0]
-        if missing not in EXTRAS:
+    except ImportError as error:
+        name = (error.name or "").split(".")[0]
+        if name not in EXTRAS:
             raise
-        needs = f"pip install 'jaxrnn[{EXTRAS[missing]}]'"
-        print(f"jaxrnn: error: {missing} is missing; {needs}", file=sys.stderr)
+        missing = isinstance(error, ModuleNotFoundError)
+        said = "is missing" if missing else f"cannot be imported: {str(error).splitlines()[0]}"
+        needs = f"pip install 'jaxrnn[{EXTRAS[name]}]'"
+        print(f"jaxrnn: error: {name} {said}; {needs}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

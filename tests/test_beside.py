@@ -126,6 +126,17 @@ def test_a_picture_library_that_fails_ends_nothing(code, said, finished, text_fi
                          run.stdout, re.M), run.stdout  # fmt: skip
 
 
+def test_an_extra_of_another_version_is_one_line(finished, text_file, tmp_path):
+    (tmp_path / "orbax").mkdir()
+    (tmp_path / "orbax" / "__init__.py").write_text("from orbax import checkpoint")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", os.getcwd())])
+    for command in (["train", text_file, "--out", tmp_path / "run"], ["sample", finished]):
+        run = jaxrnn(*command, PYTHONPATH=path)
+        said = r"jaxrnn: error: orbax cannot be imported: cannot import name 'checkpoint' from .*"
+        one_line(run, 2, said + r"; pip install 'jaxrnn\[cli\]'")
+    assert not (tmp_path / "run").exists()
+
+
 # Other commands beside a training.
 
 
