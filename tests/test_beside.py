@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 
 import jax
 import numpy as np
@@ -303,6 +304,21 @@ def test_a_lock_is_on_the_run_that_is_there(stopped, monkeypatch):
     monkeypatch.setattr(directory, "_lock", undone_meanwhile)
     with pytest.raises(ValueError, match="nobody is training"), directory.locked(stopped):
         pass
+
+
+def test_what_another_has_begun_meanwhile_is_left_to_it(tmp_path, monkeypatch):
+    """While one waited for the lock on the unfinished file, another made a new one."""
+    lock, new = directory._lock, tmp_path / ".config.json.partial"
+
+    def begun_meanwhile(file):
+        new.unlink()
+        new.write_text("of another")
+        return lock(file)
+
+    monkeypatch.setattr(directory, "_lock", begun_meanwhile)
+    with ExitStack() as held:
+        assert not directory._begin(tmp_path, {}, held)
+    assert new.read_text() == "of another" and list(tmp_path.iterdir()) == [new]
 
 
 @pytest.mark.parametrize("name", ["040", "٤٠", "40.good", "before v1.2", "0", "-1", "+4"])
