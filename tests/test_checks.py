@@ -736,3 +736,30 @@ def test_constructors_take_anything():
     mapped = jax.tree.map(lambda _: object(), Params(CELL, READOUT))
     assert isinstance(mapped, Params) and type(mapped.cell.W) is object
     assert jax.tree.map(lambda _: None, CELL).activation == "tanh"
+
+
+@jax.tree_util.register_pytree_node_class
+class Variable:
+    """An array in a box, as flax.nnx keeps its parameters."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __jax_array__(self):
+        return self.value
+
+    def tree_flatten(self):
+        return (self.value,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, leaves):
+        return cls(*leaves)
+
+
+def test_parameters_may_be_variables_of_a_module():
+    cell = jaxrnn.init_cell(jax.random.key(0), 3, 4)
+    boxed = jax.tree.map(Variable, cell)
+    xs = jnp.ones((5, 2, 3), cell.U.dtype)
+    expected = jaxrnn.unroll(cell, xs)[1]
+    for _ in range(2):  # the second call finds that these types passed
+        np.testing.assert_array_equal(jaxrnn.unroll(boxed, xs)[1], expected)

@@ -19,7 +19,7 @@ from jaxrnn._backends.select import meaning
 from jaxrnn._base.arithmetic import wide
 from jaxrnn._types import Params
 
-_passed: dict = {}  # whether all leaves are JAX arrays, by what passed; few, as it keeps closures
+_passed: dict = {}  # by what passed: True, or how to put it together; few, as it keeps closures
 _made = jax.jit(jnp.asarray)  # several times as fast as without jit
 
 
@@ -39,9 +39,11 @@ def once(check: Callable, tree: Any, *how) -> Any:
         tree = check(tree, *how)
         if len(_passed) >= 128:
             _passed.clear()
-        _passed[key] = all(isinstance(x, jax.Array) for x in leaves)
-    elif not ready:
-        tree = structure.unflatten([x if isinstance(x, jax.Array) else _made(x) for x in leaves])
+        checked = jax.tree.structure(tree)  # another one where leaves were pytrees: flax.nnx.Param
+        as_it_is = checked == structure and all(isinstance(x, jax.Array) for x in leaves)
+        _passed[key] = as_it_is or checked
+    elif ready is not True:
+        tree = ready.unflatten([x if isinstance(x, jax.Array) else _made(x) for x in leaves])
     return tree
 
 
