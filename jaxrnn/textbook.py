@@ -1,14 +1,30 @@
 """Section 3 of the source, literally: the double sum over t and k ≤ t.
 
-It costs T² terms where the adjoint recursion of `jaxrnn.bptt` costs T: to read, to teach and
-to check with. Errata of the printed formulas, mended here:
+For reading, teaching and checking: it has T² terms where the recursion of `jaxrnn.bptt` has T.
 
-* 3.3 prints (y_t − ŷ_t); it is (ŷ_t − y_t), as in 3.1 and 3.2 and in the worked numbers.
-* 3.3 prints the Jacobian of a one-unit network, Wᵀ (1 − h²_{j+1}); for H units it is
-  ∂h_{j+1}/∂h_j = diag(1 − h²_{j+1}) W, and its transpose carries the adjoint back.
-* ∂h_k/∂W, ∂h_k/∂U and ∂h_k/∂b are the immediate derivatives, with h_{k−1} held fixed; the
-  sum over k does the rest.
-* The upper limits S and T are both the length of the sequence.
+The source is "RNN by hand", sections 1 to 6. Its equations, and the functions that compute them:
+inputs x_t, states h_t, logits Ω_t, probabilities ŷ_t and targets y_t, t = 1 … T, as columns.
+
+    2.1  h_t = tanh(U x_t + W h_{t−1} + b)                      `step`, `unroll`
+    2.2  Ω_t = V h_t + c                                        `apply_readout`
+    2.3  ŷ_t = softmax(Ω_t)                                     `jax.nn.softmax`
+    2.4  L_t = −y_t · ln ŷ_t,  L = Σ L_t                        `cross_entropy`
+    3.1  ∂L_t/∂Ω_t = ŷ_t − y_t                                  `loss_and_grads`
+    3.2  dL/dV = Σ (ŷ_t − y_t) h_tᵀ,  dL/dc = Σ (ŷ_t − y_t)     `loss_and_grads`
+    3.3  dL/dW = Σ_t Σ_{k≤t} (ŷ_t − y_t)ᵀ V (Π_{j=k}^{t−1} ∂h_{j+1}/∂h_j) ∂h_k/∂W
+         term by term                                           `textbook.loss_and_grads`
+         linear in T, for any cell                              `bptt`
+         θ ← θ − η ∂L/∂θ                                        `optax.sgd`
+
+Errata, corrected here:
+
+1. 2.3 lets t run to |A|. It runs to T; the sum inside the softmax is over the |A| characters.
+2. 3.3 prints (y_t − ŷ_t) in the gradients of W, U and b. It is (ŷ_t − y_t), as in 3.1, 3.2 and the
+   source's own numbers.
+3. The upper limits S and T are the same length.
+4. 3.3 prints the Jacobian of a one-unit network, Wᵀ (1 − h²_{j+1}). For H units it is
+   ∂h_{j+1}/∂h_j = diag(1 − h²_{j+1}) W, and its transpose carries the adjoint back.
+5. ∂h_k/∂W, ∂h_k/∂U and ∂h_k/∂b in 3.3 are immediate derivatives, with h_{k−1} held fixed.
 """
 
 import math
@@ -50,8 +66,8 @@ def loss_and_grads(
 
     dL/dW = Σ_{t=1}^T Σ_{k=1}^t (ŷ_t − y_t)ᵀ V (Π_{j=k}^{t−1} ∂h_{j+1}/∂h_j) ∂h_k/∂W
 
-    with h_0 = 0 (and V diag(g'(h_t)) in place of V where the output g(h) is not h); U and b
-    likewise, V and c as in section 3.2.
+    with h_0 = 0, and V diag(g'(h_t)) for V where the output g(h) is not h. The same for U and b; V
+    and c as in section 3.2.
 
     Args:
       params: the `Params`.
@@ -66,7 +82,8 @@ def loss_and_grads(
     Raises:
       TypeError, ValueError: as `jaxrnn.loss_and_grads`.
 
-    Cost: T² / 2 products of Jacobians with vectors; memory T · T · B · H.
+    Cost: T² / 2 products of Jacobians with vectors; memory T · T · B · H. It does not run under
+    explicit sharding (`AxisType.Explicit`).
     Source: sections 3.1 to 3.3.
     """
     how = _checked(params, xs, targets, truncate, window)
@@ -82,17 +99,17 @@ def contributions(
     truncate: int | None = None,
     window: int | None = None,
 ) -> Cell:
-    """The (t, k) terms of the double sum: what the loss at t owes to the step k.
+    """The (t, k) terms of the double sum: how step k contributes to the gradient of the loss at t.
 
-    For plots of how far a network remembers.
+    For plots of how far back a network remembers.
 
     Args:
       params, xs, targets, truncate, window: as in `loss_and_grads`.
 
     Returns:
-      A `Cell` whose leaves are `[T, T, *leaf]`, first t, then k; 0 for k > t; summed over the
-      batch. Their sum over t and k is the gradient. How fast they fade (or grow) with t − k
-      is how fast gradients vanish (or explode).
+      A `Cell` with leaves `[T, T, *leaf]`, t before k, summed over the batch; 0 for k > t. Their
+      sum over t and k is the gradient. They decay (or grow) with t − k as fast as gradients vanish
+      (or explode).
 
     Raises:
       TypeError, ValueError: as `jaxrnn.loss_and_grads`.
@@ -111,7 +128,7 @@ def _checked(params, xs, targets, truncate, window):
     if isinstance(xs, Ids):
         checks.in_range("xs.ids", xs.ids, size)
         rows = jax.nn.one_hot(wide(xs.ids), size, dtype=result_dtype(params.cell))
-        # An invalid id has no row; traced, it is not seen above and gives NaN.
+        # An invalid id that is traced passes the check above; it becomes a row of NaN.
         xs = jnp.where(jnp.sum(rows, axis=-1, keepdims=True) == 1, rows, jnp.nan)
     targets = check_targets(targets, (*steps, params.readout.V.shape[0]), None)
     options = check_options((params.cell, xs), False, None, truncate, window, "scan", None)
@@ -120,7 +137,7 @@ def _checked(params, xs, targets, truncate, window):
 
 @partial(jax.jit, static_argnames=("options", "kept"))
 def _by_section_3(params, xs, targets, options, *, kept):
-    """The loss, the gradients of the readout, and what `_double_sum` says of the cell."""
+    """The loss, the gradients of the readout, and `_double_sum` for the cell."""
     _, hs = derivative.unroll(params.cell, xs, None, None, None, None, options=options)
     Omega = logits(params.readout, output(params.cell, hs))
     loss = jnp.sum(cross_entropy(Omega, targets))
@@ -165,7 +182,7 @@ def _double_sum(params, xs, hs, error, options, kept):
     jacobians = jnp.einsum("tbi,ij->tbij", k, jnp.eye(size, dtype=dtype)) + through_a
 
     def multiply(products, now):
-        # Row t holds (ŷ_t − y_t)ᵀ V Π_{j=k}^{t−1} ∂h_{j+1}/∂h_j; row k starts here.
+        # Row t is (ŷ_t − y_t)ᵀ V Π_{j=k}^{t−1} ∂h_{j+1}/∂h_j; row k begins with this step.
         k, jacobian, error, q = now
         products = jnp.einsum("tbi,bij->tbj", products, jacobian)
         own = (jnp.einsum("bo,oi->bi", error, V) * q)[None]
@@ -182,7 +199,7 @@ def _double_sum(params, xs, hs, error, options, kept):
     delta = jnp.einsum("tkbi,kbi->tkbi", products, p)
 
     def of_theta(theta, by_f, by_g=None, by_last=None):
-        # Through f of step k, through g of the state before it, and at t through the readout.
+        # Through f at step k, through g of h_{k−1}, and through the readout at t.
         to = kept + ("i" if theta.ndim else "")
         total = jnp.einsum(f"tkbi,kbi->{to}", products, by_f)
         if by_g is not None:
