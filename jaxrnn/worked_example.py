@@ -1,14 +1,26 @@
 """The source's example worked by hand, sections 4 to 6, beside every number that it prints.
 
-A network of one unit reads "hell" and is to say "ello": h_0 = 0 at every epoch, plain gradient
-descent of the summed loss, η = 0.1. All is float64 whatever JAX's global setting is, and leaves
-that setting alone.
+A network of one unit reads "hell" and learns to predict "ello", with h_0 = 0 in every epoch, by
+gradient descent on the summed loss with η = 0.1. All arithmetic is float64; JAX's own setting is
+left alone.
 
-* The printed start is rounded to 4 digits; `recovered_params` is the unrounded one, and from it
-  every printed number agrees that can: all but the total loss of epoch 1000.
-* By epoch 1000 the training is chaotic; `ensemble` shows how far starts spread that all round to
-  the printed one.
-* The source prints the total of epoch 0 as a sum of four rounded losses, 6.0338, not 6.0337.
+The source prints its initial parameters to 4 digits; `recovered_params` has them before rounding.
+How many of the printed numbers each reproduces:
+
+                                                            printed start   recovered start
+    h, Ω, ŷ, L_t of four steps, gradients, new parameters        57 of 68          68 of 68
+    output deltas (6.1)                                          16 of 16          16 of 16
+    ŷ and L_t of epoch 1 (6.7)                                   20 of 20          20 of 20
+    total losses of epochs 0, 1 and 100                            3 of 3            3 of 3
+
+The total of epoch 0 is printed as 6.0338, the sum of four rounded losses; unrounded it is 6.0337.
+The total of epoch 1000, 1.3455, cannot be reproduced, because training is chaotic by then. The
+losses of 512 runs whose starts all round to the printed one (`ensemble`) stay within 0.01 of each
+other until epoch 654, and at epoch 1000 they are
+
+    min 0.74,  5 % 0.88,  25 % 1.32,  50 % 1.89,  75 % 1.91,  95 % 1.95,  max 3.68
+
+so a quarter of them lie below 1.3455. The extremes depend on the number of runs.
 """
 
 import json
@@ -32,38 +44,38 @@ from jaxrnn._core.loss import output_error
 from jaxrnn._types import Cell, Ids, Params, Readout
 from jaxrnn.text import Vocabulary
 
-# What the source prints, in its own order and notation; typed from it, not computed. Section 4 has
-# the start, 5.1 to 5.4 the steps, one for each t, 6.1 the output deltas ŷ_t − y_t, 6.2 to 6.6 the
-# updates, 6.7 epoch 1, after one update; the totals Σ L_t by epoch are of 5.4 and 6.7.
+# The printed numbers in the source's order and notation: the start (section 4), one step per t (5.1
+# to 5.4), output deltas ŷ_t − y_t (6.1), updates (6.2 to 6.6), epoch 1 after one update (6.7), and
+# the totals Σ L_t by epoch (5.4 and 6.7).
 PRINTED = json.loads(Path(__file__).with_suffix(".json").read_bytes())
 PRINTED["totals"] = {int(epoch): total for epoch, total in PRINTED["totals"].items()}
 
-# NumPy, which every setting of JAX takes alike.
+# NumPy arrays, because they do not depend on JAX's settings.
 _encode: Any = Vocabulary(PRINTED["vocabulary"]).encode
 XS, TARGETS = Ids(_encode(PRINTED["inputs"])), _encode(PRINTED["targets"])
 OPTIMIZER = optax.sgd(PRINTED["eta"])
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
-# The first is the 68: four steps, gradients, updated parameters. The others follow from them.
+# The first group has the 68 numbers of four steps, gradients and updated parameters.
 GROUPS = ("first update", "output deltas", "epoch 1", "totals")
 FIRST_UPDATE, OUTPUT_DELTAS, EPOCH_1, TOTALS = GROUPS
 
 
 def printed_params() -> Params:
-    """The start as section 4 prints it, rounded to 4 digits.
+    """The initial parameters as section 4 prints them, rounded to 4 digits.
 
     Returns:
-      `Params` of float64 NumPy arrays, which keep their precision under any JAX setting.
+      `Params` of float64 NumPy arrays, whose precision does not depend on JAX's settings.
     """
     return _params(**PRINTED["start"])
 
 
 def recovered_params() -> Params:
-    """The start of section 4 before rounding, which rounds to the printed one.
+    """The initial parameters of section 4 before rounding.
 
-    The source does not say how it drew its numbers; they were recovered by search. NumPy's legacy
-    generator with seed 124 gives all nine: U = 0.5 randn(1, 4), W = 0.4 randn(1, 1) and V = 0.3
-    randn(4, 1), in this order. Its stream is frozen for good, unlike that of newer generators.
+    The source does not say how they were drawn. A search recovered them: NumPy's legacy generator
+    with seed 124, whose stream is frozen, gives all nine, in this order: U = 0.5 randn(1, 4),
+    W = 0.4 randn(1, 1), V = 0.3 randn(4, 1).
 
     Returns:
       `Params` as `printed_params`; b = c = 0.
@@ -74,7 +86,7 @@ def recovered_params() -> Params:
 
 
 def starts(members: int, seed: int = 0) -> Params:
-    """Starts drawn uniformly inside the rounding of the printed U, W and V, ±0.5e-4 each.
+    """Initial parameters that all round to the printed ones: U, W and V uniform within ±0.5e-4.
 
     Args:
       members: how many.
@@ -101,17 +113,17 @@ def _params(U, W, b, V, c):
 
 
 def descend(params: Params, epochs: int) -> np.ndarray:
-    """The total loss by epoch, of plain gradient descent as in section 6.7: `optax.sgd`, η = 0.1.
+    """The total loss in each epoch of gradient descent, as in section 6.7: `optax.sgd`, η = 0.1.
 
     Args:
-      params: the start, of one unit and four characters.
+      params: the initial parameters, for one unit and four characters.
       epochs: how many updates.
 
     Returns:
-      Float64 `[epochs + 1]`, in nats: the loss of epoch e is the loss after e updates.
+      Float64 `[epochs + 1]`, in nats: entry e is the loss after e updates.
 
     Raises:
-      TypeError, ValueError: params of another shape than the printed ones; fewer than one epoch.
+      TypeError, ValueError: params that do not have the shapes of the source; epochs below 1.
     """
     checks.positive("epochs", epochs)
     with jax.enable_x64(True):
@@ -119,21 +131,21 @@ def descend(params: Params, epochs: int) -> np.ndarray:
 
 
 def ensemble(members: int = 512, epochs: int = 1000, seed: int = 0) -> np.ndarray:
-    """The total losses of many runs whose starts all round to the printed one.
+    """The total losses of many runs whose initial parameters all round to the printed ones.
 
-    Past `parting_epoch` a single run says nothing: another compiler may order additions otherwise
-    and gets another loss. The middle quantiles of many runs hardly move.
+    After `parting_epoch` a single run means nothing: a compiler that orders additions differently
+    gets another loss. The middle quantiles of many runs hardly change.
 
     Args:
-      members: how many runs, descended together under `jax.vmap`.
+      members: how many runs; they run together under `jax.vmap`.
       epochs: as in `descend`.
       seed: as in `starts`.
 
     Returns:
-      Float64 `[epochs + 1, members]`, each run as `descend` returns it.
+      Float64 `[epochs + 1, members]`, each column as `descend` returns it.
 
     Raises:
-      TypeError, ValueError: as `starts`; fewer than one epoch.
+      TypeError, ValueError: as `starts`; epochs below 1.
     """
     checks.positive("epochs", epochs)
     params = starts(members, seed)
@@ -158,14 +170,14 @@ def end_quantiles(losses: np.ndarray) -> dict[float, float]:
 
 
 def fraction_below(losses: np.ndarray, total: float = PRINTED["totals"][1000]) -> float:
-    """The fraction of members whose last loss is below a total, the printed 1.3455 by default.
+    """The fraction of runs whose last loss is below `total`, the printed 1.3455 by default.
 
     Args:
       losses: as in `end_quantiles`.
       total: in nats.
 
     Returns:
-      From 0 to 1.
+      A fraction from 0 to 1.
 
     Raises:
       ValueError: another shape.
@@ -181,7 +193,7 @@ def parting_epoch(losses: np.ndarray, spread: float = 0.01) -> int | None:
       spread: in nats.
 
     Returns:
-      The epoch, or None where the runs stay together.
+      The epoch, or None if the runs stay together.
 
     Raises:
       ValueError: another shape.
@@ -191,7 +203,7 @@ def parting_epoch(losses: np.ndarray, spread: float = 0.01) -> int | None:
 
 
 def _check_example(params: Params) -> Params:
-    """Require params of the example's shape; return them in float64."""
+    """Check that params have the example's shapes, and return them in float64."""
     params = check_params(params)
     checks.shaped("params.cell.U", params.cell.U, (1, 4))
     checks.shaped("params.readout.V", params.readout.V, (4, 1))
@@ -199,9 +211,9 @@ def _check_example(params: Params) -> Params:
 
 
 def _update(params: Any, state: Any) -> tuple:
-    """One update: (new params, new state of the optimizer), the loss before it, its gradients."""
-    loss, found = loss_and_grads(params, XS, TARGETS)
-    gradients: Any = found.params
+    """One update: (new params, new optimizer state), the loss before it, its gradients."""
+    loss, result = loss_and_grads(params, XS, TARGETS)
+    gradients: Any = result.params
     updates, state = OPTIMIZER.update(gradients, state, params)
     return (optax.apply_updates(params, updates), state), loss, gradients
 
@@ -212,12 +224,11 @@ def _run(params, epochs):
         carry, loss, _ = _update(*carry)
         return carry, loss
 
-    # Each loss is that before an update, so the last one costs one update more.
+    # Each loss is computed before an update, so the last one costs one more update.
     return jax.lax.scan(body, (params, OPTIMIZER.init(params)), length=epochs + 1)[1]
 
 
 def _by_member(losses: np.ndarray) -> np.ndarray:
-    """Require losses as `ensemble` returns them."""
     losses = np.asarray(losses)
     if losses.ndim != 2 or losses.size == 0:
         checks.bad_value("losses", "shape [epochs + 1, members]", list(losses.shape))
@@ -228,9 +239,9 @@ def _by_member(losses: np.ndarray) -> np.ndarray:
 class Comparison:
     """One printed number beside the computed one.
 
-    The source's section, such as "6.2", and the quantity in its letters, such as "∂L/∂V"; which
-    element of a vector, counted from 1 as the source counts, None for a scalar; the number printed
-    by the source and the one computed in float64; one of `GROUPS`.
+    `section` of the source, such as "6.2"; `quantity` in its letters, such as "∂L/∂V"; `index` into
+    a vector, from 1 as in the source, None for a scalar; the number `printed`, and `computed` in
+    float64; `group`, one of `GROUPS`.
     """
 
     section: str
@@ -247,7 +258,7 @@ class Comparison:
 
     @property
     def agrees(self) -> bool:
-        """Whether both numbers read the same at 4 digits."""
+        """Whether both numbers are the same to 4 digits."""
         return four_digits(self.printed) == four_digits(self.computed)
 
 
@@ -258,19 +269,18 @@ def four_digits(value: float) -> str:
       value: any number.
 
     Returns:
-      It with four digits behind the point; a zero has no sign.
+      The number with four digits after the point; zero has no sign.
 
     Raises:
-      TypeError: no number.
+      TypeError: not a number.
     """
     return f"{value:z.4f}"
 
 
 def compare(params: Params) -> list[Comparison]:
-    """Every number of sections 5 and 6 but the total of epoch 1000, printed and computed.
+    """Every number of sections 5 and 6 except the total of epoch 1000, printed and computed.
 
-    Gradients are those of `jaxrnn.loss_and_grads`, the derivation by hand; the update is that of
-    `optax.sgd`; the total of epoch 100 follows 100 such updates.
+    Gradients are those of `jaxrnn.loss_and_grads`, updates those of `optax.sgd`.
 
     Args:
       params: as in `descend`.
@@ -279,7 +289,7 @@ def compare(params: Params) -> list[Comparison]:
       `Comparison` records in the source's order.
 
     Raises:
-      TypeError, ValueError: as `jaxrnn.loss_and_grads`; params of another shape than the printed.
+      TypeError, ValueError: as `jaxrnn.loss_and_grads`; params of other shapes than the source's.
 
     >>> from jaxrnn import worked_example
     >>> comparisons = worked_example.compare(worked_example.recovered_params())
@@ -287,19 +297,19 @@ def compare(params: Params) -> list[Comparison]:
     (68, 68)
     """
     with jax.enable_x64(True):
-        found = jax.device_get(_follow(_check_example(params)))
+        values = jax.device_get(_follow(_check_example(params)))
     return [
         Comparison(section, quantity, i if np.size(computed) > 1 else None, p, float(q), group)
-        for group, section, quantity, printed, computed in _side_by_side(*found)
+        for group, section, quantity, printed, computed in _side_by_side(*values)
         for i, (p, q) in enumerate(zip(printed, np.ravel(computed), strict=True), start=1)
     ]
 
 
 def agreeing(comparisons: Iterable[Comparison], group: str) -> tuple[int, int]:
-    """How many numbers of a group agree at 4 digits, and how many it has.
+    """How many numbers of a group agree to 4 digits, and how many there are.
 
     Args:
-      comparisons: what `compare` returned.
+      comparisons: from `compare`.
       group: one of `GROUPS`.
 
     Returns:
@@ -315,7 +325,7 @@ def agreeing(comparisons: Iterable[Comparison], group: str) -> tuple[int, int]:
 
 @jax.jit
 def _follow(params):
-    """What `_side_by_side` takes: a pass, its gradients, the update, a second pass, training."""
+    """The arguments of `_side_by_side`: a pass, its gradients, the update, another pass, losses."""
 
     def steps(params):
         _, hs = unroll(params.cell, XS)
