@@ -1,16 +1,25 @@
-"""Recurrent networks of one equation as pure JAX functions, with their backpropagation by hand.
+"""Recurrent networks of one equation as pure JAX functions, with hand-derived backpropagation.
 
 rate:     h_t = (1 − α) h_{t−1} + α φ(W h_{t−1} + U x_t + b)        α = 1: the Elman network
-voltage:  h_t = (1 − α) h_{t−1} + α (W φ(h_{t−1}) + U x_t + b)      puts out φ(h)
+voltage:  h_t = (1 − α) h_{t−1} + α (W φ(h_{t−1}) + U x_t + b)      its output is φ(h)
 custom:   h_t = f(W g(h_{t−1}) + U x_t + b, h_{t−1})                any elementwise f and g
 
-`unroll` returns the states of whole sequences; `jax.grad` of it runs the hand-derived gradient, and
-`bptt` and `loss_and_grads` return that. `init_cell` makes a `Cell` to begin with.
+`init_cell` makes a `Cell`, and `unroll` returns its states over whole sequences. `jax.grad` of
+`unroll` runs the hand-derived gradient; `bptt` and `loss_and_grads` return it directly.
 
-Axes: T time, B batch, D input, H hidden, K output. Time first, features last, any batch axes
-between: inputs `[T, *batch, D]`, states `[T, *batch, H]`. Final state first, as in `lax.scan`.
+Axes: T time, B batch, D input, H hidden, K output. Time is the first axis, features the last, with
+any batch axes between: inputs `[T, *batch, D]`, states `[T, *batch, H]`. The final state comes
+first, as in `lax.scan`.
 
-"The source" in docstrings is "RNN by hand", a worked character RNN, sections 1 to 6.
+Four files lead from a call to its gradient: `_api/unroll.py` (what `unroll` promises),
+`_core/derivative.py` (the derivation and the derivative rule: where the derivative of a step is
+formed), `_core/forward.py` (loop 1, the states) and `_core/linear.py` (loop 2, the linear
+recurrence whose transpose is BPTT). Memory is bounded by `checkpoint_every`, see `help(unroll)` and
+`_core/remat.py`. A custom equation is a `Form`; the built-in ones are in `_base/forms.py`.
+
+"The source" is "RNN by hand", a character RNN on "hello" worked out by hand: 1 preprocessing,
+2 forward pass, 3 backpropagation through time, 4 to 6 numbers. `textbook` lists its equations and
+errata, `worked_example` reproduces its numbers.
 """
 
 import importlib
@@ -38,7 +47,7 @@ __all__ = [
     "unroll", "unroll_layers", "worked_example",
 ]  # fmt: skip
 
-# What is loaded when it is first used, and the module that has it, or is it.
+# Names loaded on first use -> the module that defines them, or the module itself.
 _LATER = {
     **{name: name for name in ("convert", "text", "textbook", "train", "worked_example")},
     **{name: "convert" for name in __all__ if name.startswith(("from_", "to_"))},
@@ -46,9 +55,9 @@ _LATER = {
 }
 
 for _name in set(__all__) - set(_LATER):
-    globals()[_name].__module__ = __name__  # where it is documented, and pickled from
+    globals()[_name].__module__ = __name__  # for help() and pickle
 
-if not TYPE_CHECKING:  # a checker would take any name for one of these
+if not TYPE_CHECKING:  # a type checker would accept any name
 
     def __getattr__(name):
         if name not in _LATER:
