@@ -1,7 +1,7 @@
-"""The arithmetic of one step, which the loops share: products, dtypes of sums, layouts.
+"""The arithmetic of one step: products, dtypes of sums, layouts.
 
-The source writes column vectors, `U x + W h + b`. Here features stand last, so that the same
-line serves one vector and any batch: `W h` is written `h @ W.T`.
+The source writes column vectors, `U x + W h + b`. Here features are the last axis, so that one line
+serves a vector and any batch: `W h` is `h @ W.T`.
 """
 
 from collections.abc import Callable
@@ -16,30 +16,30 @@ from jaxrnn._types import Cell, Ids
 
 
 def accumulation_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
-    """The dtype of sums: float32 for the half precisions, else the dtype itself."""
+    """The dtype in which sums accumulate: float32 for half precision, else the dtype itself."""
     return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
 
 
 def wide(ids: jax.Array) -> jax.Array:
-    """Ids or lengths in at least 32 bits: a narrow dtype cannot hold the size they are held to."""
+    """Ids or lengths in at least 32 bits, so that any size can be compared with them."""
     return ids.astype(jnp.int32) if ids.dtype.itemsize < 4 else ids
 
 
 def result_dtype(*trees: object) -> jnp.dtype:
-    """What JAX promotes all float leaves to; ids and masks do not count."""
+    """The dtype to which JAX promotes all float leaves; ids and masks are ignored."""
     leaves = [x for x in jax.tree.leaves(trees) if jnp.issubdtype(x.dtype, jnp.floating)]
     return jnp.result_type(*leaves)
 
 
 def cast(tree, dtype: jnp.dtype):
-    """Every float leaf in one dtype; ids and masks as they are."""
+    """Cast every float leaf; ids and masks are unchanged."""
     return jax.tree.map(
         lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
     )
 
 
 def cast_like(tree, template):
-    """Every leaf in the dtype of the leaf of `template` that stands in its place."""
+    """Cast every leaf to the dtype of the same leaf of `template`."""
     return jax.tree.map(lambda x, t: x.astype(t.dtype), tree, template)
 
 
@@ -56,7 +56,7 @@ def product(y: jax.Array, matrix: jax.Array, precision: Any = None) -> jax.Array
 def repeated_product(
     matrix: jax.Array, precision: Any, weights_left: bool
 ) -> Callable[[jax.Array], jax.Array]:
-    """`product` by one matrix for the steps of a loop, in the orientation that is faster."""
+    """`product` with one matrix, for the steps of a loop; as M yᵀ if `weights_left`."""
     if not weights_left:
         return lambda y: product(y, matrix, precision)
     left, accumulate = matrix.T, accumulation_dtype(matrix.dtype)
@@ -64,11 +64,11 @@ def repeated_product(
     def run(y):
         contracted = (((1,), (y.ndim - 1,)), ((), ()))
         y = y.astype(left.dtype)
-        found = lax.dot_general(
+        columns = lax.dot_general(
             left, y, contracted, precision=precision, preferred_element_type=accumulate
         )
-        # Without the barrier, XLA turns the product around to spare the small transpose.
-        return jnp.moveaxis(lax.optimization_barrier(found), 0, -1)
+        # Without the barrier XLA swaps the operands back to save the small transpose.
+        return jnp.moveaxis(lax.optimization_barrier(columns), 0, -1)
 
     return run
 
@@ -82,19 +82,19 @@ def sum_outer(delta: jax.Array, x: jax.Array, precision: Any) -> jax.Array:
 
 
 def like(value: jax.Array, a: jax.Array) -> jax.Array:
-    """A bias or a leak with the dtype and shape of `a`; its transpose sums in that dtype."""
+    """A bias or a leak broadcast to the dtype and shape of a; the transpose sums in that dtype."""
     return jnp.broadcast_to(value.astype(a.dtype), a.shape)
 
 
 def summed(per_step: jax.Array, parameter: jax.Array) -> jax.Array:
-    """The gradient of a parameter of each unit, or of all, from that at each step and unit."""
+    """The gradient of a parameter, `[H]` or a scalar: the sum of `per_step` over the other axes."""
     return jnp.sum(per_step, tuple(range(per_step.ndim - 1)) if parameter.ndim else None)
 
 
 class RowWeights(NamedTuple):
-    """A cell's weights as the products with row vectors want them, formed once, not per step.
+    """A cell's weights, transposed for products with row vectors: once, not in every step.
 
-    XLA's CPU back end multiplies by a stored transpose faster than by a transposed operand.
+    XLA's CPU backend multiplies by a stored transpose faster than by a transposed operand.
     """
 
     U_T: jax.Array  # [D, H]; for ids [D + 1, H], with b in each row and NaN in the last
@@ -109,7 +109,7 @@ def row_weights(cell: Cell, xs: jax.Array | Ids, precision: Any = None) -> RowWe
     if isinstance(xs, Ids):
         rows = U_T.astype(accumulation_dtype(U_T.dtype))
         rows = rows if cell.b is None else rows + like(cell.b, rows)
-        with jax.debug_nans(False):  # this one is meant
+        with jax.debug_nans(False):  # the row of NaN is intended
             U_T = jnp.concatenate([rows, jnp.full_like(rows, jnp.nan, shape=(1, rows.shape[1]))])
     return RowWeights(U_T, cell.W.T, cell.b, precision)
 
@@ -119,7 +119,7 @@ def from_inputs(
 ) -> jax.Array:
     """U x + b + drive, the part of a that needs no state, for one step or for all."""
     if isinstance(x, Ids):
-        # The ids have been made safe: an invalid one names the row of NaN.
+        # After `safe_ids`: an invalid id is the row of NaN.
         laid_out = sharding.of_rows(weights.U_T, x.ids)
         a = weights.U_T.at[x.ids].get(mode="promise_in_bounds", out_sharding=laid_out)
         return a if drive is None else a + drive.astype(a.dtype)
@@ -127,7 +127,7 @@ def from_inputs(
 
 
 def shifted(weights: RowWeights, a: jax.Array, drive: jax.Array | None) -> jax.Array:
-    """a + b + drive, of those that there are."""
+    """a + b + drive; b and drive may be None."""
     a = a if weights.b is None else a + like(weights.b, a)
     return a if drive is None else a + drive.astype(a.dtype)
 
@@ -140,7 +140,7 @@ def preactivation(
 
 
 def from_moving_weights(dU: jax.Array, xs: jax.Array | Ids, precision: Any) -> jax.Array:
-    """dU x; its transpose is Σ δ xᵀ, for ids the sum of the δ of each id."""
+    """dU x. Its transpose is Σ δ xᵀ; for ids, the sum of δ over the steps of each id."""
     if isinstance(xs, Ids):
         laid_out = sharding.of_rows(dU.T, xs.ids)
         return dU.T.at[xs.ids].get(mode="fill", fill_value=0, out_sharding=laid_out)
@@ -148,7 +148,7 @@ def from_moving_weights(dU: jax.Array, xs: jax.Array | Ids, precision: Any) -> j
 
 
 def safe_ids(ids: jax.Array, size: int) -> Ids:
-    """Send every invalid id to the row behind the last."""
+    """Replace every invalid id by `size`, the row after the last."""
     ids = wide(ids)
     valid = (ids >= 0) & (ids < size)
     return Ids(jnp.where(valid, ids, 0).astype(jnp.int32) + jnp.where(valid, 0, size))

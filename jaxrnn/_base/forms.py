@@ -7,7 +7,9 @@
     voltage   (1 − α) h + α a         φ(h)    α            1 − α    φ'(h)
     custom    any                     any     by JAX       by JAX   by JAX
 
-So φ' stands on one side of W or on the other, and the leak acts in the same way in both.
+The rate form has φ' on one side of W, the voltage form on the other; the leak is the same in both.
+A new form is a `jaxrnn.Form`, with no change here. To build one in, add f to `inner` and `move`, g
+to `output`, and its three slopes to `linearised` in `_core/derivative.py`.
 """
 
 from collections.abc import Callable
@@ -22,7 +24,7 @@ from jaxrnn._types import Activation, Cell, Elementwise, Form
 
 FORMS = ("rate", "voltage")
 
-# tanh' = (1 − h)(1 + h): where the unit saturates, 1 − h² would round h² first and then cancel.
+# tanh' = (1 − h)(1 + h): for a saturated unit, 1 − h² rounds h² and then cancels.
 NAMED = {
     "tanh": Activation(jnp.tanh, lambda h: (1 - h) * (1 + h)),
     "relu": Activation(jax.nn.relu, lambda h: (h > 0).astype(h.dtype)),
@@ -39,12 +41,11 @@ def resolve(activation: str | Activation | Elementwise) -> Activation:
 
 
 def is_custom(cell: Cell) -> bool:
-    """Whether the cell has a custom form."""
     return isinstance(cell.form, Form)
 
 
 def has_output(cell: Cell) -> bool:
-    """Whether a unit puts out something else than its state."""
+    """Whether the output of a unit is not its state."""
     return _form(cell).output is not None if is_custom(cell) else cell.form == "voltage"
 
 
@@ -53,12 +54,12 @@ def _form(cell: Cell) -> Any:
 
 
 def function_of(cell: Cell) -> Elementwise:
-    """φ; the identity for a custom form, which has none."""
+    """φ; the identity for a custom form."""
     return identity if is_custom(cell) else resolve(cell.activation).function
 
 
 def _for_units(cell: Cell, a: jax.Array) -> Any:
-    """θ for each unit, in the shape, dtype and layout of a."""
+    """θ, broadcast to the shape, dtype and layout of a."""
     return jax.tree.map(lambda x: sharding.laid_out_like(like(x, a), a), cell.parameters)
 
 
@@ -68,12 +69,12 @@ def update(cell: Cell, a: jax.Array, h_prev: jax.Array) -> jax.Array:
 
 
 def inner(cell: Cell, a: jax.Array) -> jax.Array:
-    """What a unit moves to: φ(a) in the rate form, a in the others."""
+    """The target that a leaky unit moves towards: φ(a) in the rate form, a in the others."""
     return function_of(cell)(a) if cell.form == "rate" else a
 
 
 def move(cell: Cell, moved: jax.Array, h_prev: jax.Array) -> jax.Array:
-    """h, from what `inner` has found."""
+    """h, from the result of `inner`."""
     if is_custom(cell):
         h = _form(cell).update(moved, h_prev.astype(moved.dtype), _for_units(cell, moved))
         return h.astype(h_prev.dtype)
@@ -84,7 +85,7 @@ def move(cell: Cell, moved: jax.Array, h_prev: jax.Array) -> jax.Array:
 
 
 def output(cell: Cell, h: jax.Array) -> jax.Array:
-    """s = g(h), in the dtype of sums where it is computed: what W, a readout and a layer read."""
+    """s = g(h), the input of W, the readout and the next layer; in the dtype of sums if not h."""
     if not has_output(cell):
         return h
     h = h.astype(accumulation_dtype(h.dtype))
@@ -94,12 +95,12 @@ def output(cell: Cell, h: jax.Array) -> jax.Array:
 
 
 class Kept(NamedTuple):
-    """What the forward pass keeps of a step for derivatives, beside the state.
+    """Residuals of a step, saved by the forward pass for derivatives, beside the state.
 
     Args:
       s_prev: s_{t−1}.
-      a: a_t, or φ(a_t) where φ' is found from it; None in the voltage form.
-      on: of relu, where a_t > 0, so that without a gradient of the leak φ(a) is dropped.
+      a: a_t, or φ(a_t) if φ' is a function of it; None in the voltage form.
+      on: for relu, whether a_t > 0, so that φ(a) is dropped unless the leak has a gradient.
     """
 
     s_prev: jax.Array
@@ -108,7 +109,7 @@ class Kept(NamedTuple):
 
 
 def kept(cell: Cell, s_prev: jax.Array, a: jax.Array, moved: jax.Array) -> Kept | None:
-    """None where the states are enough: without a leak, where φ' is found from φ."""
+    """The residuals of a step; None if the states suffice: φ' from φ, and no leak."""
     if cell.form == "voltage":
         return Kept(s_prev)
     if slope_of(cell) is identity:
@@ -118,12 +119,12 @@ def kept(cell: Cell, s_prev: jax.Array, a: jax.Array, moved: jax.Array) -> Kept 
 
 
 def update_derivatives(cell: Cell, a: jax.Array, h_prev: jax.Array) -> tuple:
-    """(∂f/∂a, ∂f/∂h, ∂f/∂θ) of a custom form, unit by unit, in the dtype of a."""
+    """(∂f/∂a, ∂f/∂h, ∂f/∂θ) of a custom form, for each unit, in the dtype of a."""
     return derivatives(_form(cell).update, a, h_prev.astype(a.dtype), _for_units(cell, a))
 
 
 def output_derivatives(cell: Cell, h: jax.Array) -> tuple:
-    """(g', ∂g/∂θ), unit by unit, in the dtype of h; (None, None) where s is h."""
+    """(g', ∂g/∂θ) for each unit, in the dtype of h; (None, None) where s is h."""
     if not has_output(cell):
         return None, None
     if is_custom(cell):
@@ -132,16 +133,16 @@ def output_derivatives(cell: Cell, h: jax.Array) -> tuple:
 
 
 def derivatives(function: Callable, *args) -> tuple:
-    """By each argument, of a function that is elementwise over all.
+    """The derivatives of an elementwise function by each argument.
 
-    In reverse mode, in which a function may have a derivative of its own alone (`custom_vjp`, as
-    surrogate gradients do); forward where there is none.
+    In reverse mode, so that a `custom_vjp` (a surrogate gradient) is used; in forward mode where
+    the function has no reverse mode.
     """
     try:
         y, pull = jax.vjp(function, *args)
         return pull(sharding.varying_like(jnp.ones_like(y), y))
     except ValueError as error:
-        if "Reverse-mode" not in str(error):  # of a loop whose length is not known
+        if "Reverse-mode" not in str(error):  # a loop of unknown length
             raise
         leaves, tree = jax.tree.flatten(args)
         by = [[jnp.full_like(x, n == m) for m, x in enumerate(leaves)] for n in range(len(leaves))]
@@ -149,27 +150,27 @@ def derivatives(function: Callable, *args) -> tuple:
 
 
 def slope_of(cell: Cell) -> Elementwise:
-    """φ' from its basis, which is φ where that gives it, else φ' itself."""
+    """φ' as a function of `slope_basis`."""
     if is_custom(cell):
         return identity
     return resolve(cell.activation).derivative_from_output or identity
 
 
 def slope_basis(cell: Cell, phi: jax.Array, argument: jax.Array) -> jax.Array:
-    """What `slope_of` reads: φ at the argument, or φ' there by JAX."""
+    """The argument of `slope_of`: φ if it determines φ', else φ' itself."""
     activation = resolve(cell.activation)
     return phi if activation.derivative_from_output else slope(activation, phi, argument)
 
 
 def slope(activation: Activation, phi: jax.Array, argument: jax.Array) -> jax.Array:
-    """φ' at the argument, from φ there where it can."""
+    """φ' at the argument, from φ if that determines it."""
     if activation.derivative_from_output is not None:
         return activation.derivative_from_output(phi)
     return derivatives(activation.function, argument)[0]
 
 
 def has_effects(cell: Cell) -> bool:
-    """Whether φ, f or g prints, or calls back."""
+    """Whether φ, f or g has effects: prints, callbacks."""
     if isinstance(cell.activation, str) and not is_custom(cell):
         return False
     h = jnp.zeros((1, cell.W.shape[0]), accumulation_dtype(cell.W.dtype))
@@ -178,5 +179,4 @@ def has_effects(cell: Cell) -> bool:
 
 
 def identity(x: jax.Array) -> jax.Array:
-    """φ' from itself."""
     return x

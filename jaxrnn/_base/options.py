@@ -1,19 +1,19 @@
-"""What does not depend on values: how the loops are run, and how far derivatives reach."""
+"""Static options: how the loops are run, and how far derivatives reach."""
 
 from typing import Any, NamedTuple
 
 
 class Options(NamedTuple):
-    """The options of `unroll` that are static under jit, checked.
+    """The static options of `unroll`, checked.
 
     Args:
       reverse: whether time runs backward.
       implementation: one of `IMPLEMENTATIONS`.
       precision: of every product, as `jax.lax.dot_general` takes it.
-      device: what a kernel is chosen for; None where no choice depends on it.
-      checkpoint_every: how many steps stand between two states that are kept, or None.
-      truncate: after how many steps derivatives are cut, or None.
-      window: through how many steps derivatives reach, or None.
+      device: the device to choose a kernel for; None if no choice depends on it.
+      checkpoint_every: save every k-th state only, or None.
+      truncate: cut derivatives before every k-th step, or None.
+      window: derivatives reach through the last k steps, or None.
     """
 
     reverse: bool = False
@@ -26,16 +26,15 @@ class Options(NamedTuple):
 
     @property
     def first(self) -> int:
-        """The index of the step that is read first."""
+        """The index of the first step in scan order."""
         return -1 if self.reverse else 0
 
     @property
     def last(self) -> int:
-        """The index of the step that is read last."""
+        """The index of the last step in scan order."""
         return 0 if self.reverse else -1
 
     def turned(self) -> "Options":
-        """The same in the other direction of time."""
         return self._replace(reverse=not self.reverse)
 
 

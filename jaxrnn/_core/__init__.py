@@ -1,1 +1,1 @@
-"""The two loops over time and the rule that derives one from the other: arrays in, arrays out."""
+"""The two loops over time and the derivative rule that connects them: arrays in, arrays out."""

@@ -1,38 +1,38 @@
 """The states of whole sequences and their one derivative rule.
 
-The recurrence, with f and g elementwise over units, and θ their parameters (a leak is one):
+The recurrence, with f and g elementwise over units and θ their parameters, such as the leak:
 
     a_t = W s_{t−1} + U x_t + b + drive_t,    s_{t−1} = g(h_{t−1}; θ),    h_t = f(a_t, h_{t−1}; θ)
 
-Its derivative at each step is three diagonals around one matrix,
+Its derivative at each step consists of three diagonals around one matrix,
 
     p_t = ∂f/∂a,    k_t = ∂f/∂h,    q_{t−1} = g'(h_{t−1}),
     J_t = ∂h_t/∂h_{t−1} = diag(p_t) W diag(q_{t−1}) + diag(k_t),
 
-(`_base/forms.py` has them for each form), and everything that can happen to a step is in them: an
-invalid one has p = 0 and k = 1, a cut one q = 0. The tangent of the states is then a linear
-recurrence, forward in time,
+(`_base/forms.py` lists them for each form). Masks and cuts are in them too: an invalid step has
+p = 0 and k = 1, a cut step q = 0. The tangent of the states is a linear recurrence, forward in
+time,
 
     dh_t = J_t dh_{t−1} + e_t
     e_t  = p_t (dW s_{t−1} + W (∂g/∂θ) dθ + dU x_t + U dx_t + db + ddrive_t) + (∂f/∂θ) dθ
 
-where e is a few products over many steps at once. The transpose of the whole is backpropagation
-through time: the same recurrence transposed, backward in time, and then the products of e
-transposed, one over many steps for the gradient of each parameter:
+where e is a few products over many steps at once. Its transpose is backpropagation through time:
+the recurrence transposed, backward in time, followed by the products of e transposed, one over
+many steps for the gradient of each parameter:
 
     λ_t = g_t + J_{t+1}ᵀ λ_{t+1},    δ_t = p_t λ_t            (λ_t = dL/dh_t, δ_t = dL/da_t)
     dL/dW = Σ δ_t s_{t−1}ᵀ,  dL/dU = Σ δ_t x_tᵀ,  dL/db = Σ δ_t,  dL/dx_t = Uᵀ δ_t
     dL/dθ = Σ (∂f/∂θ)ᵀ λ_t + Σ (∂g/∂θ)ᵀ Wᵀ δ_t
 
-For α: ∂f/∂α is φ(a_t) − h_{t−1} in the rate form, with φ(a) kept by the forward pass: divided out
-of h it would be lost at α = 0. In the voltage form it is a_t − h_{t−1}, and a is not needed: with
-G_W = Σ λ_t s_{t−1}ᵀ, G_U = Σ λ_t x_tᵀ and G_b = Σ λ_t, of which dL/dW, dL/dU and dL/db are α times
-the rows,
+For α: ∂f/∂α is φ(a_t) − h_{t−1} in the rate form, where the forward pass saves φ(a), since dividing
+h by α fails at 0. In the voltage form it is a_t − h_{t−1}, but a is not needed: with
+G_W = Σ λ_t s_{t−1}ᵀ, G_U = Σ λ_t x_tᵀ and G_b = Σ λ_t, whose rows times α are dL/dW, dL/dU and
+dL/db,
 
     dL/dα = rows of (W ∘ G_W) + rows of (U ∘ G_U) + b ∘ G_b + Σ λ_t (drive_t − h_{t−1}).
 
-From top to bottom: the states and how JAX is told, the tangent, its transpose, and the same in
-operations that JAX differentiates by itself, for derivatives of the second order and beyond.
+From top to bottom: the states and their registration with JAX; the Jacobians; the tangent; its
+transpose; and the tangent in operations that JAX can differentiate, for higher orders.
 """
 
 from dataclasses import replace
@@ -58,9 +58,9 @@ from jaxrnn._types import Cell, CellGradients, Ids, leading_shape
 
 
 class Tangents(NamedTuple):
-    """Of what the states depend on: tangents, gradients, or which of them are wanted.
+    """Tangents, or gradients, of what the states depend on.
 
-    None for what does not move, or is not wanted. `state` is added to each h_t; its gradient is λ.
+    None for what is constant, or not wanted. `state` is added to each h_t; its gradient is λ.
     """
 
     cell: Any
@@ -70,10 +70,10 @@ class Tangents(NamedTuple):
     state: jax.Array | None = None
 
 
-# The states. Compiled once per shape: a scan called eagerly would be compiled at every call.
+# The states. Jitted because an eager scan would be compiled in every call.
 @partial(jax.jit, static_argnames="options")
 def unroll(cell, xs, h0, lengths, mask, drive, cut=None, *, options: Options):
-    """(h_last, hs) of checked arguments; with `cut` derivatives are cut there."""
+    """(h_last, hs) for checked arguments; derivatives are cut where `cut` is True."""
     cell, sequences, h0 = prepared(cell, xs, h0, lengths, mask, drive, options)
     sequences = sequences if cut is None else sequences._replace(cut=cut)
     if leading_shape(xs)[0] == 0:
@@ -81,12 +81,12 @@ def unroll(cell, xs, h0, lengths, mask, drive, cut=None, *, options: Options):
     if options.checkpoint_every is None:
         return _valid_states(cell, sequences, h0, options)
     if lengths is not None:
-        sequences = sequences._replace(mask=None)  # formed for one segment at a time
+        sequences = sequences._replace(mask=None)  # computed for one segment at a time
     return run_loop(partial(_checkpointed, options), cell, sequences, (h0, lengths))
 
 
 def _checkpointed(options, cell, sequences, carry):
-    # In the dtype of sums between segments, so that what comes back is added up in it.
+    # The carry and the weights are in the dtype of sums, so that gradients accumulate in it.
     h0, lengths = carry
     dtype, wide = h0.dtype, accumulation_dtype(h0.dtype)
     cell = cast(cell, wide)
@@ -104,7 +104,7 @@ def _checkpointed(options, cell, sequences, carry):
 
 
 def prepared(cell, xs, h0, lengths, mask, drive, options) -> tuple[Cell, Sequences, jax.Array]:
-    """One dtype, a state to start from, and which steps are valid and cut."""
+    """The cell, sequences with masks and cuts, and h_0, in one dtype."""
     dtype, (time, *batch) = arithmetic.result_dtype(cell, xs, h0, drive), leading_shape(xs)
     if h0 is None:
         h0 = jnp.zeros((*batch, cell.W.shape[0]), dtype)
@@ -113,7 +113,7 @@ def prepared(cell, xs, h0, lengths, mask, drive, options) -> tuple[Cell, Sequenc
     cut = None
     if options.truncate is not None:
         cut = masking.cut_steps(mask, (time, *batch), options.truncate, options.reverse)
-    # With the types that states will have: the loops keep what they start from.
+    # A loop's carry keeps its type, so h_0 gets that of the states.
     cell, xs, h0, drive = sharding.varying_like((cell, xs, h0, drive), (xs, mask))
     if time:
         h0 = sharding.laid_out_as_state(h0, jax.tree.leaves(xs)[0][0], cell.U)
@@ -127,10 +127,9 @@ def _valid_states(cell, sequences, h0, options):
 
 
 def states(cell: Cell, sequences: Sequences, h0: jax.Array, options: Options):
-    """(h_last, (states of all steps, what is kept)): what JAX differentiates.
+    """(h_last, (hs, residuals)), with the derivative rule; frozen where the mask is False.
 
-    The states are frozen where the mask is False. h_last is a result of its own, so that what wants
-    it alone keeps nothing for the others.
+    h_last is a separate result, so that a loss of it alone has no cotangents of hs.
     """
     run, tangent = partial(forward.states, options), partial(_tangent, options)
     return run_loop(run, cell, sequences, h0, tangent)
@@ -144,12 +143,12 @@ def _tangent(options, arguments, results, tangents):
     known = cell, sequences._replace(hs=hs, kept=kept), h0
     given = Tangents(dcell, dxs, moved.drive, dh0)
     dh_last, dhs = derivative(options, cell)(known, given, like=(h_last, hs))
-    # Derivatives of the second order read nothing that is kept.
+    # Derivatives of higher order do not use the residuals.
     return dh_last, (dhs, jax.tree.map(lambda _: None, kept))
 
 
 def derivative(options: Options, cell: Cell) -> LinearMap:
-    """(dh_last, dh of all steps), linear in the tangents, with its transpose by hand."""
+    """(dh_last, dhs) as a linear map of the tangents, with a hand-written transpose."""
     push, pull, plain = _push_forward, _pull_back, _plain
     if options.window is not None:
         push, pull, plain = _push_in_window, _pull_in_window, _plain_in_window
@@ -159,7 +158,7 @@ def derivative(options: Options, cell: Cell) -> LinearMap:
     return LinearMap(push, pull, plain, effectful)
 
 
-# The recurrence linearised.
+# The Jacobians: this is where the derivative of a step is formed.
 class At(NamedTuple):
     """The recurrence linearised at some steps."""
 
@@ -168,23 +167,23 @@ class At(NamedTuple):
     h_prev: jax.Array
     s_prev: jax.Array  # g(h_prev), as a depends on it
     J: linear.Jacobians
-    by_f: tuple  # (∂f/∂α, ∂f/∂θ) of each unit, None where there is no such parameter
-    by_g: tuple | None  # (None, ∂g/∂θ) likewise, where g has any
+    by_f: tuple  # (∂f/∂α, ∂f/∂θ) of each unit; None without such a parameter
+    by_g: tuple | None  # (None, ∂g/∂θ) of each unit; None without such parameters
 
 
 def _before(options, cell, steps, h_before):
-    """h_{t−1}, and the same as g and W see it."""
+    """h_{t−1}, and the h_{t−1} that g and W read."""
     h_prev = seen = previous(steps.hs, h_before, options.reverse)
     if steps.cut is not None:
-        # Of the same value: a cut shows where JAX differentiates this.
+        # The value is the same; the cut takes effect if JAX differentiates this.
         seen = jnp.where(steps.cut[..., None], lax.stop_gradient(h_prev), h_prev)
     if forms.has_output(cell):
-        seen = select(steps.mask, seen, 0.5)  # any value: at 0 a slope may be infinite
+        seen = select(steps.mask, seen, 0.5)  # any value but 0, where a slope may be infinite
     return h_prev, seen
 
 
 def moving(options, cell, steps, h0):
-    """What was kept, as it depends on the rest: for those who differentiate what reads it."""
+    """The residuals, with their dependence on the other arguments, for differentiating again."""
 
     def again(cell, steps, h0):
         s_prev = forms.output(cell, _before(options, cell, steps, h0)[1])
@@ -204,7 +203,7 @@ def moving(options, cell, steps, h0):
 
 
 def linearised(options: Options, cell: Cell, steps: Sequences, h_before: jax.Array) -> At:
-    """The Jacobians of these steps, and what the tangents of the parameters are multiplied by."""
+    """The Jacobians of these steps, and the factors of the parameters' tangents."""
     xs, drive, mask, cut, hs, kept = steps
     h_prev, seen = _before(options, cell, steps, h_before)
     slope_of, wide = forms.slope_of(cell), accumulation_dtype(hs.dtype)
@@ -216,7 +215,7 @@ def linearised(options: Options, cell: Cell, steps: Sequences, h_before: jax.Arr
         s_prev = select(mask, s_prev, forms.output(cell, jnp.full_like(s_prev[:1], 0.5)))
     elif kept is not None and cut is None:
         h_prev = s_prev
-    # What was not kept is formed again, where it is read.
+    # a is recomputed if it is needed and was not saved.
     if known.a is None and (cell.leak is not None or (slope_of is forms.identity and not voltage)):
         weights = arithmetic.row_weights(cell, xs, options.precision)
         a = arithmetic.preactivation(weights, xs, s_prev, drive)
@@ -227,14 +226,14 @@ def linearised(options: Options, cell: Cell, steps: Sequences, h_before: jax.Arr
     elif voltage:
         q = forms.slope_basis(cell, s_prev, seen.astype(s_prev.dtype))
     elif a is not None:
-        if kept is None or slope_of is forms.identity:  # else φ(a) is what was kept
+        if kept is None or slope_of is forms.identity:  # else a is φ(a), from the residuals
             moved = forms.function_of(cell)(a).astype(a.dtype)
         p = forms.slope_basis(cell, moved, a) if on is None else on
     else:
         p = hs
     if cell.leak is not None:
         by_alpha = moved - h_prev.astype(moved.dtype)
-    if slope_of is forms.identity:  # for the same reason
+    if slope_of is forms.identity:  # a slope on an invalid step may be infinite
         p, q, k, by_theta, by_g = jax.tree.map(
             partial(without_padding, mask=mask), (p, q, k, by_theta, by_g)
         )
@@ -244,7 +243,7 @@ def linearised(options: Options, cell: Cell, steps: Sequences, h_before: jax.Arr
 
 
 def _tangent_of_a(at: At, tangents: Tangents) -> jax.Array:
-    """What p_t multiplies in e_t: a few products over these steps at once."""
+    """The factor of p_t in e_t: a few products over all these steps."""
     dcell, precision = tangents.cell, at.J.options.precision
     da = jnp.zeros_like(at.steps.hs, accumulation_dtype(at.steps.hs.dtype))
     if dcell.U is not None:
@@ -265,7 +264,7 @@ def _theta(cell: Cell) -> tuple:
 
 
 def _along(slopes: Any, dtheta: Any) -> Any:
-    """(∂/∂θ) dθ of f or g in these steps; None where nothing moves."""
+    """(∂/∂θ) dθ of f or g at these steps; None if θ is constant."""
     if slopes is None:
         return None
     moved = jax.tree.map(
@@ -307,7 +306,7 @@ def _push_forward(options, known, tangents):
 
 
 def state_before(options, known, start, steps):
-    """The state before these steps in scan order; `start` is the index of the first one."""
+    """The state before these steps in scan order; `start` is their first index."""
     (_, (*_, hs, _), h0), reverse = known, options.reverse
     t = start + steps.hs.shape[0] if reverse else start - 1
     inside = t < hs.shape[0] if reverse else t >= 0
@@ -315,7 +314,7 @@ def state_before(options, known, start, steps):
 
 
 def segment_length(options: Options, cell: Cell, hs, h0, widest: int = 0):
-    """How many steps are taken at once: all, but by the scan on a CPU."""
+    """How many steps to process at once: fewer than all only for a scan on a CPU."""
     time, batch, size = hs.shape[0], h0.shape[:-1], hs.shape[-1]
     if choose(options, cell.W, batch, forms.slope_of(cell), cell.form) != "scan":
         return time
@@ -347,11 +346,11 @@ def _pull_back(options, known, cotangents, wanted):
 
 
 def segment_gradient(options, cell, steps, h_before, g, from_later, wanted) -> Tangents:
-    """Backpropagation through the steps of one segment: its share of each wanted gradient.
+    """Backpropagation through one segment: its contribution to each wanted gradient.
 
     `h_before` is the state before the segment in scan order, `g` is ∂L/∂h_t at fixed later states
-    (None for 0) and `from_later` what later segments pass back to its last state, both in the dtype
-    of sums, in which all shares come. That of h0 is the gradient of h_before, wanted or not.
+    (None for 0), and `from_later` is the adjoint that later segments pass to its last state. They
+    and the result are in the dtype of sums. Its h0 is the gradient of h_before, wanted or not.
     """
     at = linearised(options, cell, steps, h_before)
     both = jax.tree.leaves((wanted.state, _theta(wanted.cell)))  # λ and δ
@@ -363,7 +362,7 @@ def segment_gradient(options, cell, steps, h_before, g, from_later, wanted) -> T
     of_a = partial(_tangent_of_a, at)
     moving = Tangents(_only(wanted.cell, cell), dxs, _only(wanted.drive, delta), None)
     if moving.cell.leak is not None and cell.form == "voltage":
-        # Of all weights from λ, and then α times the rows: dL/dα is found from them.
+        # First the sums of λ for all weights, which give dL/dα, then their rows times α.
         G = Tangents(replace(cell, leak=None), None, None, None)
         G = _transposed(of_a, G, adjoint).cell
         dcell = jax.tree.map(lambda x: like(cell.leak, x.T).T * x, G)
@@ -381,7 +380,7 @@ def segment_gradient(options, cell, steps, h_before, g, from_later, wanted) -> T
 
 
 def _transposed(tangent, moving, cotangent):
-    """Sums over these steps: Σ δ_t s_{t−1}ᵀ, Σ δ_t x_tᵀ, Σ δ_t, Uᵀ δ_t; Σ (∂f/∂θ)ᵀ λ_t."""
+    """The transpose: Σ δ_t s_{t−1}ᵀ, Σ δ_t x_tᵀ, Σ δ_t, Uᵀ δ_t; or Σ (∂f/∂θ)ᵀ λ_t."""
     moving = cast(moving, cotangent.dtype)
     if not jax.tree.leaves(moving):
         return moving
@@ -399,13 +398,13 @@ def _voltage_leak_gradient(at, G, adjoint):
 
 
 def _only(wanted, values):
-    """The values in the places of what is wanted, None in the others."""
+    """`values`, with None wherever `wanted` is None."""
     return jax.tree.map(
         lambda w, v: None if w is None else v, wanted, values, is_leaf=lambda w: w is None
     )
 
 
-# The same in operations that JAX differentiates, for the second order and beyond.
+# The tangent in operations that JAX differentiates, for the second order and beyond.
 def _plain(options, known, tangents):
     def solve(at, e, dh0):
         if dh0 is not None:
@@ -458,10 +457,10 @@ def _plain_in_window(options, known, tangents):
     return jvp_of(lambda *leaves: recomputed(*jax.tree.unflatten(tree, leaves)), leaves, moved)[1]
 
 
-# The gradients of a loss of the states, by the rule itself.
+# The public `bptt`, by the same rule.
 @partial(jax.jit, static_argnames="options")
 def bptt(cell, xs, h0, hs, dhs, dh_last, lengths, mask, drive, *, options: Options):
-    """What the public `bptt` returns, of checked arguments."""
+    """`CellGradients` for checked arguments."""
     given = Tangents(cell, None if isinstance(xs, Ids) else xs, drive, h0)
     cell, sequences, h0 = prepared(cell, xs, h0, lengths, mask, drive, options)
     sequences = clean(sequences, cell.U.shape[1])
@@ -473,7 +472,7 @@ def bptt(cell, xs, h0, hs, dhs, dh_last, lengths, mask, drive, *, options: Optio
     hs = masking.frozen_states(hs.astype(h0.dtype), h0, sequences.mask, options.reverse)
     given_here = cell, sequences, h0, hs, g, sharding.laid_out_like(dh_last, h0)
     cell, sequences, h0, hs, g, dh_last = sharding.varying_like(given_here, ())
-    # δ is the gradient of a drive, whether there is one or not, and λ that of the states.
+    # δ is the gradient of a drive, even without one, and λ that of an addition to the states.
     dxs = None if isinstance(xs, Ids) else sequences.xs
     wanted = Tangents(cell, dxs, jnp.zeros_like(g), h0, jnp.zeros_like(g))
     push = partial(derivative(options, cell), (cell, sequences._replace(hs=hs), h0), like=(h0, g))

@@ -24,15 +24,15 @@ from jaxrnn._types import Cell, Ids, leading_shape
 
 
 class Sequences(NamedTuple):
-    """What the recurrence reads, step by step: arrays with time in front, or None.
+    """What the recurrence reads at each step: arrays with a leading time axis, or None.
 
     Args:
       xs: inputs, or `Ids`.
       drive: added to a.
-      mask: which steps are valid; on the others the state is frozen.
-      cut: at which steps derivatives do not pass from a_t to h_{t−1}; of no effect on values.
-      hs: the states themselves, where they are known, frozen on invalid steps.
-      kept: what else the forward pass keeps for derivatives: see `forms.kept`.
+      mask: which steps are valid; the state is frozen on the others.
+      cut: steps at which derivatives do not pass from a_t to h_{t−1}; values do not change.
+      hs: the states, if known, frozen on invalid steps.
+      kept: the residuals of the forward pass, see `forms.kept`.
     """
 
     xs: jax.Array | Ids
@@ -44,7 +44,7 @@ class Sequences(NamedTuple):
 
 
 def clean(sequences: Sequences, input_size: int) -> Sequences:
-    """0 on invalid steps, so that what is there meets no product, and safe ids."""
+    """Set inputs and drive to 0 on invalid steps, before any product, and make ids safe."""
     given = sequences.xs, sequences.drive
     xs, drive = jax.tree.map(lambda x: without_padding(x, sequences.mask), given)
     xs = safe_ids(xs.ids, input_size) if isinstance(xs, Ids) else xs
@@ -54,7 +54,7 @@ def clean(sequences: Sequences, input_size: int) -> Sequences:
 def states(
     options: Options, cell: Cell, sequences: Sequences, h0: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array | None]]:
-    """(the last h_t in scan order, (h_t, what is kept) of every step), frozen without the mask."""
+    """(the last h_t in scan order, (hs, residuals)), frozen where the mask is False."""
     name = select.choose(options, cell.W, h0.shape[:-1], function_of(cell), cell.form)
     keep = name not in select.KERNELS
     by = dict(scan=partial(_scan, options, keep), kernel=partial(_kernel, options, name))
@@ -67,7 +67,7 @@ def _scan(options, keep, cell, sequences, h0):
     sizes = leading_shape(xs)[0], batch, *cell.U.shape[::-1]
     hoisted = not isinstance(xs, Ids) and schedule.hoists_inputs(*sizes)
     if hoisted and not isinstance(xs, Ids):
-        # b is added in the loop: in all of [T, B, H] it would be one more array.
+        # b is added in the loop; added here it would cost one more array [T, B, H].
         xs = arithmetic.product(xs, weights.U_T, options.precision)
     of_x = partial(arithmetic.shifted if hoisted else from_inputs, weights)
     left = schedule.puts_weights_left(batch, cell.W.shape[0])

@@ -1,4 +1,4 @@
-"""Layers: what each puts out, stacks of them, and pairs that read in both directions."""
+"""Outputs of layers, stacks of layers, and pairs (forward, backward)."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +22,7 @@ def outputs(cell: Cell, hs: jax.Array) -> jax.Array:
 
 
 def first_states(cells: Any, batch: tuple[int, ...], given: Any = None) -> Any:
-    """First states `[*batch, H]`: the given ones, and zeros where there is None."""
+    """First states `[*batch, H]`, in the structure of the cells; zeros in place of None."""
     if isinstance(cells, Cell):
         return jnp.zeros((*batch, cells.W.shape[0]), cells.W.dtype) if given is None else given
     given = (None,) * len(cells) if given is None else given
@@ -34,13 +34,13 @@ def unroll(
     cells, xs, h0, lengths, mask, drive, cut=None, key=None, *,
     options: Options, dropout=0.0, residual=False,
 ) -> tuple[Any, jax.Array]:  # fmt: skip
-    """(h_last in the structure of the cells, outputs of the last layer), 0 on invalid steps."""
+    """(h_last in the structure of the cells, the last layer's outputs, 0 on invalid steps)."""
     if isinstance(cells, Cell):
         h_last, hs = derivative.unroll(cells, xs, h0, lengths, mask, drive, cut, options=options)
         if not has_output(cells):
             return h_last, hs
         valid = valid_steps(lengths, mask, len(hs))
-        # Not at 0 on invalid steps: g may have no slope there, and 0 · ∞ is NaN.
+        # On invalid steps not at h = 0, where g may have an infinite slope, and 0 · ∞ is NaN.
         return h_last, without_padding(outputs(cells, select(valid, hs, 0.5)), valid)
     none = (None,) * len(cells)
     drops = _dropouts(dropout, key, len(cells))
@@ -57,7 +57,7 @@ def unroll(
 
 @partial(jax.jit, static_argnames="options")
 def unroll_both(pair, xs, h0, lengths, mask, drive, *, options: Options):
-    """((h_last, h_last), outputs side by side) of two networks that read from either end."""
+    """((h_last, h_last), concatenated outputs) of two networks, one for each direction."""
     none = None, None
     each = zip(pair, h0 or none, drive or none, (options, options.turned()), strict=True)
     found = [unroll(cells, xs, h, lengths, mask, a, options=how) for cells, h, a, how in each]
@@ -67,7 +67,7 @@ def unroll_both(pair, xs, h0, lengths, mask, drive, *, options: Options):
 
 
 def step(cells: Any, x: Any, h: Any, precision: Any = None) -> tuple[Any, jax.Array]:
-    """One step of all layers, which read forward: (their states, what the last one puts out)."""
+    """One step of all layers: (their states, the output of the last one)."""
     if isinstance(cells, Cell):
         cells, x, h = cast((cells, x, h), result_dtype(cells, x, h))
         weights = row_weights(cells, x, precision)
@@ -82,7 +82,7 @@ def step(cells: Any, x: Any, h: Any, precision: Any = None) -> tuple[Any, jax.Ar
 
 
 def _dropouts(rate: float, key: jax.Array | None, count: int) -> list[Callable]:
-    """What each layer does to its inputs; the first does nothing."""
+    """A dropout function for the inputs of each layer; the identity for the first."""
     if not rate or key is None:
         return [lambda y: y] * count
 

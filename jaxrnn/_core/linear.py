@@ -1,8 +1,8 @@
-"""Loop 2, the linear recurrence: the derivative of the other one, and its transpose.
+"""Loop 2, the linear recurrence: the derivative of loop 1.
 
     y_t = e_t + J_t y_{t−1},    J_t = ∂h_t/∂h_{t−1} = diag(p_t) W diag(q_{t−1}) + diag(k_t),
 
-solved forward (the tangent) or transposed, backward in time (the adjoint, which is BPTT).
+solved forward in time (the tangent), or transposed and backward (the adjoint, which is BPTT).
 """
 
 from collections.abc import Callable
@@ -29,18 +29,19 @@ Steps: TypeAlias = tuple[Any, Any, Any, Any, Any]  # p, q, k, mask, cut
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class Jacobians:
-    """J_t of every step (or of one), never formed.
+    """J_t of every step, or of one, as an operator; the matrices are never formed.
 
     Args:
       W: recurrent weights.
       leak: α, or None.
-      p: rate form: what φ'(a_t) is found from, inside the loops. Without a leak that is h_t itself,
-        so that beyond inputs and parameters only h is kept; of relu with one, whether a_t > 0.
-      q: voltage form: what φ'(h_{t−1}) is found from.
-      k: custom form: ∂f/∂h, where p and q are ∂f/∂a and g' (None for 1).
-      mask: which steps are valid: on the others J_t = I.
-      cut: where q_{t−1} = 0, so that the leak alone passes.
-      slope_of: φ' from p or q. options: how the loops are run.
+      p: rate form: the argument of `slope_of` for φ'(a_t). Without a leak that is h_t itself, so
+        that only h is saved beyond inputs and parameters; for relu with a leak, whether a_t > 0.
+      q: voltage form: the argument of `slope_of` for φ'(h_{t−1}).
+      k: custom form: ∂f/∂h; p and q are then ∂f/∂a and g' (None for 1).
+      mask: which steps are valid; J_t = I on the others.
+      cut: where q_{t−1} = 0, so that only the leak passes.
+      slope_of: φ' from p or q.
+      options: how the loops are run.
     """
 
     W: jax.Array
@@ -54,27 +55,27 @@ class Jacobians:
     options: Options = field(metadata={"static": True})
 
     def steps(self) -> Steps:
-        """What differs from step to step."""
+        """The fields that have a time axis."""
         return self.p, self.q, self.k, self.mask, self.cut
 
     def at(self, steps: Steps) -> "Jacobians":
-        """The same at other steps."""
+        """The Jacobians with these fields."""
         return Jacobians(self.W, self.leak, *steps, self.slope_of, self.options)
 
     def before_W(self, v: jax.Array) -> jax.Array:
-        """diag(q) v, what a tangent of h brings to W; or an adjoint from W to h."""
+        """diag(q) v: takes a tangent from h to the input of W, or an adjoint back."""
         if self.q is not None:
             v = self.slope_of(self.q.astype(v.dtype)) * v
         return v if self.cut is None else jnp.where(self.cut[..., None], 0, v)
 
     def after_W(self, v: jax.Array) -> jax.Array:
-        """diag(p) v: carries a tangent of a to one of h, or an adjoint of h to delta."""
+        """diag(p) v: takes a tangent from a to h, or an adjoint from h to a."""
         if self.p is not None:
             v = self.slope_of(self.p.astype(v.dtype)) * v
         return v if self.leak is None else like(self.leak, v) * v
 
     def beside_W(self, v: jax.Array) -> jax.Array | float:
-        """diag(k) v: what passes beside W, 1 − α of it with a leak."""
+        """diag(k) v: the path beside W; 1 − α with a leak."""
         if self.k is not None:
             return self.k.astype(v.dtype) * v
         return 0.0 if self.leak is None else (1 - like(self.leak, v)) * v
@@ -87,7 +88,7 @@ def times(J: Jacobians, y: jax.Array, W_times: Callable | None = None) -> jax.Ar
 
 
 def times_first(J: Jacobians, y0: jax.Array) -> jax.Array:
-    """J_1 y_0, what a tangent of h_0 brings to the first step in scan order."""
+    """J_1 y_0: the tangent of the first state in scan order, from one of h_0."""
     return times(J.at(jax.tree.map(lambda s: s[J.options.first], J.steps())), y0)
 
 
@@ -113,11 +114,11 @@ def adjoint_states(
 ) -> tuple[jax.Array, jax.Array]:
     """Solve λ_t = g_t + J_{t+1}ᵀ λ_{t+1} backward in time: this is BPTT.
 
-    With g_t = ∂L/∂h_t at fixed later states, λ_t = dL/dh_t through all of them. It is the
-    source's double sum (section 3.3) with the sum over t > k taken once for all k.
+    g_t is ∂L/∂h_t at fixed later states, and λ_t is dL/dh_t, through all of them. This is the
+    source's double sum (section 3.3), with the sum over t > k taken once for all k.
 
     `g` is `[T, *batch, H]`, or None for 0, and `from_later` is J_{T+1}ᵀ λ_{T+1}. Returns J_1ᵀ λ_1,
-    which is dL/dh_0, and λ, or with `as_delta` δ_t = diag(p_t) λ_t, which is 0 on invalid steps.
+    which is dL/dh_0, and λ, or if `as_delta` δ_t = diag(p_t) λ_t, which is 0 on invalid steps.
     """
     by = dict(scan=_backward, kernel=kernels.adjoint_states, associative=associative.adjoint_states)
     return _run({name: partial(f, as_delta=as_delta) for name, f in by.items()}, J, g, from_later)
@@ -144,8 +145,8 @@ def _repeated(matrix, y, options):
 
 
 def _run(by: dict[str, Callable], J, sequence, carry) -> Any:
-    """One loop by the program that is chosen, with mapped axes in the batch."""
-    slope_of, options = J.slope_of, J.options  # no array: what the loop closes over outlives it
+    """Run one loop by the chosen implementation, with mapped axes in the batch."""
+    slope_of, options = J.slope_of, J.options  # not J: a closure must not keep arrays alive
 
     def loop(weights, sequences, carry):
         (W, leak), ((p, q, k, mask, cut), sequence) = weights, sequences
@@ -159,11 +160,11 @@ def _run(by: dict[str, Callable], J, sequence, carry) -> Any:
 
 
 def solve(J: Jacobians, e: jax.Array) -> jax.Array:
-    """The y of y_t = e_t + J_t y_{t−1}, y_0 = 0, differentiable to every order.
+    """Solve y_t = e_t + J_t y_{t−1}, y_0 = 0, differentiably to every order.
 
-    Over all steps it is the system (I − J S) y = e, S the shift by one step. JAX transposes
-    the forward solve into the adjoint one, and differentiates the system itself by `matvec`: two
-    solves more, and products of all steps.
+    Over all steps this is the system (I − J S) y = e, with S the shift by one step. JAX transposes
+    the forward solve into the adjoint one, and differentiates through `matvec`, at the cost of two
+    more solves and products over all steps.
     """
     zero = jnp.zeros_like(e[0])
     return lax.custom_linear_solve(

@@ -1,4 +1,4 @@
-"""The readout, the loss, and the gradients of both with those of the states: all of section 3."""
+"""The readout, the loss, and all gradients of section 3 by hand."""
 
 from dataclasses import replace
 from functools import partial
@@ -27,20 +27,20 @@ def logits(readout: Readout, s: jax.Array, precision=None) -> jax.Array:
 
 
 def cross_entropy(logits, targets, where=None):
-    """L_t of each step; 0 where `where` is False, whatever is there in logits and targets."""
+    """L_t of each step; 0 where `where` is False, whatever the logits and targets."""
     logits = logits.astype(accumulation_dtype(logits.dtype))
-    # Selected before the logarithm too: NaN on an uncounted step then has no gradient.
+    # Masked before the logarithm too, so that a NaN on a masked step has no gradient.
     logits, targets = (without_padding(x, where) for x in (logits, targets))
     if jnp.issubdtype(targets.dtype, jnp.integer):
         targets, inside = _inside(targets, logits.shape[-1])
         losses = optax.softmax_cross_entropy_with_integer_labels(
             logits, jnp.where(inside, targets, 0)
         )
-        with jax.debug_nans(False):  # to be found in the result
+        with jax.debug_nans(False):  # the NaN of an invalid id is intended
             losses = jnp.where(inside, losses, jnp.nan)
     else:
         y, log_p = targets.astype(logits.dtype), jax.nn.log_softmax(logits)
-        # 0 ln 0 is 0: a class that cannot be and is not costs nothing.
+        # 0 ln 0 = 0: a class with logit −∞ and target 0 costs nothing.
         log_p = jnp.where((y == 0) & (log_p == -jnp.inf), 0, log_p)
         losses = -jnp.sum(y * log_p, axis=-1)
     return without_padding(losses, where)
@@ -49,14 +49,14 @@ def cross_entropy(logits, targets, where=None):
 def output_error(logits, targets, where=None):
     """∂L_t/∂Ω_t = ŷ_t − y_t, the softmax gradient of section 3.1; 0 where `where` is False.
 
-    A target row that sums to another value s than 1 has s ŷ_t − y_t.
+    For a target row that sums to s it is s ŷ_t − y_t.
     """
     logits = logits.astype(accumulation_dtype(logits.dtype))
     logits, targets = (without_padding(x, where) for x in (logits, targets))
     y_hat = jax.nn.softmax(logits)
     if jnp.issubdtype(targets.dtype, jnp.integer):
         targets, inside = _inside(targets, logits.shape[-1])
-        # Compared, not gathered: XLA fuses the one-hot rows away.
+        # one_hot is a comparison, which XLA fuses: no rows are stored.
         error = y_hat - jax.nn.one_hot(targets, logits.shape[-1], dtype=logits.dtype)
         with jax.debug_nans(False):
             error = jnp.where(inside[..., None], error, jnp.nan)
@@ -72,7 +72,7 @@ def _inside(targets, size):
 
 
 def loss_and_grads(params, targets, xs, h0, lengths, mask, drive, *, options: Options):
-    """(loss, `Gradients`) as the public function returns them, of checked arguments."""
+    """(loss, `Gradients`) for checked arguments."""
     plain = options.window is None and options.checkpoint_every is None
     run = _by_hand if plain and isinstance(params.cell, Cell) else _by_layers
     return run(params, targets, xs, h0, lengths, mask, drive, options=options)
@@ -80,7 +80,7 @@ def loss_and_grads(params, targets, xs, h0, lengths, mask, drive, *, options: Op
 
 @partial(jax.jit, static_argnames="options")
 def _by_hand(params, targets, xs, h0, lengths, mask, drive, *, options):
-    """Of one cell: output and backpropagation of a segment after another."""
+    """For one cell: loss and backpropagation, one segment after the other."""
     given_h0, precision = h0, options.precision
     cell, sequences, h0 = derivative.prepared(params.cell, xs, h0, lengths, mask, drive, options)
     cell, h0 = sharding.varying_like((cell, h0), targets)
@@ -135,9 +135,9 @@ def _by_hand(params, targets, xs, h0, lengths, mask, drive, *, options):
 
 @partial(jax.jit, static_argnames="options")
 def _by_layers(params, targets, xs, h0, lengths, mask, drive, *, options):
-    """Of a stack, or with a window: through the derivative rule, which is the same.
+    """For a stack, a window or checkpoints: by `jax.vjp`, through the same derivative rule.
 
-    With `checkpoint_every`, layers, readout and loss are formed for k steps at a time.
+    With `checkpoint_every` = k, layers, readout and loss are computed for k steps at a time.
     """
     cells, time, given_h0, length = params.cell, leading_shape(xs)[0], h0, options.checkpoint_every
     mask, cut = valid_steps(lengths, mask, time), None
@@ -161,7 +161,7 @@ def _by_layers(params, targets, xs, h0, lengths, mask, drive, *, options):
     types = jax.tree.unflatten(jax.tree.structure((after, ys)), traced.out_avals)
     dtype = accumulation_dtype(result_dtype(params.readout, ys))
     if time:
-        # With the types that states have: a scan keeps what it starts from.
+        # A scan's carry keeps its type, so h_0 gets that of the states.
         h0 = jax.tree.map(sharding.laid_out_like, cast_like(h0, after), types[0])
 
     def segment(params, carry, now, first=0):
@@ -182,7 +182,7 @@ def _by_layers(params, targets, xs, h0, lengths, mask, drive, *, options):
             (h, loss), _ = remat.recomputed(of_params, carry, every, length, **how)
         return loss, cast_like(h, after)
 
-    # In the dtype of sums, so that the shares of segments are added up in it.
+    # In the dtype of sums, so that the gradients of segments accumulate in it.
     given = params
     loss, pull, h_last = jax.vjp(total, _wide(params), _wide(h0), has_aux=True)
     dparams, dh0 = pull(jnp.ones_like(loss))

@@ -1,4 +1,4 @@
-"""Time in segments: with states kept only between them, or with what they need kept in cache."""
+"""Time in segments: to save states only between them, or to keep their arrays in cache."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,19 +10,19 @@ from jax import lax
 
 
 def recomputed(segment: Callable, carry, steps, length: int, *, reverse: bool) -> tuple:
-    """A scan of `jax.checkpoint(segment)`: derivatives keep the carries and compute the rest again.
+    """A scan of `jax.checkpoint(segment)`: only the carries are saved, the rest is recomputed.
 
     Args:
-      segment: (carry, steps, number of the first one) -> (carry, outputs), time in front.
-      carry: what goes from segment to segment.
+      segment: (carry, steps, index of the first step) -> (carry, outputs), time first.
+      carry: passed from segment to segment.
       steps: a pytree of `[T, …]`.
-      length: steps of a segment; of the last one maybe less.
-      reverse: whether the last segment comes first.
+      length: steps in a segment; the last one may be shorter.
+      reverse: run the last segment first.
 
     Returns:
-      (carry, outputs), outputs of all steps.
+      (carry, outputs of all steps).
 
-    Where `length` divides T nothing is copied; else the steps of the whole segments are.
+    If `length` does not divide T, the steps of the full segments are copied once.
     """
     time = jax.tree.leaves(steps)[0].shape[0]
     count, rest = divmod(time, length)
@@ -52,12 +52,11 @@ def recomputed(segment: Callable, carry, steps, length: int, *, reverse: bool) -
 def over_segments(
     segment: Callable, carry, steps, length: int, like: Any, *, reverse: bool
 ) -> tuple[Any, Any]:
-    """Run `segment(carry, steps, index of the first one) -> (carry, outputs)` along time.
+    """Run `segment` along time, reading its steps and writing its outputs in place.
 
-    Nothing is copied: each segment is read, and its outputs are written, in place. So JAX is
-    not to transpose this: a slice in the loop would become a sum of whole arrays.
+    JAX must not transpose this: a slice in the loop would become a sum of whole arrays.
 
-    `like` has arrays of the shapes and dtypes of the outputs of all steps. The rest is as in
+    `like` has arrays with the shapes and dtypes of the outputs of all steps; the rest is as in
     `recomputed`.
     """
     time = jax.tree.leaves(steps)[0].shape[0]
@@ -77,8 +76,8 @@ def over_segments(
     if jax.typeof(jax.tree.leaves(steps)[0]).sharding.mesh.empty:
         out = jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), like)
     else:
-        # Inside shard_map and under explicit sharding a type is more than shape and dtype: it
-        # is taken from a segment that XLA removes again.
+        # Inside shard_map and under explicit sharding a type is more than shape and dtype. It is
+        # taken from a segment, which XLA removes.
         after, first = run(carry, 0, length)
         carry = jax.tree.map(lambda c, a: c + jnp.zeros_like(a), carry, after)
         out = jax.tree.map(lambda y: jnp.repeat(jnp.zeros_like(y[:1]), time, 0), first)

@@ -1,9 +1,9 @@
-"""How the loops are run, chosen by shape in one table; `python -m benchmarks tune` measures it.
+"""How the loops are run, by shape, in one table; `python -m benchmarks tune` measures it.
 
-Every choice is between ways to compute the same; none changes what is computed. The figures are
-milliseconds on two cores of a Xeon with AVX-512 (float32, jax 0.10.2, 2026-11-28): of the answer,
-and of others in parentheses. The table is for CPUs. Elsewhere a step should be few kernels, and
-caches are not what bounds it: U x stands before the loop, W on the right, and no segment is cut.
+No choice changes the result. Times are milliseconds on two cores of a Xeon with AVX-512 (float32,
+jax 0.10.2, 2026-11-28): of the answer, and of the alternatives in parentheses. The table is for
+CPUs. On accelerators a step should be few kernels and caches are no limit: U x is computed before
+the loop, W is the right factor, and time is not cut into segments.
 """
 
 from collections.abc import Callable
@@ -16,9 +16,9 @@ from jaxrnn._jax.batch_axes import members_now
 
 
 class Line(NamedTuple):
-    """One line of a choice: it holds for shapes (T, B, D, H) that no line before it takes.
+    """One line of a choice; the first line whose condition on (T, B, D, H) holds is taken.
 
-    B counts all sequences that share the weights, T the steps of all members that have their own.
+    B counts all sequences that share the weights, T the steps of all members with their own.
     """
 
     where: Callable[[int, int, int, int], bool]
@@ -28,8 +28,8 @@ class Line(NamedTuple):
 
 
 TABLE = {
-    # U x of all steps is one product before the loop (one large product, and U is read once; but
-    # all of [T, B, H] is written and read again), or one in each step. Forward.
+    # U x as one product before the loop, or as one in each step. The former reads U once, but
+    # writes and reads [T, B, H]. Forward.
     "hoists_inputs": (
         Line(lambda T, B, D, H: D >= 16 * B, True, (100, 16, 1024, 1024),
              "50.0 (in the loop 89.1)"),
@@ -37,16 +37,16 @@ TABLE = {
              "2.54 (in the loop 4.02)"),
         Line(lambda T, B, D, H: True, False, (784, 128, 1, 128), "74.2 (before the loop 88.7)"),
     ),
-    # W hᵀ in place of h Wᵀ: XLA packs the right operand at every call, and of few sequences and a
-    # large W that should be the sequences. Forward.
+    # W hᵀ or h Wᵀ. XLA packs the right operand in every call, which should be the smaller one: h if
+    # there are few sequences and W is large. Forward.
     "puts_weights_left": (
         Line(lambda T, B, D, H: H >= 1024 and 2 <= B <= 64, True, (40, 16, 8, 1024),
              "10.1 (on the right 21.4)"),
         Line(lambda T, B, D, H: True, False, (100, 64, 8, 256), "12.8 (on the left 13.8)"),
     ),
-    # How many rows [H], of all sequences, the backward takes at once; None for all. Then comes one
-    # product for each parameter, added to the sum so far. Few rows where products by x are skinny,
-    # and cheap beside what is read and written again. Forward and gradient.
+    # How many rows [H], over steps and sequences, the backward takes at once; None for all. Each
+    # segment ends with one product per parameter, added to the sum. Few rows pay where products
+    # with x are skinny and cheap beside the memory traffic. Forward and gradient.
     "segment_rows": (
         Line(lambda T, B, D, H: D < 16 and H <= 128 and B >= 32 and T * B * H <= 2**20, 256,
              (60, 256, 3, 32), "4.86 (2,048 rows 5.79); (60, 64, 3, 128), beside a busy core, "
@@ -60,7 +60,7 @@ TABLE = {
 
 
 def _answer(choice: str, elsewhere: Any, *shape: Any) -> Any:
-    # A program exported for sizes to come has symbols for them.
+    # In an exported program sizes may be symbolic.
     if jax.default_backend() != "cpu" or not all(isinstance(size, int) for size in shape):
         return elsewhere
     return next(line.answer for line in TABLE[choice] if line.where(*shape))
@@ -78,7 +78,7 @@ def puts_weights_left(batch: tuple[int, ...], hidden_size: int) -> bool:
 
 
 def segment_length(time: int, batch: tuple[int, ...], input_size: int, hidden_size: int) -> int:
-    """How many steps the backward takes at once: all, or at most a quarter, if it can a divisor."""
+    """How many steps the backward takes at once: all, or about a quarter at most."""
     rows = _answer("segment_rows", None, time, prod(batch), input_size, hidden_size)
     if rows is None or 2 * rows > time * prod(batch):
         return time

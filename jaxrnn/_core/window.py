@@ -1,12 +1,12 @@
 """The derivative of the states through their last few steps only.
 
-With `window` = k, h_t depends on a_{t−k+1} … a_t: as if it were recomputed by k whole steps from
-an h_{t−k} that does not move. All windows have the same states and so the same Jacobians:
+With `window` = k, h_t depends on a_{t−k+1} … a_t, as if it were recomputed by k steps from a
+constant h_{t−k}. All windows share the states, and so the Jacobians:
 
     y^1_t = e_t,      y^i_t = e_t + J_t y^{i−1}_{t−1},  y^i_0 = dh_0,      dh_t = y^k_t
 
-which is the sum of section 3.3 over k ≥ t − window + 1. A sweep takes all steps at once. Invalid
-steps are as if they were not there.
+This is the sum of section 3.3 over k ≥ t − window + 1. Each sweep i handles all steps at once.
+Invalid steps are skipped.
 """
 
 from collections.abc import Callable
@@ -24,16 +24,16 @@ from jaxrnn._types import Cell
 
 
 def tangent_states(J: Jacobians, e: jax.Array, y0: jax.Array) -> jax.Array:
-    """y^k of all steps. Cost: a product over all steps for each step of the window."""
+    """y^k of all steps. Cost: k products over all steps."""
     return _sweeps(e, lambda y: e + times(J, y), y0, J.mask, J.options)
 
 
 def recomputed(
     options: Options, cell: Cell, steps, h0: jax.Array, held: tuple[Any, Any]
 ) -> jax.Array:
-    """The states by the same sweeps, of operations that JAX differentiates.
+    """The states, by the same sweeps in operations that JAX differentiates.
 
-    `steps` are (xs, drive, mask, what is added to the state); `held` are (h, h_0) that do not move.
+    `steps` are (xs, drive, mask, an addition to the state); `held` are the constants (hs, h_0).
     """
     xs, drive, mask, added = steps
     weights = row_weights(cell, xs, options.precision)
@@ -47,8 +47,8 @@ def recomputed(
 
 
 def _sweeps(first: jax.Array, again: Callable, h0, mask, options: Options):
-    """y^1 = first, then y ← again(y before each step), and the last valid y on every step."""
-    # After T + 1 sweeps nothing changes: h_0 is reached from all steps. T may be a symbol.
+    """y^1 = first, then y ← again(y before each step); the last valid y on invalid steps."""
+    # After T + 1 sweeps every window reaches h_0 and nothing changes. T may be symbolic.
     time, sweeps = first.shape[0], options.window or 1
     sweeps = min(sweeps, time + 1) if isinstance(time, int) else sweeps
 
