@@ -1,10 +1,10 @@
-"""A loop over time whose mapped axes join its batch, and whose derivative its author wrote.
+"""A loop over time with a custom derivative, whose mapped axes become batch axes.
 
-JAX's own batching of a scan puts the new axis in front of time and transposes whole `[T, B, H]`
-arrays to get there, and it batches a derivative rule operation by operation. A loop that is run
-here takes a mapped axis as one more batch axis before it is differentiated: the choice of how to
-run it, and its derivative, see one larger batch. `jax.custom_batching.custom_vmap` has no reverse
-mode, and `jax.custom_jvp` traces the loop once more for it, so this is a primitive.
+JAX batches a scan by putting the new axis in front of time, which transposes whole `[T, B, H]`
+arrays, and it batches a derivative rule operation by operation. Here a mapped axis joins the batch
+before the loop is differentiated, so the choice of implementation and the derivative see one larger
+batch. `jax.custom_batching.custom_vmap` has no reverse mode, and `jax.custom_jvp` traces the loop
+again for it, so this is a primitive.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from jaxrnn._jax.primitive import is_zero, jvp_of, make_primitive, run
 
 _loop_p = make_primitive("recurrence")
 
-# How many members, each with weights of its own, run side by side in the loop being traced.
+# How many members with their own weights are batched in the loop that is being traced.
 members_now: ContextVar[int] = ContextVar("members_now", default=1)
 
 
@@ -35,26 +35,26 @@ def run_loop(
 ) -> tuple[Any, Any]:
     """Run `loop(weights, sequences, carry) -> (carry, states)`.
 
-    Under vmap with shared weights the mapped axis joins the batch; with weights of their own, each
-    member runs the loop, and axes mapped later still join its batch.
+    Under vmap with shared weights the mapped axis joins the batch. Under vmap over weights the loop
+    is vmapped over the members, and axes mapped later still join the batch.
 
     Args:
-      loop: what runs.
+      loop: the function to run.
       weights: a pytree.
-      sequences: a pytree of `[T, *members, *batch, …]`. For each vmap over weights, members pair
-        with an axis of the weights. States are like them.
-      carry: a pytree of `[*members, *batch, …]`, or None as a result.
+      sequences: a pytree of `[T, *members, *batch, …]`, with a member axis for each vmap over
+        weights; states likewise.
+      carry: a pytree of `[*members, *batch, …]`; as a result it may be None.
       tangent: `tangent(arguments, results, tangents) -> tangents of the results`, where
-        arguments and tangents are (weights, sequences, carry), None for what does not move.
-        Without it JAX differentiates the loop.
-      members: how many vmaps over weights there are already.
+        arguments and tangents are (weights, sequences, carry), None for constants. If None, JAX
+        differentiates the loop.
+      members: the number of vmaps over weights so far.
     """
     leaves, tree = jax.tree.flatten((weights, sequences, carry))
 
     def flat(*leaves):
         return loop(*jax.tree.unflatten(tree, leaves))
 
-    with jax.disable_jit(False):  # else lax.scan would be traced step by step
+    with jax.disable_jit(False):  # without jit, lax.scan would be traced step by step
         call, shape = jax.make_jaxpr(flat, return_shape=True)(*leaves)
     out_tree = jax.tree.structure(shape)
     how = dict(loop=loop, tangent=tangent, tree=tree, out_tree=out_tree, members=members)
@@ -63,7 +63,7 @@ def run_loop(
 
 @_loop_p.def_impl
 def _run(*leaves, call, loop, tree, **_):
-    # Where JAX evaluates a jaxpr it looks for no NaN, and without jit it is to run step by step.
+    # An evaluated jaxpr is not checked for NaN, and under disable_jit it should run step by step.
     if any(getattr(jax.config, name) for name in ("jax_debug_nans", "jax_disable_jit")):
         return jax.tree.leaves(loop(*jax.tree.unflatten(tree, leaves)))
     return run(*leaves, call=call)
@@ -98,7 +98,7 @@ ad.primitive_jvps[_loop_p] = _differentiate
 
 
 def _fold(leaves, axes, *, call, loop, tangent, tree, out_tree, members):
-    del call, out_tree  # of the shapes before
+    del call, out_tree  # of the unbatched shapes
     (size,) = {x.shape[a] for x, a in zip(leaves, axes, strict=True) if a is not None}
     of_weights, of_sequences, _ = (part.num_leaves for part in tree.children())
     own_weights = any(a is not None for a in axes[:of_weights])

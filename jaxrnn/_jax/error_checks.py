@@ -1,8 +1,7 @@
-"""What `jax.experimental.checkify` finds in a primitive that stands for a program.
+"""Rules of `jax.experimental.checkify` for the primitives of this package.
 
-Without a rule it looks into none. JAX exports no way to add one: its table is taken from where it
-lies. Should a later JAX have moved it, errors in these primitives go unseen, and all else is as it
-was.
+JAX has no public way to add such a rule, so its private table is used. If a later JAX moves the
+table, checkify does not see errors inside these primitives; everything else still works.
 """
 
 from collections.abc import Callable
@@ -18,14 +17,14 @@ except ImportError:
 
 
 def look_into(primitive: Primitive, program: Callable, unchecked: Callable) -> None:
-    """Have checkify find the errors of `program(*leaves, **params)`, a jaxpr.
+    """Let checkify report the errors of `program(*leaves, **params)`, a jaxpr.
 
-    Values and derivatives are those of the primitive as ever; the program runs beside it. With a
-    `checkify.check` in it, the primitive is bound by `unchecked(*leaves, **params)`.
+    The program runs beside the primitive, which still computes values and derivatives. If it
+    contains a `checkify.check`, `unchecked(*leaves, **params)` takes the primitive's place.
     """
 
     def rule(*args, **params):
-        # From jax 0.12 on there is a context in front of the error.
+        # From jax 0.12 on, a context precedes the error.
         at = next(n for n, x in enumerate(args) if isinstance(x, frozenset))
         (*context, error), enabled, leaves = args[:at], args[at], args[at + 1 :]
         jaxpr, still = program(*leaves, **params), lax.stop_gradient(leaves)
@@ -37,5 +36,5 @@ def look_into(primitive: Primitive, program: Callable, unchecked: Callable) -> N
 
 
 def without_checks(function: Callable) -> Callable:
-    """The same without `checkify.check`, which no compiled program may contain."""
+    """The function without its `checkify.check`s, which a compiled program cannot contain."""
     return lambda *args: checkify.checkify(function)(*args)[1]

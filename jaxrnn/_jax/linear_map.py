@@ -1,7 +1,7 @@
-"""A linear map that JAX runs, and transposes, as its author wrote both.
+"""A linear map with a hand-written transpose.
 
-`jax.lax.custom_linear_solve` takes a hand-written transpose too, but of a square system alone, and
-`jax.custom_derivatives.linear_call` has no batching rule. So this is a primitive of its own.
+`jax.lax.custom_linear_solve` has one too, but only for square systems, and it would save four
+arrays of states; `jax.custom_derivatives.linear_call` has no batching rule. So this is a primitive.
 """
 
 from collections.abc import Callable
@@ -19,16 +19,15 @@ from jaxrnn._jax.primitive import jvp_of
 
 
 class LinearMap(NamedTuple):
-    """A map that is linear in its second argument, written three times.
+    """A map that is linear in its second argument.
 
     Args:
-      forward: `forward(known, given) -> out`, pytrees of arrays.
-      transpose: `transpose(known, out, given) -> given`, its transpose by hand; the last
-        argument has the shapes and dtypes that are wanted, and no values. Leaves of `out` that
-        are known to be 0 are None; forward is to take None so too.
-      plain: the same as forward in operations that JAX differentiates by itself. It runs
-        where `known` moves, which is to say from the second order on.
-      effectful: whether the map has effects, for which it is traced where it is applied.
+      forward: `forward(known, x) -> y`, on pytrees of arrays.
+      transpose: `transpose(known, y, wanted) -> x`, its transpose. `wanted` has the shapes and
+        dtypes of x. Leaves of y that are 0 may be None, and so may those of x in `forward`.
+      plain: the same map as `forward`, in operations that JAX differentiates. It runs if `known`
+        has tangents, that is from the second order on.
+      effectful: whether the map has effects; it is then traced when it is applied.
     """
 
     forward: Callable[[Any, Any], Any]
@@ -37,8 +36,8 @@ class LinearMap(NamedTuple):
     effectful: bool = False
 
     def __call__(self, known, given, like):
-        """Apply the map; its results have the types of the arrays `like`."""
-        # The primitive has flat lists on both sides.
+        """Apply the map; results have the types of the arrays `like`."""
+        # The primitive takes and returns flat lists.
         known, known_tree = jax.tree.flatten(known)
         given, given_tree = jax.tree.flatten(given)
         like, out_tree = jax.tree.flatten(like)
@@ -72,8 +71,7 @@ def _bind(linear, known, given, types):
     return _map_p.bind(*known, *given, linear=linear, **how)
 
 
-# Traced where it is compiled, not where it is applied: a gradient applies the map only to have it
-# transposed.
+# Traced at lowering, not when applied: a gradient applies the map only to transpose it.
 @_map_p.def_impl
 def _run(*leaves, linear, split, **_):
     return linear.forward(list(leaves[:split]), list(leaves[split:]))
@@ -109,7 +107,7 @@ ad.primitive_jvps[_map_p] = _differentiate
 
 
 def _transposed(linear, wanted, present):
-    """The transpose as a map of those outputs that are present; the others are 0."""
+    """The transpose as a linear map of the outputs that are present; the others are 0."""
 
     def chosen(f):
         return lambda known, given: [y for y, p in zip(f(known, given), present, strict=True) if p]
@@ -150,8 +148,7 @@ def _batch(leaves, axes, *, linear, split, types, call_effects):
     known, given = list(leaves[:split]), list(leaves[split:])
     known_axes, given_axes = list(axes[:split]), list(axes[split:])
     if any(a is None for a in given_axes):
-        # By hand the shared ones would be taken apart, and what is summed over the batch
-        # would exist for each member.
+        # The hand-written map would copy shared arguments, and form sums over the batch per member.
         out = jax.vmap(linear.plain, (known_axes, given_axes), axis_size=size)(known, given)
         return out, [0] * len(out)
     given = [jnp.moveaxis(x, a, 0) for x, a in zip(given, given_axes, strict=True)]
@@ -166,7 +163,7 @@ def _batch(leaves, axes, *, linear, split, types, call_effects):
     of_all = LinearMap(each(linear.forward), transpose, each(linear.plain), linear.effectful)
     if all(t.sharding.mesh.empty for t in types):
         types = [ShapedArray((size, *t.shape), t.dtype) for t in types]
-    else:  # in shard_map and under explicit sharding a type is more than shape and dtype
+    else:  # inside shard_map and under explicit sharding a type is more than shape and dtype
         types = jax.make_jaxpr(of_all.forward)(known, given).out_avals
     out = _bind(of_all, known, given, types)
     return out, [0] * len(out)

@@ -1,8 +1,4 @@
-"""A primitive of JAX that stands for a program, until a transformation asks how it is meant.
-
-By the parts of JAX made for that (`jax.extend`, `jax.interpreters`). Its parameter `call` is the
-program as a jaxpr, which printers and walkers see.
-"""
+"""Primitives that stand for a jaxpr, their parameter `call`, with custom transformation rules."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,7 +8,7 @@ from jax.interpreters import ad, mlir
 
 
 def make_primitive(name: str) -> Primitive:
-    """One that runs and compiles `call`; derivatives and batching are still to be registered."""
+    """A primitive that runs and compiles `call`; it has no derivative and batching rules yet."""
     primitive = Primitive(name)
     primitive.multiple_results = True
     primitive.def_impl(run)
@@ -22,19 +18,19 @@ def make_primitive(name: str) -> Primitive:
 
 
 def run(*leaves, call, **_):
-    """What the primitive computes."""
+    """Evaluate the jaxpr `call`."""
     return jaxpr_as_fun(call)(*leaves)
 
 
 def is_zero(tangent) -> bool:
-    """Whether a tangent is None, JAX's symbolic zero, or that of an integer."""
+    """Whether a tangent is None, a symbolic zero, or of dtype float0."""
     if tangent is None or isinstance(tangent, ad.Zero):
         return True
     return tangent.dtype == jax.dtypes.float0
 
 
 def jvp_of(f: Callable, primals: Sequence, tangents: Sequence) -> tuple:
-    """The derivative of `f(*leaves)`, which sees what does not move as a constant."""
+    """`jax.jvp` of `f(*leaves)`, with the leaves that have no tangent as constants."""
     moving = [n for n, t in enumerate(tangents) if not is_zero(t)]
 
     def of_moving(*values):

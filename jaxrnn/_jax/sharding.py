@@ -1,4 +1,4 @@
-"""Where arrays lie under explicit sharding, and over which axes they vary inside shard_map."""
+"""Placement of arrays under explicit sharding, and the axes they vary over inside shard_map."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ def _spec(x: jax.Array | ShapedArray) -> tuple | None:
 
 
 def of_rows(table: jax.Array, ids: jax.Array) -> P | None:
-    """For `table[ids]`: as the ids, and along a row as the table."""
+    """The sharding of `table[ids]`: that of ids, then that of a row."""
     specs = _spec(ids), _spec(table)
     if specs == (None, None):
         return None
@@ -23,7 +23,7 @@ def of_rows(table: jax.Array, ids: jax.Array) -> P | None:
 
 
 def of_outer(left: jax.Array, right: jax.Array) -> P | None:
-    """For a product summed over all but the last axis of both."""
+    """The sharding of a product summed over all but the last axis of both."""
     specs = _spec(left), _spec(right)
     return None if specs == (None, None) else P(*((s or (None,))[-1] for s in specs))
 
@@ -33,12 +33,12 @@ def _type(x: jax.Array | ShapedArray) -> ShapedArray:
 
 
 def laid_out_like(x: jax.Array, y: jax.Array | ShapedArray) -> jax.Array:
-    """x, placed as y is, an array or the type of one."""
+    """x with the sharding of y, an array or its type."""
     return x if _spec(y) is None else jax.sharding.reshard(x, _type(y).sharding)
 
 
 def laid_out_as_state(h: jax.Array, first: jax.Array, U: jax.Array) -> jax.Array:
-    """h `[*batch, H]`: its batch where that of `first` lies, and H where the rows of U do."""
+    """h `[*batch, H]`, with the batch sharded as in `first` and H as the rows of U."""
     specs = [_spec(x) for x in (h, first, U)]
     if specs == [None, None, None]:
         return h
@@ -54,9 +54,9 @@ def _varies_over(x: jax.Array) -> frozenset:
 
 
 def varying_like(tree, over):
-    """The same values, which inside shard_map vary over all axes over which `over` does.
+    """The tree, varying inside shard_map over all axes that `over` varies over.
 
-    Where JAX differentiates this, it adds up the gradients over those axes here, once.
+    Its transpose sums gradients over those axes, once.
     """
     leaves = jax.tree.leaves((tree, over))
     axes = frozenset().union(*map(_varies_over, leaves))
