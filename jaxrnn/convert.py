@@ -1,8 +1,9 @@
-"""Elman networks of other libraries as cells of this one, and cells as PyTorch's.
+"""Cells from the Elman networks of PyTorch, Flax, Haiku and Keras, and back to PyTorch.
 
-All compute h_t = φ(U x_t + W h_{t−1} + b), with weights in layouts of their own. Only `to_torch`
-imports another library. Dtypes stay, float64 where JAX has it enabled. What else a module computes
-is refused by name: in a subclass, in another dtype than its weights', from another state than 0.
+All compute h_t = φ(U x_t + W h_{t−1} + b), in different layouts. Layers, directions and the
+activation are converted, and two biases are summed. Only `to_torch` imports another library. Dtypes
+are unchanged (float64 if JAX has it enabled). A module that computes anything else is refused by
+name: a subclass, a dtype other than its weights', a nonzero initial state.
 """
 
 import copy
@@ -24,48 +25,46 @@ from jaxrnn._types import Activation, Cell, Cells, directions
 Phi = str | Activation | Callable[[jax.Array], jax.Array]
 KERAS_PHI = {"tanh": "tanh", "relu": "relu", "sigmoid": "sigmoid", "linear": "identity"}
 TORCH_KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-# What torch computes a weight from: weight_norm, spectral_norm, pruning, other parametrizations.
+# Tensors from which torch computes a weight: weight_norm, spectral_norm, pruning, parametrizations.
 TORCH_SOURCE = r"(.*\.)?(parametrizations\..*|\w+_[ih]h(_l\d+(_reverse)?)?_(g|v|u|orig|mask))"
 NNX_PARTS = {
     "SimpleCell": ("dense_i", "dense_h"), "RNN": ("cell",), "Linear": ("kernel", "bias"),
     "Bidirectional": ("forward_rnn", "backward_rnn"),
 }  # fmt: skip
-# Arguments of these that change what is computed; the others only lay it out.
+# Arguments of these that change what is computed, not only its layout.
 NNX_CHANGING = {"residual", "carry_init", "reverse", "merge_fn", "promote_dtype", "dot_general"}
-# Methods that say what a module computes.
+# Methods that define what a module computes.
 METHODS = {"forward", "call", "__call__", "inner_loop", "get_initial_state", "initialize_carry"}
 
 
 def from_torch(module: Any, activation: Phi | None = None) -> Cells:
     """The cells of a `torch.nn.RNN` or `torch.nn.RNNCell`; b is the sum of its two biases.
 
-    To go on in JAX with a network trained there; the other converters likewise.
-
     Args:
-      module: the module, or its `state_dict()`. Of a module the weights are as in eval mode, also
-        under weight_norm, spectral_norm, other parametrizations and pruning. `batch_first` and
-        `dropout` do not travel.
-      activation: φ; by default the module's, and "tanh" for a state dict, which holds none.
+      module: the module, or its `state_dict()`. The weights of a module are those of eval mode,
+        also under weight_norm, spectral_norm, other parametrizations and pruning. `batch_first` and
+        `dropout` are not converted.
+      activation: φ; by default the module's, or "tanh" for a state dict, which has none.
 
     Returns:
-      A `Cell` for one layer of one direction; else a tuple of layers as `unroll_layers` takes
-      it, each a `Cell` or, if bidirectional, a pair (forward, backward): the order of h_n.
+      A `Cell` for one layer in one direction; else a tuple of layers as in `unroll_layers`, each a
+      `Cell` or, if bidirectional, a pair (forward, backward), in the order of h_n.
 
     Raises:
-      TypeError, ValueError: another module, as an LSTM or a GRU, or one with other hooks; keys
-        that are missing or not such a module's; weights unlike these.
+      TypeError, ValueError: another module, such as an LSTM or a GRU, or one with other hooks; keys
+        that are missing or unknown; weights that do not fit.
     """
     if _kind(module, "torch.nn", "RNN", "RNNCell"):
         own, state = module.nonlinearity, _torch_state(module)
     elif isinstance(module, Mapping):
         own, state = "tanh", {str(key): value for key, value in module.items()}
     else:
-        wanted = "a torch.nn.RNN or RNNCell that keeps torch's forward, or a state_dict of one"
-        checks.bad_type("module", wanted, _came(module))
+        expected = "a torch.nn.RNN or RNNCell that keeps torch's forward, or a state_dict of one"
+        checks.bad_type("module", expected, _describe(module))
     phi = own if activation is None else activation
     keys = [m for m in (re.fullmatch(r"[a-z]+_[ih]h_l(\d+)(_reverse)?", key) for key in state) if m]
     turns = ("", "_reverse") if any(m[2] for m in keys) else ("",)
-    # Of more layers than keys one key is missing in any case.
+    # With more layers than keys, some key is missing in any case.
     depth = min(max((int(m[1]) + 1 for m in keys), default=1), len(state) + 1)
     ends = [[f"_l{n}{turn}" for turn in turns] for n in range(depth)]
     ends = [[""]] if set(TORCH_KINDS) & set(state) else ends
@@ -78,20 +77,18 @@ def from_torch(module: Any, activation: Phi | None = None) -> Cells:
 
 
 def to_torch(cells: Cells) -> Any:
-    """A new `torch.nn.RNN` of these cells, its second biases 0; `from_torch` gives them back.
-
-    To hand a network on, to serve it or to compare.
+    """A new `torch.nn.RNN` with these cells, its second biases 0; the inverse of `from_torch`.
 
     Args:
-      cells: a `Cell`, or a tuple of layers as in `unroll_layers`: all of one hidden size, dtype
-        and activation, "tanh" or "relu", all or none of them pairs, of the rate form, no leak.
+      cells: a `Cell`, or a tuple of layers as in `unroll_layers`, in the rate form without leaks,
+        with one hidden size, dtype and activation ("tanh" or "relu"), all or none of them pairs.
 
     Returns:
-      The module, on the CPU, `batch_first` False. torch's random numbers are left as they were.
+      The module, on the CPU, with `batch_first` False. torch's random state does not change.
 
     Raises:
       ModuleNotFoundError: torch is not installed.
-      TypeError, ValueError: no cells; what torch's module cannot hold.
+      TypeError, ValueError: not cells, or cells that torch's module cannot represent.
     """
     cells = check_cells("cells", cells)
     layers = [directions(layer) for layer in ((cells,) if isinstance(cells, Cell) else cells)]
@@ -104,7 +101,7 @@ def to_torch(cells: Cells) -> Any:
         checks.bad_value("cells", "no leak, which torch does not have", "a leak")
     for leaf in jax.tree.leaves(flat):
         if isinstance(leaf, Tracer) or leaf.size == 0:
-            checks.bad_value("cells", "arrays of values that torch can hold", checks.came(leaf))
+            checks.bad_value("cells", "arrays of values that torch can hold", checks.describe(leaf))
     pairs = _same("all or no layers in both directions", [len(layer) == 2 for layer in layers])
     hidden_size = _same("one hidden size", [cell.W.shape[0] for cell in flat])
     phi = _same("one activation", [_named(resolve(cell.activation).function) for cell in flat])
@@ -117,7 +114,7 @@ def to_torch(cells: Cells) -> Any:
         raise ModuleNotFoundError(f"{e}; pip install 'jaxrnn[peers]'", name=e.name) from e
     how = dict(bidirectional=pairs, device="meta", dtype=getattr(torch, dtype))
     module = torch.nn.RNN(flat[0].U.shape[1], hidden_size, len(layers), phi, **how)
-    module = module.to_empty(device="cpu")  # On "meta" no weights were drawn.
+    module = module.to_empty(device="cpu")  # on "meta" no weights are drawn
     values = []
     for cell in flat:
         nothing = jnp.zeros(hidden_size, dtype)
@@ -133,43 +130,43 @@ def from_flax(params: Any, activation: Phi | None = None) -> Cells:
     """The cells of flax's `SimpleCell`, of `flax.nnx` or `flax.linen`.
 
     Args:
-      params: an `nnx.SimpleCell`, or an `nnx.RNN` or `nnx.Bidirectional` of such; or the state
-        of one, or the parameters of a linen one; or a list of these, one for each layer.
-        Parameters do not tell whether there was a `residual`, `reverse` or `carry_init`, or a
-        `Bidirectional` with one cell in another module. Of modules `time_major`, `return_carry`,
-        `keep_order`, `unroll`, `state_axes`, `broadcast_rngs` and `precision` do not travel.
-      activation: as in `from_torch`; parameters hold none.
+      params: an `nnx.SimpleCell`, or an `nnx.RNN` or `nnx.Bidirectional` of them, or the state of
+        one, or the parameters of a linen one; or a list of these, one for each layer. Parameters do
+        not show a `residual`, `reverse` or `carry_init`, or a cell shared with another module.
+        `time_major`, `return_carry`, `keep_order`, `unroll`, `state_axes`, `broadcast_rngs` and
+        `precision` of modules are not converted.
+      activation: as in `from_torch`; parameters have none.
 
     Returns:
-      A `Cell` for one cell; for a list a tuple of layers as `unroll_layers` takes it; for a
-      `Bidirectional` a stack of one layer, ((forward, backward),): a shared cell stands in both.
+      A `Cell` for one cell; for a list, a tuple of layers as in `unroll_layers`; for a
+      `Bidirectional`, a stack of one layer, ((forward, backward),), with a shared cell in both.
 
     Raises:
-      TypeError, ValueError: another module, as an LSTM or a GRU; entries unlike a `SimpleCell`'s;
-        a module with `residual`, `reverse` or `carry_init`; a `Bidirectional` that does not
-        concatenate, or the parameters or state of one with a shared cell.
+      TypeError, ValueError: another module, such as an LSTM or a GRU; entries that are not a
+        `SimpleCell`'s; a module with `residual`, `reverse` or `carry_init`; a `Bidirectional` that
+        does not concatenate, or the parameters or state of one with a shared cell.
     """
     return check_cells("params", _each("params", params, _flax, activation))
 
 
 def from_haiku(params: Mapping[str, Any], activation: Phi = "relu") -> Cells:
-    """The cells of Haiku's `VanillaRNN`; b is the sum of its biases, one or two.
+    """The cells of Haiku's `VanillaRNN`; b is the sum of its one or two biases.
 
     Args:
-      params: the parameters of one `hk.VanillaRNN` or of several, and no others: each has the
-        modules "<name>/linear", of the inputs, and "<name>/linear_1", of the states, which has
-        a bias only with `double_bias`.
+      params: the parameters of one or more `hk.VanillaRNN`s, and no others: each has the modules
+        "<name>/linear" for inputs and "<name>/linear_1" for states, the latter with a bias only if
+        `double_bias`.
       activation: φ; Haiku's is "relu".
 
     Returns:
-      A `Cell` for one; of several, as in an `hk.DeepRNN`, a tuple of them as `unroll_layers`
-      takes it, in the order of their names: vanilla_rnn, vanilla_rnn_1, ..., vanilla_rnn_10.
+      A `Cell` for one; for several, as in an `hk.DeepRNN`, a tuple as in `unroll_layers`, in the
+      order of their names: vanilla_rnn, vanilla_rnn_1, ..., vanilla_rnn_10.
 
     Raises:
-      TypeError, ValueError: other modules, as an LSTM's; weights that are missing or do not fit.
+      TypeError, ValueError: other modules, such as an LSTM; weights that are missing or do not fit.
     """
     if not isinstance(params, Mapping):
-        checks.bad_type("params", "an hk.VanillaRNN's parameters", _came(params))
+        checks.bad_type("params", "an hk.VanillaRNN's parameters", _describe(params))
     names = {str(key).rpartition("/")[0] for key in params} - {""} or {"vanilla_rnn"}
     names = sorted(names, key=lambda name: [s.zfill(9) for s in re.split("([0-9]+)", name)])
     pairs = [(f"{name}/linear", f"{name}/linear_1") for name in names]
@@ -180,20 +177,20 @@ def from_haiku(params: Mapping[str, Any], activation: Phi = "relu") -> Cells:
 
 
 def from_keras(layer: Any) -> Cells:
-    """The cells of Keras's `SimpleRNN`; φ comes by its name if we have one, else as a callable.
+    """The cells of Keras's `SimpleRNN`; φ becomes a name if this library has it, else a callable.
 
     Args:
       layer: a built `SimpleRNN` or `SimpleRNNCell`, an `RNN` of a `SimpleRNNCell` or of
-        `StackedRNNCells`, a `Bidirectional` of two such; or a list of these, one for each
-        layer. `go_backwards` of a single layer does not travel: `unroll` has `reverse=True`. Nor
-        do `return_sequences`, `return_state`, `unroll`, `zero_output_for_mask`, and what acts in
-        training: `dropout`, `recurrent_dropout`, regularizers, constraints.
+        `StackedRNNCells`, or a `Bidirectional` of two of these; or a list, one for each layer.
+        `go_backwards` of a single layer is not converted (`unroll` has `reverse=True`), nor are
+        `return_sequences`, `return_state`, `unroll`, `zero_output_for_mask`, or anything that acts
+        only in training: `dropout`, `recurrent_dropout`, regularizers, constraints.
 
     Returns:
-      As `from_flax`; for `StackedRNNCells` a tuple of layers, as for a list.
+      As `from_flax`; for `StackedRNNCells`, a tuple of layers.
 
     Raises:
-      TypeError, ValueError: another layer, as an LSTM or a GRU; one that is not built or is
+      TypeError, ValueError: another layer, such as an LSTM or a GRU; one that is not built or is
         `stateful`; a `Bidirectional` that does not concatenate, or whose first layer goes
         backwards; a list with a layer that does.
     """
@@ -204,16 +201,16 @@ def from_keras(layer: Any) -> Cells:
 
 
 def _torch_state(module: Any) -> dict[str, Any]:
-    """The state dict, with the weights that eval mode computes; the module stays as it is."""
+    """The state dict with the weights of eval mode; the module does not change."""
     state = dict(module.state_dict())
     for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
         kind = _kind(hook, "torch.nn.utils.", "WeightNorm", "SpectralNorm", "BasePruningMethod")
         if kind is None:
-            got = f"{_came(hook)}; to leave it out pass the state_dict()"
+            got = f"{_describe(hook)}; to leave it out pass the state_dict()"
             checks.bad_value("module", "no hooks but torch's own of weights", got)
         elif kind.__name__ == "BasePruningMethod":
             state[hook._tensor_name] = hook.apply_mask(module)
-        else:  # A False skips the power iteration, which changes the module.
+        else:  # False skips the power iteration, which would change the module
             how = (False,) if kind.__name__ == "SpectralNorm" else ()
             state[hook.name] = hook.compute_weight(module, *how)
     for key, computed in getattr(module, "parametrizations", {}).items():
@@ -242,10 +239,10 @@ def _torch_cell(state: Mapping[str, Any], end: str, kinds: tuple, phi: Phi) -> C
             except (TypeError, RuntimeError):
                 got = f"{value.dtype}, {value.layout}, on {value.device}"
                 checks.bad_type(name, "a tensor that NumPy can hold", got)
-        if isinstance(value, np.ndarray):  # The module's next training step must not reach it.
+        if isinstance(value, np.ndarray):  # copied: the module may be trained on
             value = np.array(value, jnp.bfloat16 if half else None)
         values.append((name, value))
-    # A sum would not keep every bit: −0.0 + 0.0 is 0.0, and XLA may flush denormals to 0.
+    # A second bias of zeros is dropped, because a sum changes bits: −0.0 + 0.0 is 0.0.
     for _, c in values[3:]:
         if isinstance(c, np.ndarray) and c.shape == np.shape(values[2][1]) and not c.any():
             del values[3]
@@ -273,7 +270,7 @@ def _flax(name: str, value: Any, phi: Phi | None, turned: bool = False) -> Any:
             return (tuple(_flax(where[key], found[key], phi, True) for key in keys),)
         parts = {key: _nnx_parts(where[key], found[key], turned, "Linear") for key in keys}
         return _cell(name, _linears(name, parts), "tanh" if phi is None else phi)
-    # A cell stands under "params", as its RNN's attribute, or alone under a name of its own.
+    # A cell is under "params", under its RNN's attribute, or alone under a name.
     if len(found) != 1:
         checks.bad_value(name, "the parameters of one SimpleCell, with i and h", _keys(found))
     [(key, inner)] = found.items()
@@ -281,11 +278,11 @@ def _flax(name: str, value: Any, phi: Phi | None, turned: bool = False) -> Any:
 
 
 def _nnx_parts(name: str, value: Any, turned: bool, *kinds: str) -> Mapping:
-    """Parameters, or a module's; `turned` in a `Bidirectional`, which says who reads backwards."""
+    """Parameters, or those of a module; `turned` inside a `Bidirectional`, which sets `reverse`."""
     kind = _kind(value, "flax.nnx", *kinds)
     if kind is None:
         if not isinstance(value, Mapping):
-            checks.bad_type(name, f"an nnx.{' or '.join(kinds)}, or parameters", _came(value))
+            checks.bad_type(name, f"an nnx.{' or '.join(kinds)}, or parameters", _describe(value))
         return value
     for key, parameter in inspect.signature(kind.__init__).parameters.items():
         got, changing = getattr(value, key, None), NNX_CHANGING - ({"reverse"} if turned else set())
@@ -313,29 +310,29 @@ def _keras(name: str, layer: Any) -> Any:
     if _kind(layer, "keras.", "Bidirectional"):
         mode, turned = layer.merge_mode, layer.forward_layer.go_backwards
         if mode != "concat" or turned:
-            wanted = "merge_mode 'concat', and a first layer that reads forward"
-            checks.bad_value(name, wanted, f"merge_mode {mode!r}, go_backwards={turned}")
+            expected = "merge_mode 'concat', and a first layer that reads forward"
+            checks.bad_value(name, expected, f"merge_mode {mode!r}, go_backwards={turned}")
         return ((_keras(name, layer.forward_layer), _keras(name, layer.backward_layer)),)
     if not _kind(layer, "keras.", "SimpleRNNCell"):
-        checks.bad_type(name, "a keras SimpleRNN or one of its kin", _came(layer))
+        checks.bad_type(name, "a keras SimpleRNN or one of its kin", _describe(layer))
     if not layer.built:
         checks.bad_value(name, "a layer that is built", "one that is not")
     _one_dtype(f"{name}.compute_dtype", layer.compute_dtype, layer.variable_dtype)
     phi = layer.activation
     if str(getattr(phi, "__module__", "")).startswith("keras."):
         phi = KERAS_PHI.get(getattr(phi, "__name__", ""), phi)
-    found = [(k, getattr(layer, k)) for k in ("kernel", "recurrent_kernel", "bias")]
-    values = [(f"{name}.{k}", np.asarray(value)) for k, value in found if value is not None]
+    weights = [(k, getattr(layer, k)) for k in ("kernel", "recurrent_kernel", "bias")]
+    values = [(f"{name}.{k}", np.asarray(value)) for k, value in weights if value is not None]
     return _cell(name, values, phi)
 
 
 def _linears(name: str, layers: Mapping[str, Any], w: str = "kernel", b: str = "bias") -> list:
-    """U, W and one or two biases, by name, of a layer of the inputs and one of the states."""
+    """U, W and one or two biases, with names, from a layer for inputs and one for states."""
     weights, biases = [], []
     for n, (key, layer) in enumerate(layers.items()):
         where = f"{name}[{key!r}]"
         if not isinstance(layer, Mapping):
-            checks.bad_type(where, f"arrays by name, as {w!r}", _came(layer))
+            checks.bad_type(where, f"arrays by name, as {w!r}", _describe(layer))
         _require(where, layer, (w, b) if n == 0 or b in layer else (w,))
         weights.append((f"{where}[{w!r}]", layer[w]))
         biases += [(f"{where}[{b!r}]", layer[b])] if b in layer else []
@@ -343,7 +340,7 @@ def _linears(name: str, layers: Mapping[str, Any], w: str = "kernel", b: str = "
 
 
 def _cell(name: str, values: list[tuple[str, Any]], phi: Any, transposed: bool = True) -> Cell:
-    """The Cell of U and W, `[in, out]` if transposed, and a sum of biases, each with its name."""
+    """A Cell of U, W (`[in, out]` if transposed) and the sum of biases, as (name, value) pairs."""
     U, W = (checks.floating(*value, (None, None)) for value in values[:2])
     U, W = (U.mT, W.mT) if transposed else (U, W)
     biases = [checks.floating(*value, U.shape[:1]) for value in values[2:]]
@@ -352,7 +349,6 @@ def _cell(name: str, values: list[tuple[str, Any]], phi: Any, transposed: bool =
 
 
 def _require(name: str, found: Mapping, keys: Collection[str], hint: str = "") -> None:
-    """Require these keys and no others."""
     for key in keys:
         if key not in found:
             checks.bad_value(name, f"the key {key!r}", _keys(found) + hint)
@@ -366,14 +362,14 @@ def _keys(found: Collection) -> str:
     return ", ".join([*map(str, found)][:8] + more) or "no keys"
 
 
-def _came(value: Any) -> str:
-    """The class of what came and its home, as more than one library has an RNN."""
+def _describe(value: Any) -> str:
+    """The class of a value and its module, as more than one library has an RNN."""
     home = type(value).__module__
     return type(value).__name__ + ("" if home == "builtins" else f" of {home}")
 
 
 def _kind(value: Any, home: str, *names: str) -> type | None:
-    """A class of a library, which need not be installed, of which a value is and computes."""
+    """The class of `names` in a library that value is an instance of and computes like, or None."""
     changed = METHODS & set(getattr(value, "__dict__", ()))
     for kind in type(value).__mro__:
         if kind.__name__ in names and kind.__module__.startswith(home):
@@ -386,7 +382,7 @@ def _named(function: Callable) -> Phi:
     return next((name for name, phi in NAMED.items() if phi.function is function), function)
 
 
-def _same(wanted: str, values: list) -> Any:
+def _same(expected: str, values: list) -> Any:
     if any(value != values[0] for value in values):
-        checks.bad_value("cells", wanted, " and ".join(map(str, values)))
+        checks.bad_value("cells", expected, " and ".join(map(str, values)))
     return values[0]

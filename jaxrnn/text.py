@@ -1,7 +1,4 @@
-"""Text: characters to ids and one-hot rows, a text to parallel streams, and ids drawn one by one.
-
-The first half is section 1 of the source; in the second the network reads a prompt and goes on.
-"""
+"""Text: characters as ids and one-hot rows (section 1 of the source), streams, and sampling."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -20,23 +17,23 @@ from jaxrnn._api.readout import apply_readout
 from jaxrnn._core import layers
 from jaxrnn._types import Ids, Params, first_cell
 
-# Below it there is no inverse in float32.
+# Smaller ones have no inverse in float32.
 LEAST_TEMPERATURE = 1.2e-38
-# Ids that are drawn between two looks at them.
+# Ids drawn per device call.
 BLOCK = 16
 
 
 @dataclass(frozen=True, init=False)
 class Vocabulary:
-    """The alphabet A of section 1: distinct characters, each with its place as its id.
+    """The alphabet A of section 1: distinct characters, whose ids are their positions.
 
     Args:
-      characters: a text, whose distinct characters count in the order in which they first appear,
-        or a list of distinct characters.
+      characters: a text, whose distinct characters are taken in order of first appearance, or a
+        list of distinct characters.
 
     Raises:
-      TypeError: neither of them, as bytes or a file.
-      ValueError: nothing given, an entry that is not one character, or one given twice.
+      TypeError: anything else, such as bytes or a file.
+      ValueError: no characters, an entry that is not one character, or a duplicate.
 
     >>> vocabulary = Vocabulary("hello")
     >>> vocabulary.characters
@@ -51,37 +48,37 @@ class Vocabulary:
 
     def __init__(self, characters: str | Iterable[str]):
         if _hint(characters) or not np.iterable(characters):
-            got = checks.came(characters) + _hint(characters)
+            got = checks.describe(characters) + _hint(characters)
             checks.bad_type("characters", "a str or a list of characters", got)
-        found = tuple(dict.fromkeys(characters) if isinstance(characters, str) else characters)
-        if not found:
+        alphabet = tuple(dict.fromkeys(characters) if isinstance(characters, str) else characters)
+        if not alphabet:
             checks.bad_value("characters", "at least one character", "none")
-        for n, character in enumerate(found):
+        for n, character in enumerate(alphabet):
             if not isinstance(character, str) or len(character) != 1:
                 checks.bad_value("characters", "single characters", f"{character!r} at {n}")
-        if len(set(found)) < len(found):
-            twice = next(c for n, c in enumerate(found) if c in found[:n])
+        if len(set(alphabet)) < len(alphabet):
+            twice = next(c for n, c in enumerate(alphabet) if c in alphabet[:n])
             checks.bad_value("characters", "distinct characters", f"{twice!r} twice")
-        object.__setattr__(self, "characters", found)
+        object.__setattr__(self, "characters", alphabet)
 
     @classmethod
     def from_text(cls, text: str) -> "Vocabulary":
-        """The distinct characters of a text, in the order in which they first appear."""
+        """The distinct characters of a text, in order of first appearance."""
         return cls(text)
 
     def __len__(self) -> int:
-        """|A|, the size of the alphabet."""
+        """The size of the alphabet."""
         return len(self.characters)
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of a text, int32 `[len(text)]`.
 
         Raises:
-          TypeError: no text, as bytes or a list.
-          ValueError: a character outside the vocabulary; the message shows it and its position.
+          TypeError: not a str.
+          ValueError: a character outside the vocabulary, named with its position.
         """
         if not isinstance(text, str):
-            checks.bad_type("text", "a str", checks.came(text) + _hint(text))
+            checks.bad_type("text", "a str", checks.describe(text) + _hint(text))
         encoded = [t.encode("utf-32-le", "surrogatepass") for t in ("".join(self.characters), text)]
         codes, wanted = (np.frombuffer(points, np.uint32) for points in encoded)
         order = np.argsort(codes)
@@ -97,7 +94,7 @@ class Vocabulary:
 
         Raises:
           TypeError: ids that are not integers.
-          ValueError: an id outside 0 … |A| − 1; the message shows it and its position.
+          ValueError: an id outside 0 … |A| − 1, named with its position.
         """
         values = _integers(ids)
         if values.ndim != 1:
@@ -108,19 +105,19 @@ class Vocabulary:
 
 
 def _hint(value: object) -> str:
-    """How a text is made of bytes or of a file."""
+    """How to get a text from bytes or a file."""
     return next((f"; {how} it first" for how in ("decode", "read") if hasattr(value, how)), "")
 
 
 def _integers(ids: Any) -> np.ndarray:
-    """A NumPy array of integers, as it is if it is one."""
+    """A NumPy array of integers, without a copy if possible."""
     is_array, masked = hasattr(ids, "__array__"), np.ma.isMaskedArray(ids)
     try:
         values = np.asarray(ids if is_array else list(ids))
     except ValueError:
         checks.bad_value("ids", "integers in one axis", "entries of different lengths")
-    except (TypeError, RuntimeError):  # None or another that is no sequence, or a traced array
-        checks.bad_type("ids", "integers", checks.came(ids))
+    except (TypeError, RuntimeError):  # not a sequence, or a traced array
+        checks.bad_type("ids", "integers", checks.describe(ids))
     empty = values.size == 0 and not is_array
     if masked or not (empty or jnp.issubdtype(values.dtype, np.integer)):
         checks.bad_type("ids", "integers", "a masked array" if masked else values.dtype.name)
@@ -128,9 +125,9 @@ def _integers(ids: Any) -> np.ndarray:
 
 
 def one_hot(ids: jax.Array, size: int, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
-    """The rows that ids stand for, as in section 1: 1 at the id, 0 elsewhere.
+    """One-hot rows as in section 1: 1 at the id, 0 elsewhere.
 
-    For the source's numbers; where only U x_t counts, `Ids` costs less.
+    To reproduce the source; as inputs of a cell, `Ids` are cheaper.
 
     Args:
       ids: integers, `[...]`, 0 ≤ id < size.
@@ -142,7 +139,7 @@ def one_hot(ids: jax.Array, size: int, dtype: jax.typing.DTypeLike = jnp.float32
 
     Raises:
       TypeError: ids that are not integers.
-      ValueError: an id outside 0 … size − 1; under jit, where it cannot be seen, its row is 0.
+      ValueError: an id outside 0 … size − 1; under jit, where it is not known, its row is 0.
 
     >>> one_hot(Vocabulary("helo").encode("le"), 4)
     Array([[0., 0., 1., 0.],
@@ -155,15 +152,15 @@ def one_hot(ids: jax.Array, size: int, dtype: jax.typing.DTypeLike = jnp.float32
 
 
 def streams(ids: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cut a text into parallel contiguous streams of inputs and the characters that follow them.
+    """Cut a text into parallel contiguous streams of inputs and next-character targets.
 
     Args:
       ids: the text, integers `[N]`.
-      count: B, how many streams.
+      count: B, the number of streams.
 
     Returns:
-      (inputs, targets), `[L, B]` each, L = (N − 1) // B: stream n is the n-th stretch of the text,
-      targets[t] the character after inputs[t]. Fewer than B characters at the end are left out.
+      (inputs, targets), `[L, B]` each, L = (N − 1) // B: stream n is the n-th part of the text, and
+      targets[t] follows inputs[t]. Fewer than B characters at the end are dropped.
 
     Raises:
       TypeError, ValueError: ids of another shape, or fewer than B + 1; a count below 1.
@@ -179,22 +176,22 @@ def streams(ids: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
 def generate(
     params: Params, key: jax.Array, prompt: jax.Array, length: int, temperature: float = 1.0
 ) -> jax.Array:
-    """Draw characters one by one, each from the softmax after all those before it.
+    """Sample ids from a network of text, each conditioned on the prompt and all ids before it.
 
-    To see what a network of text has learned; `stream_ids` is for long ones, as they come.
+    For long samples, as they are drawn, use `stream_ids`.
 
     Args:
-      params: the `Params`; |A| inputs and outputs.
+      params: the `Params`, with |A| inputs and outputs.
       key: a JAX random key.
-      prompt: ids that are read first, `[N]`, N ≥ 1.
+      prompt: ids to read first, `[N]`, N ≥ 1.
       length: how many ids to draw.
-      temperature: logits are divided by it; at 0 the likeliest id is always taken.
+      temperature: divides the logits; at 0 the most likely id is always taken.
 
     Returns:
       Ids, int32 `[length]`.
 
     Raises:
-      TypeError: ids that are not integers, params of another kind.
+      TypeError: ids that are not integers, params that are not `Params`.
       ValueError: an empty prompt, an invalid id, a negative length or temperature.
     """
     params, key, prompt, sharpness = _check_generation(params, key, prompt, length, temperature)
@@ -205,17 +202,13 @@ def stream_ids(
     params: Params, key: jax.Array, prompt: jax.Array, length: int, temperature: float = 1.0,
     block: int = BLOCK,
 ) -> Iterator[np.ndarray]:  # fmt: skip
-    """The ids that `generate` draws, as they come: arrays of `block`, the last one shorter.
+    """The ids of `generate`, in arrays of `block` ids, as they are drawn.
 
-    A block is being drawn already while the one before it is looked at.
+    The next block is drawn while the caller uses the last one.
 
     Args:
-      params: as in `generate`.
-      key: as in `generate`.
-      prompt: as in `generate`.
-      length: as in `generate`.
-      temperature: as in `generate`.
-      block: how many ids are drawn between two looks at them.
+      params, key, prompt, length, temperature: as in `generate`.
+      block: how many ids to draw at a time.
 
     Returns:
       An iterator over int32 arrays.
@@ -229,12 +222,12 @@ def stream_ids(
     def blocks():
         state, drawn = _read(params, prompt), None
         for start in range(0, length, block):
-            # The last block is drawn whole too, and cut: another length would be another program.
-            places, former = np.arange(start, start + block, dtype=np.uint32), drawn
+            # The last block is drawn whole, then cut: another length would compile again.
+            places, previous = np.arange(start, start + block, dtype=np.uint32), drawn
             greedy = temperature == 0
             state, drawn = _draw(params, state, key, places, sharpness, greedy=greedy)
-            if former is not None:
-                yield np.asarray(former)
+            if previous is not None:
+                yield np.asarray(previous)
         if drawn is not None:
             yield np.asarray(drawn)[: (length - 1) % block + 1]
 
@@ -248,7 +241,7 @@ def _check_generation(params, key, prompt, length, temperature):
     if prompt.shape[0] == 0:
         checks.bad_value("prompt", "at least one id", "none")
     checks.random_key("key", key)
-    # Of the default PRNG now, where a compiled function may hold the one before.
+    # A raw key has the current default implementation; a cached program may have an older one.
     key = jax.random.wrap_key_data(jnp.asarray(key)) if key.ndim else key
     checks.whole("length", length)
     temperature = checks.number("temperature", temperature)
@@ -272,14 +265,14 @@ def _generate(params, key, prompt, sharpness, *, length, greedy):
 
 @jax.jit
 def _read(params, prompt):
-    """(h, y) after a prompt: the state of each layer, and what the last one puts out."""
+    """(h, y) after a prompt: the state of each layer, and the output of the last one."""
     h, hs = unroll_layers(params.cell, Ids(prompt))
     return h, hs[-1]
 
 
 @partial(jax.jit, static_argnames="greedy")
 def _draw(params, state, key, places, sharpness, *, greedy):
-    """Draw the ids of some places, each with a key of its own; (h, y) after them, and the ids."""
+    """Draw the ids at these places, each with its own key: ((h, y) after them, the ids)."""
 
     def body(state, place):
         h, y = state

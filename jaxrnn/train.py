@@ -1,9 +1,8 @@
-"""Training on a text: parallel contiguous streams, truncated backpropagation, any optimiser.
+"""Training on text with truncated backpropagation and any optax optimiser.
 
-A text is cut into B streams that are read side by side, T characters at a time. The state after one
-window is the first state of the next (truncated BPTT: values go on, gradients stop at the edge of a
-window). A state and windows that the caller places on a mesh of devices stay there, and XLA splits
-the work as they lie.
+A text is cut into B parallel streams, which are read T characters at a time. The state after one
+window is the first state of the next; gradients stop between windows (truncated BPTT). States and
+windows may be sharded over a mesh of devices.
 """
 
 import math
@@ -35,24 +34,24 @@ from jaxrnn.text import streams as streams
 
 # The axis of a mesh over which the batch is split.
 DATA = "data"
-# Updates under way at most: some dozens that devices share run XLA's CPU into a deadlock.
+# The most updates in flight. Some dozens of them deadlock XLA's CPU devices.
 AHEAD = 8
-# Steps of held-out text that are read at once, so that memory does not grow with it.
+# Steps of held-out text that are evaluated at once, which bounds memory.
 EVALUATION_WINDOW = 1024
 
 
 @pytree
 @dataclass(frozen=True, eq=False, repr=False)
 class TrainState(Record):
-    """All that changes in training.
+    """The state of training.
 
-    The `params`; the optimiser's own state; `h`, carried from window to window, `[B, H]`, of a
-    stack one for each layer; `step`, how many updates have been made, int32; a random `key` for a
-    custom loss, None if nothing is random, which does not change: each update folds its step into
-    it. For a custom model `params` is any pytree of arrays, and `h` too.
+    `params`; `optimizer_state`; `h`, carried from window to window, `[B, H]`, for a stack one per
+    layer; `step`, the number of updates, int32; and `key`, a random key for a custom loss or None,
+    which is constant: each update folds its step into it. For a custom model `params` and `h` are
+    any pytrees of arrays.
 
-    An update consumes (donates) the state it takes, with every array that was put into it, as
-    `dataclasses.replace(state, h=my_h)` does; nothing else.
+    An update donates the buffers of its state, including arrays that the caller has put into it
+    with `dataclasses.replace`.
     """
 
     params: Any
@@ -62,7 +61,7 @@ class TrainState(Record):
     key: Any = None
 
 
-# (params, h, inputs, targets, key) -> (the loss summed over all targets, in nats; the last h)
+# (params, h, inputs, targets, key) -> (loss in nats, summed over all targets; last h)
 Loss = Callable[[Any, Any, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
 
@@ -74,24 +73,24 @@ def init_state(
 
     Args:
       params: as in `TrainState`.
-      optimizer: any of optax, as in `make_update`.
-      batch_size: B, how many streams are read side by side.
-      key: a random key for a custom loss that draws, typed or raw.
-      h: for a custom model, instead of B: what it carries, any pytree of zeros.
+      optimizer: as in `make_update`.
+      batch_size: B, the number of streams.
+      key: a random key, typed or raw, for a custom loss that needs one.
+      h: for a custom model, in place of `batch_size`: its first h, any pytree of zeros.
 
     Returns:
-      A `TrainState` with h = 0 and step = 0. All its arrays are copies, none of them shared with
-      another or with what the caller or the optimiser holds, as an update consumes them.
+      A `TrainState` with h = 0 and step = 0. All its arrays are copies, because an update donates
+      them.
 
     Raises:
-      TypeError, ValueError: bad params, optimiser or key, a batch size below 1, both or neither of
-        that and h.
+      TypeError, ValueError: invalid params, optimiser or key; a batch size below 1; both or neither
+        of `batch_size` and h.
     """
     if (batch_size is None) == (h is None):
         checks.bad_value("batch_size", "either that or h", "both" if h is not None else "neither")
     if batch_size is not None:
         params = check_params(params)
-        check_forward("params.cell", params.cell)  # a state from the end is not carried on
+        check_forward("params.cell", params.cell)  # a backward state cannot be carried on
         checks.positive("batch_size", batch_size)
         h = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), _state_types(params, batch_size))
     if key is not None:
@@ -103,19 +102,19 @@ def init_state(
 
 
 def _check_optimizer(optimizer):
-    """Require what has the two functions of optax; each then takes more than it needs."""
+    """Require an optax optimiser; return it with an `update` that accepts extra arguments."""
     both: Any = [getattr(optimizer, name, None) for name in ("init", "update")]
     if isinstance(optimizer, type) or not all(map(callable, both)):
         hint = f"; call it: {by_name(optimizer)}(...)" if callable(optimizer) else ""
-        got = checks.came(optimizer) + hint
+        got = checks.describe(optimizer) + hint
         checks.bad_type("optimizer", "an optax.GradientTransformation", got)
-    if isinstance(optimizer, optax.MultiSteps):  # takes them too, and does not say so
+    if isinstance(optimizer, optax.MultiSteps):  # accepts them, but is not declared so
         return optax.GradientTransformationExtraArgs(*both)
     return optax.with_extra_args_support(optimizer)
 
 
 def _ask(function, *args, extras=({},)):
-    """Call a function of an optimiser with the first keywords it takes; else say so in one line."""
+    """Call a function of an optimiser with the first `extras` it accepts, or raise a TypeError."""
     failed = None
     for extra in extras:
         try:
@@ -128,25 +127,23 @@ def _ask(function, *args, extras=({},)):
 
 
 def _state_types(params, batch_size):
-    """Shapes and dtypes of the states, as ids in lead to them: h keeps those of its zeros."""
+    """Shapes and dtypes of the states for ids as inputs; h keeps those of its zeros."""
     none = Ids(jnp.zeros((0, batch_size), jnp.int32))
     return jax.eval_shape(lambda: unroll_layers(params.cell, none)[0])
 
 
 def start_over(state: TrainState) -> TrainState:
-    """The same state before the first window of the streams.
-
-    For a new pass over a text, where what was carried belongs to its end.
+    """The state with h = 0, for a new pass over a text.
 
     Args:
       state: a `TrainState`.
 
     Returns:
-      It with h = 0, but for random keys; an update that consumes it consumes the other arrays of
-      `state` too.
+      A `TrainState` with h = 0, except for random keys in h. It shares its other arrays with
+      `state`, so an update donates those too.
 
     Raises:
-      TypeError: another state.
+      TypeError: not a `TrainState`.
     """
     checks.instance("state", state, TrainState)
     return replace(state, h=jax.tree.map(lambda x: x if _is_key(x) else jnp.zeros_like(x), state.h))
@@ -155,33 +152,32 @@ def start_over(state: TrainState) -> TrainState:
 def make_update(
     optimizer: optax.GradientTransformation, loss: Loss | None = None, *, mesh: Mesh | None = None
 ) -> Callable[[TrainState, ArrayLike, ArrayLike], tuple[TrainState, jax.Array]]:
-    """One update of truncated BPTT as one jitted call; the source's "Parameter updates".
+    """A jitted function for one update of truncated BPTT; the source's "Parameter updates".
 
     θ ← θ + optimizer(∂/∂θ of the mean loss of the window), h_0 ← h_T
 
     Args:
-      optimizer: any of optax; `optax.sgd(η)` is the source's θ ← θ − η ∂L/∂θ, of the mean. One that
-        asks for more gets it: `value`, the mean loss, `grad`, its gradient, and as functions of the
-        parameters, of this window from this h, `value_fn` (also as `obj_fn`) and `grad_fn`.
-      loss: a custom `Loss`; by default `jaxrnn.loss_and_grads`, by hand, which needs no key.
-      mesh: has an axis "data" over which the batch is split, axis 0 of each array of h. Each device
-        there forms the gradients of its own sequences, and after all loops one all-reduce adds them
-        up; left to itself, XLA may do that in every segment of a long sequence. B is a multiple of
-        that axis. Where it has several devices, a custom loss gets another key on each, and can
-        ask for its `jax.lax.axis_index`.
+      optimizer: any optimiser of optax; `optax.sgd(η)` is the source's θ ← θ − η ∂L/∂θ, of the mean
+        loss. If it accepts them it gets `value`, the mean loss, `grad`, its gradient, and as
+        functions of the parameters `value_fn` (also as `obj_fn`) and `grad_fn`.
+      loss: a custom `Loss`; by default `jaxrnn.loss_and_grads`, which needs no key.
+      mesh: a mesh with an axis "data", over which the batch is split (axis 0 of each array of h); B
+        is a multiple of it. Each device computes the gradients of its own sequences, and one
+        all-reduce sums them after all loops; XLA alone may do that in every segment of a long
+        sequence. A custom loss gets a different key on each device, and may use
+        `jax.lax.axis_index("data")`.
 
     Returns:
-      A function (state, inputs, targets) -> (state, loss): ids `[T, B]` each, loss in mean nats per
-      character before the update. It consumes the state it takes, and begins to wait for the
-      devices once they are a few updates behind. It has the `lower` of a jitted function.
+      A function (state, inputs, targets) -> (state, loss), for ids `[T, B]`; loss is the mean in
+      nats per character, before the update. It donates the state, waits if the devices are some
+      updates behind, and has the `lower` of a jitted function.
 
     Raises:
-      TypeError, ValueError: no optimiser; a mesh without that axis.
-      TypeError, ValueError: the function returned: shapes that do not fit, no integers, ids
-        beyond the alphabet, an optimiser that cannot update these parameters. Ids are looked at
-        where they are on the host, in NumPy or a list: to look at an array of JAX would be to wait
-        for it, and an invalid id there gives NaN. For a custom loss inputs and targets may be
-        anything, and nothing is checked.
+      TypeError, ValueError: not an optimiser; a mesh without that axis. The returned function:
+        shapes that do not fit, inputs that are not integers, ids outside the alphabet, an optimiser
+        that cannot update these parameters. Ids are checked if they are on the host (NumPy, lists);
+        reading a JAX array would wait for it, and an invalid id in it gives NaN. For a custom loss
+        inputs and targets are not checked.
     """
     whole = _update(optimizer, loss, mesh)
 
@@ -192,7 +188,7 @@ def make_update(
 
 
 def _called(update, loss) -> Any:
-    """The function that callers get of an update: it looks at ids, and waits."""
+    """The public function of an update: it is jitted, checks ids, and limits updates in flight."""
     jitted: Any = jax.jit(update, donate_argnums=0)
     under_way = deque()
 
@@ -216,20 +212,20 @@ def _called(update, loss) -> Any:
 
 
 def _known_ids(name, ids: Any, size):
-    """Require 0 <= id < size of ids on the host."""
+    """Require 0 <= id < size of ids that are on the host."""
     if isinstance(ids, jax.Array):
         return ids
     ids = _on_host(name, ids)
     if ids.dtype.kind not in "iu" or not ids.dtype.isnative:
         checks.integers(name, ids)
-    # Read as unsigned, ids below 0 are large.
+    # As unsigned integers, negative ids are large.
     if ids.size and ids.view(f"u{ids.itemsize}").max() >= size:
         checks.in_range(name, ids, size)
     return ids
 
 
 def _on_host(name, value):
-    """An array of NumPy as it is, mapped from a file perhaps; anything else as one."""
+    """A NumPy array, which may be memory-mapped, as it is; anything else converted to one."""
     if type(value) in (np.ndarray, np.memmap):
         return value
     return np.asarray(checks.array(name, value))
@@ -256,7 +252,7 @@ def _update(optimizer, loss, mesh):
             again = None if key is None else jax.random.clone(key)
             return alone(params, state.h, inputs, targets, again)[0] / size
 
-        # Some optimisers refuse what others ask for.
+        # Some optimisers reject arguments that others need.
         common = {"value": value, "grad": mean, "value_fn": value_fn}
         grad_fn = {"grad_fn": lambda params, *_: jax.grad(value_fn)(params)}
         extras = {**common, **grad_fn, "obj_fn": value_fn}, common, grad_fn, {}
@@ -272,7 +268,7 @@ def _update(optimizer, loss, mesh):
 
 
 def _check_window(h, inputs, targets, mesh):
-    """Require ids `[T, B]` of the batch of h, which the devices of the mesh divide."""
+    """Require ids `[T, B]` with the batch of h, divisible by the devices of the mesh."""
     batch = jax.tree.leaves(h)[0].shape[:-1]
     hint = (*batch, None), "time comes first here"
     inputs = checks.integers("inputs", inputs, (None, *batch), hint)
@@ -285,7 +281,6 @@ def _check_window(h, inputs, targets, mesh):
 
 
 def _network(params, h, inputs, targets, key):
-    """The `Loss` of the library's own network, without gradients."""
     h, hs = unroll_layers(params.cell, Ids(inputs), h)
     return jnp.sum(cross_entropy(apply_readout(params.readout, hs), targets)), h
 
@@ -293,16 +288,16 @@ def _network(params, h, inputs, targets, key):
 def _split(loss, mesh):
     """Two functions of (params, h, inputs, targets, key), split over the mesh.
 
-    The first returns (the summed loss, its gradient, how many numbers of the last h are not
-    finite) and that h; the second is a `Loss`.
+    The first returns ((summed loss, its gradient, the count of non-finite numbers in the last h),
+    that h); the second is a `Loss`.
     """
     if mesh is not None and DATA not in mesh.shape:
         checks.bad_value("mesh", f"an axis {DATA!r}", list(mesh.shape))
 
     def with_gradient(params, h, inputs, targets, key):
         if loss is None:
-            total, found = loss_and_grads(params, Ids(inputs), targets, h0=h)
-            gradient, h = found.params, found.h_last
+            total, gradients = loss_and_grads(params, Ids(inputs), targets, h0=h)
+            gradient, h = gradients.params, gradients.h_last
         else:
             run = jax.value_and_grad(loss, has_aux=True)
             (total, h), gradient = run(params, h, inputs, targets, key)
@@ -314,7 +309,7 @@ def _split(loss, mesh):
         return functions
 
     def share(function, params, h, inputs, targets, key):
-        # Else JAX itself would add gradients up over the devices, wherever they are formed.
+        # Otherwise JAX would sum gradients over the devices wherever they are computed.
         params = varying_like(params, inputs)
         if key is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(DATA))
@@ -329,18 +324,17 @@ def _split(loss, mesh):
 
 
 def _numbers(tree):
-    """The leaves but the random keys."""
     return [x for x in jax.tree.leaves(tree) if not _is_key(x)]
 
 
 @pytree
 @dataclass(frozen=True, eq=False, repr=False)
 class Figures(Record):
-    """What a checked update says of itself; it stays on the device until someone looks.
+    """Figures of a checked update, as arrays on the device.
 
-    The loss in mean nats per character and the norms of its gradient, before the optimiser, and of
-    the parameters, each of all together and before the update; and whether loss, gradient, and the
-    new parameters, optimiser state and carried h are all finite.
+    `loss`, the mean in nats per character; the global norms of its gradient and of the parameters,
+    before the update; and `finite`, whether loss, gradient and the new parameters, optimiser state
+    and h are all finite.
     """
 
     loss: jax.Array
@@ -352,23 +346,20 @@ class Figures(Record):
 def make_checked_update(
     optimizer: optax.GradientTransformation, loss: Loss | None = None, *, mesh: Mesh | None = None
 ) -> Callable[[TrainState, ArrayLike, ArrayLike], tuple[TrainState, Figures]]:
-    """An update that changes nothing where a number of it is not finite.
+    """An update, for `fit`, that changes nothing if any number in it is not finite.
 
-    Parameters and optimiser state are then as before (typed keys in it go on: none is used twice),
-    h = 0 as at the start of a stream, and the step counts. `optax.apply_if_finite` sees neither the
-    carried state nor what overflows although the gradient did not. An infinity that was there
-    before, as an optimiser's best value so far, does not count.
+    Parameters and optimiser state are then kept, except for typed keys, of which none is used
+    twice; h is 0, and the step counts. `optax.apply_if_finite` checks neither h nor the new
+    parameters. An infinity that was there before, such as an optimiser's best value so far, passes.
 
     Args:
-      optimizer: as in `make_update`.
-      loss: as in `make_update`.
-      mesh: as in `make_update`.
+      optimizer, loss, mesh: as in `make_update`.
 
     Returns:
-      A function as that of `make_update`, but with `Figures` for the loss; `fit` takes it.
+      A function as from `make_update`, with `Figures` in place of the loss.
 
     Raises:
-      TypeError, ValueError: as `make_update`, and what that returns.
+      TypeError, ValueError: as `make_update`, and so does the returned function.
     """
     whole = _update(optimizer, loss, mesh)
 
@@ -396,13 +387,13 @@ def _is_key(leaf):
 
 
 class DivergedError(Exception):
-    """The loss, the gradient or what an update makes of it is no number any more.
+    """The loss, the gradient or the update is not finite.
 
     Args:
-      message: what became of which number.
-      state: the `TrainState` at hand, finite as a checked update left it: to save, or to go on from
-        with a smaller learning rate. None where nobody has one.
-      step: that of the first update that was not finite, or None.
+      message: which number is not finite.
+      state: the last `TrainState`, which a checked update keeps finite: to save, or to continue
+        with a smaller learning rate. May be None.
+      step: of the first update that was not finite, or None.
     """
 
     def __init__(self, message: str = "", *, state: TrainState | None = None, step: Any = None):
@@ -412,16 +403,16 @@ class DivergedError(Exception):
 
 @dataclass(frozen=True)
 class Report:
-    """What `fit` has to say since it last said something.
+    """A report of `fit` on the updates since its last report.
 
     Args:
-      state: the `TrainState`; the next update consumes it.
-      step: how many updates it has seen.
-      loss: the mean over these updates, in nats per character; NaN where all were skipped.
+      state: the `TrainState`; the next update donates it.
+      step: the number of updates in the state.
+      loss: the mean over these updates, in nats per character; NaN if all were skipped.
       gradient_norm: of the last update.
-      parameter_norm: of the last update, before it.
+      parameter_norm: before the last update.
       skipped: how many of these updates were not finite.
-      updates_per_second: without the very first, which compiles; NaN where that was the only one.
+      updates_per_second: without the first update, which compiles; NaN if it is the only one.
     """
 
     state: TrainState
@@ -438,25 +429,25 @@ def fit(
     windows: Iterable[tuple[Any, Any, bool]], steps: int, *, every: int | Iterable[int] = 25,
     skip_nonfinite: bool = False, stop: Callable[[int], bool] = lambda step: False,
 ) -> Iterator[Report]:  # fmt: skip
-    """The loop: update after update, with a word now and then.
+    """The training loop, which yields reports.
 
     Args:
-      state: to begin with, or to go on from; it is consumed.
+      state: the first state, new or from a checkpoint; it is donated.
       update: from `make_checked_update`.
-      windows: (inputs, targets, first) each time, as `windows` yields; the loop ends with them.
-      steps: up to which step, counted from the very first update.
-      every: report at each step that this divides, or one of these; and after the last one.
-      skip_nonfinite: leave an update that is not finite out, instead of ending.
-      stop: asked with the step after each update; after a yes comes the last report.
+      windows: an iterable of (inputs, targets, first), as from `windows`; the loop ends with it.
+      steps: the last step, counted from the first update of all.
+      every: one or more numbers; a report follows each step that one of them divides, and the last.
+      skip_nonfinite: skip an update that is not finite, instead of raising.
+      stop: called with the step after each update; True ends the loop after one more report.
 
     Yields:
-      A `Report`, whose state is good until the next one: copy what you keep. Between reports the
-      devices are a few updates behind.
+      A `Report`. Its state is valid until the next one; copy what you keep. Between reports the
+      devices may be a few updates behind.
 
     Raises:
-      TypeError, ValueError: steps or every that are no whole numbers, another state or update.
-      DivergedError: an update was not finite; the norms are in its message, and it has the step
-        and a state to go on from.
+      TypeError, ValueError: steps or every that are not whole numbers, an invalid state or update.
+      DivergedError: an update was not finite. It has the step and a state to continue from, and the
+        norms in its message.
     """
     intervals = tuple(every) if isinstance(every, Iterable) else (every,)
     for n in intervals:
@@ -496,7 +487,7 @@ def fit(
 
 
 def _diverged(figures, last, state):
-    """The error of the first update up to step `last` that was not finite."""
+    """The error for the first update that was not finite; `last` is the last step in figures."""
     n, first = next((n, each) for n, each in enumerate(figures) if not each.finite)
     step, what = last - len(figures) + 1 + n, "the update made a number that is not finite"
     if not math.isfinite(first.loss):
@@ -510,18 +501,16 @@ def _diverged(figures, last, state):
 def windows(
     inputs: np.ndarray, targets: np.ndarray, seq_length: int, start: int = 0
 ) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
-    """Read parallel streams window by window, from the start again after the last whole window.
-
-    For an update, one after the other, of a text that is in memory or mapped into it.
+    """Read parallel streams in windows, endlessly, restarting after the last full window.
 
     Args:
-      inputs: ids, `[L, B]`.
+      inputs: ids, `[L, B]`, in memory or memory-mapped.
       targets: ids, `[L, B]`.
       seq_length: T ≤ L.
-      start: how many windows have been read before, as a run that goes on.
+      start: the number of windows to skip, for a resumed run.
 
     Yields:
-      (inputs, targets, first): `[T, B]` each; whether the streams, and so h from 0, start over.
+      (inputs, targets, first): `[T, B]` each, and whether the streams start over, so that h is 0.
 
     Raises:
       TypeError, ValueError: streams shorter than one window; a start below 0.
@@ -542,28 +531,26 @@ def evaluate(
     loss: Loss | None = None, h: Any = None,
     put: Callable[[Any, int], Any] = lambda x, axis: x,
 ) -> float:  # fmt: skip
-    """The mean cross-entropy of whole streams, read from h = 0 or from the h given.
-
-    For text that was held out, of any length in the same memory.
+    """The mean cross-entropy of whole streams, such as held-out text, in bounded memory.
 
     Args:
-      params: the `Params`; of a custom model what its loss takes.
+      params: the `Params`, or those of a custom model.
       inputs: ids, `[L, B]`.
       targets: ids, `[L, B]`.
-      seq_length: steps read at once: memory grows with it, and the result changes by rounding only.
+      seq_length: steps computed at once: memory grows with it, the result changes by rounding only.
       loss: of a custom model, as in `make_update`; its key is None.
-      h: with that loss, what it starts from, where it shall be computed with.
-      put: (an array of the host, which of its axes is B) -> the same where it is computed with.
+      h: for a custom loss, its first h, on the devices; otherwise h is 0.
+      put: (host array, its axis B) -> device array.
 
     Returns:
-      Nats per character; divided by ln 2, bits.
+      Nats per character; divide by ln 2 for bits.
 
     Raises:
-      TypeError, ValueError: as `jaxrnn.loss_and_grads`; empty streams, a window of no step, one of
-        h and loss alone. All ids are looked at.
+      TypeError, ValueError: as `jaxrnn.loss_and_grads`; empty streams, `seq_length` below 1, only
+        one of h and loss. All ids are checked.
     """
     if (loss is None) != (h is None):
-        checks.bad_value("h", "one with a custom loss only", checks.came(h))
+        checks.bad_value("h", "one with a custom loss only", checks.describe(h))
     inputs, targets = _streams(inputs, targets)
     checks.positive("seq_length", seq_length)
     if targets.size == 0:
@@ -580,12 +567,12 @@ def evaluate(
         if loss is None:
             x, y = map(_known_ids, ("inputs", "targets"), (x, y), sizes)
         total, h = _total(params, put(x, 1), put(y, 1), h, loss=loss)
-        nats += float(total)  # waited for, see AHEAD
+        nats += float(total)  # waits for the device, see AHEAD
     return nats / targets.size
 
 
 def _streams(inputs, targets):
-    """Ids `[L, B]` on the host, of one shape."""
+    """Require ids `[L, B]` of one shape, on the host."""
     inputs, targets = map(_on_host, ("inputs", "targets"), (inputs, targets))
     if inputs.ndim != 2:
         checks.bad_value("inputs", "shape [L, B]", list(inputs.shape))

@@ -1,4 +1,4 @@
-"""Cells and parameters: what a public function asks of them, and random ones for real use."""
+"""Cells and parameters: random initialisation, and checks."""
 
 from dataclasses import replace
 from functools import partial
@@ -34,29 +34,28 @@ def init_cell(
 ) -> Cell:
     """A cell with random weights.
 
-    To begin training, or for a random network as it is; `Cell` itself takes weights that exist.
+    For training, or for a random network as it is. For weights that exist, call `Cell`.
 
     Args:
       key: a JAX random key.
       input_size: D; 0 for a network without inputs.
       hidden_size: H.
-      recurrent: how W is drawn, each times `gain`:
-        "orthogonal", uniformly among orthogonal matrices: norms are kept over many steps;
+      recurrent: the distribution of W, before `gain`:
+        "orthogonal", uniform over orthogonal matrices, which preserve norms over many steps;
         "identity", for relu (Le, Jaitly and Hinton 2015, arXiv:1504.00941);
-        "normal", N(0, 1/H), whose spectral radius is near `gain`: the random networks of
-        computational neuroscience, chaotic beyond 1 (Sompolinsky et al. 1988);
-        "uniform", between ±1/√H, with U drawn so too, as torch draws them.
+        "normal", N(0, 1/H), with a spectral radius near `gain`: the random networks of
+        computational neuroscience, chaotic above 1 (Sompolinsky et al. 1988);
+        "uniform", between ±1/√H, and U too, as in torch.
       gain: factor on W.
-      activation, leak, form, parameters: kept on the cell, see `Cell`; a leak and parameters as
-        arrays of `dtype`.
+      activation, leak, form, parameters: as in `Cell`; leak and parameters are cast to `dtype`.
       dtype: of all arrays.
 
     Returns:
-      A `Cell`: U has variance 1/D (LeCun) unless `recurrent` is "uniform", b is 0.
+      A `Cell`: U has variance 1/D (LeCun) unless `recurrent` is "uniform"; b is 0.
 
     Raises:
       TypeError, ValueError: a hidden size below 1, an unknown `recurrent`, `activation` or `form`,
-        a leak or parameters of another shape, functions that are not elementwise.
+        a leak or parameters of a wrong shape, functions that are not elementwise.
     """
     checks.random_key("key", key)
     checks.whole("input_size", input_size)
@@ -99,18 +98,18 @@ def init_params(
     parameters: Any = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> Params:
-    """A cell, or a stack of them, and a readout with random weights.
+    """A cell or a stack of cells, and a readout, with random weights.
 
-    For what `loss_and_grads`, `generate` and `train` take: classification at every step.
+    For classification at every step, with `loss_and_grads`, `generate` and `train`.
 
     Args:
       key, input_size, hidden_size: as in `init_cell`.
       output_size: K.
       recurrent, gain, activation, leak, form, parameters, dtype: as in `init_cell`.
-      layers: how many cells of that hidden size; from two on they are a tuple.
+      layers: the number of cells; two or more are a tuple.
 
     Returns:
-      `Params`: the cell of `init_cell`; V has variance 1/H (LeCun), c is 0.
+      `Params`: cells as from `init_cell`; V has variance 1/H (LeCun), c is 0.
 
     Raises:
       TypeError, ValueError: as `init_cell`.
@@ -132,7 +131,7 @@ def init_params(
 
 
 def check_cell(name: str, cell: Cell, input_size: int | None = None) -> Cell:
-    """Require a Cell of fitting float arrays; return it with jax arrays."""
+    """Require a Cell of float arrays whose shapes agree; return it with JAX arrays."""
     stack = isinstance(cell, tuple | list)
     checks.instance(name, cell, Cell, " (a stack goes to unroll_layers)" if stack else "")
     return checks.once(_fitting, cell, name, input_size)
@@ -147,19 +146,19 @@ def _fitting(cell: Cell, name: str, input_size: int | None) -> Cell:
 
 
 def check_form(prefix: str, cell: Cell) -> Cell:
-    """Require a form and what it takes: an activation and a leak, or parameters."""
+    """Require a valid form, with an activation and a leak or with parameters."""
     form, leak, parameters, size = cell.form, cell.leak, cell.parameters, cell.W.shape[0]
     if isinstance(form, Form):
         if leak is not None:
             expected = "None with a custom form, which has parameters"
-            checks.bad_value(f"{prefix}leak", expected, checks.came(leak))
+            checks.bad_value(f"{prefix}leak", expected, checks.describe(leak))
     elif not isinstance(form, str) or form not in FORMS:
         expected = "one of " + ", ".join(map(repr, FORMS)) + ", or a jaxrnn.Form"
         hint = f"; jaxrnn.Form({by_name(form)}) makes one" if callable(form) else ""
         checks.bad_value(f"{prefix}form", expected, by_name(form) + hint)
     elif parameters is not None:
         expected = f"None with form={form!r}: a custom jaxrnn.Form has them"
-        checks.bad_value(f"{prefix}parameters", expected, checks.came(parameters))
+        checks.bad_value(f"{prefix}parameters", expected, checks.describe(parameters))
 
     def for_units(name, path, value):
         name = prefix + name + jax.tree_util.keystr(path)
@@ -176,14 +175,13 @@ def check_form(prefix: str, cell: Cell) -> Cell:
 
 
 def check_readout(name: str, readout: Readout, hidden_size: int | None = None) -> Readout:
-    """Require a Readout of fitting float arrays, and return it with jax arrays."""
     checks.instance(name, readout, Readout)
     V = checks.floating(f"{name}.V", readout.V, (None, hidden_size))
     return Readout(V, checks.floating(f"{name}.c", readout.c, (V.shape[0],)))
 
 
 def check_cells(name: str, cells: Cells) -> Cells:
-    """Require a Cell, or layers each of which takes what the one before it puts out."""
+    """Require a Cell, or layers each of which takes the outputs of the one before."""
     if not isinstance(cells, tuple | list):
         checks.instance(name, cells, Cell, " or a tuple of layers")
         return check_cell(name, cells)
@@ -208,21 +206,21 @@ def check_cells(name: str, cells: Cells) -> Cells:
 
 
 def check_forward(name: str, cells: Cells) -> None:
-    """Require layers none of which reads from the end."""
+    """Require a stack without pairs."""
     for n, layer in enumerate(cells if isinstance(cells, tuple) else ()):
         if not isinstance(layer, Cell):
             checks.bad_type(f"{name}[{n}]", "a Cell, which reads forward", "a pair of them")
 
 
 def check_params(params: Params) -> Params:
-    """Require a Readout that fits the cell, or the last layer of a stack."""
+    """Require Params whose readout fits the last layer."""
     checks.instance("params", params, Params)
     cell = check_cells("params.cell", params.cell)
     return Params(cell, check_readout("params.readout", params.readout, output_size(cell)))
 
 
 def check_inputs(name: str, xs: jax.Array | Ids, input_size: int, time: bool) -> jax.Array | Ids:
-    """Require floats `[T, *batch, D]` or Ids `[T, *batch]`; without T where `time` is false."""
+    """Require floats `[T, *batch, D]` or Ids `[T, *batch]`, without T if `time` is False."""
     axes = "T, *batch" if time else "*batch"
     if isinstance(xs, Ids):
         ids = checks.integers(f"{name}.ids", xs.ids)
@@ -236,7 +234,7 @@ def check_inputs(name: str, xs: jax.Array | Ids, input_size: int, time: bool) ->
 
 
 def check_last_axis(name: str, value: Any, size: int, axes="...", least: int = 1) -> jax.Array:
-    """Require floats `[..., size]`, of at least so many axes."""
+    """Require floats `[..., size]` with at least `least` axes."""
     value = checks.floating(name, value)
     if value.ndim < least or value.shape[-1] != size:
         checks.bad_value(name, f"shape [{axes}, {size}]", list(value.shape))

@@ -1,7 +1,11 @@
-"""That the functions of a cell are elementwise, which the derivation rests on.
+"""Checks that the functions of a cell are elementwise, as the derivation requires.
 
-The derivative of a function that mixes units is no diagonal, and would be wrong without a word. So
-each is tried once, by values: where some units move, no other may.
+A function that mixes units has a derivative that is not a diagonal, and gradients would be silently
+wrong. So each function is tested once by values: if some units change, no other output may change.
+The test changes half of the units at a time, at five scales from 0.001 to 10⁸ and with three
+patterns of signs, evaluates the function at another shape, and compares its vjp with slopes times
+cotangents. A function that mixes units only at other values passes. One that draws noise of the
+shape of a is refused, because derivatives would draw it again; `drive` is for noise.
 """
 
 import re
@@ -25,15 +29,15 @@ from jaxrnn._jax.error_checks import without_checks
 from jaxrnn._record import by_name
 from jaxrnn._types import Activation, Cell, Form
 
-# What a mixes with others may show only where it is small, or large: a norm that is clipped, say.
+# Some functions mix units only at small or large values, such as a clipped norm.
 SCALES = 1e-3, 1.0, 30.0, 1e4, 1e8
 
 
 def check_functions(prefix: str, cell: Cell) -> None:
-    """Require an activation, or a form, of elementwise functions that fit the cell's arrays."""
+    """Require that the activation, or the form, consists of elementwise functions."""
     form, size = cell.form, cell.W.shape[0]
     dtype = accumulation_dtype(cell.W.dtype)
-    size = size if isinstance(size, int) else 8  # a program exported for sizes to come
+    size = size if isinstance(size, int) else 8  # symbolic, in an exported program
     if not isinstance(form, Form):
         return check_activation(cell.activation, size, dtype)
     theta = jax.tree.structure(cell.parameters)
@@ -43,7 +47,7 @@ def check_functions(prefix: str, cell: Cell) -> None:
 
 
 def check_activation(activation: Any, size: int, dtype: jnp.dtype) -> None:
-    """Require a known name, or elementwise functions."""
+    """Require the name of an activation, or elementwise functions."""
     if isinstance(activation, str) and activation in NAMED:
         return
     others = "a jaxrnn.Activation or any elementwise callable (jax.nn.gelu, say)"
@@ -52,7 +56,7 @@ def check_activation(activation: Any, size: int, dtype: jnp.dtype) -> None:
         checks.bad_value("activation", f"one of {known}, {others}", repr(activation))
     if not isinstance(activation, Activation):
         if not callable(activation):
-            checks.bad_type("activation", f"a name, {others}", checks.came(activation))
+            checks.bad_type("activation", f"a name, {others}", checks.describe(activation))
         return _check("activation", activation, 1, None, size, dtype)
     for which in ("function", "derivative_from_output"):
         function = getattr(activation, which)
@@ -62,7 +66,7 @@ def check_activation(activation: Any, size: int, dtype: jnp.dtype) -> None:
 
 def _check(name, function, *how) -> None:
     if not callable(function):
-        checks.bad_type(name, "a callable", checks.came(function))
+        checks.bad_type(name, "a callable", checks.describe(function))
     try:
         hash(function)
     except TypeError:
@@ -73,7 +77,7 @@ def _check(name, function, *how) -> None:
 
 @lru_cache(maxsize=32)
 def _probe(name: str, function: Callable, states: int, theta: Any, size: int, dtype) -> None:
-    """Refuse a function of so many states, and θ, that is not elementwise over them all."""
+    """Refuse a function of `states` states, and θ, that is not elementwise."""
 
     def run(*leaves):
         rest = () if theta is None else (theta.unflatten(leaves[states:]),)
@@ -81,7 +85,7 @@ def _probe(name: str, function: Callable, states: int, theta: Any, size: int, dt
 
     cause = None
     try:
-        mesh = get_abstract_mesh()  # within a shard_map, where nothing else is a way out
+        mesh = get_abstract_mesh()  # inside shard_map only an empty mesh leads outside
         with eval_context(), use_abstract_mesh(AbstractMesh((), ()) if mesh.manual_axes else mesh):
             why = _fault(run, states, 0 if theta is None else theta.num_leaves, size, dtype)
     except Exception as error:
@@ -92,9 +96,8 @@ def _probe(name: str, function: Callable, states: int, theta: Any, size: int, dt
 
 
 def _fault(run: Callable, states: int, of_theta: int, size: int, dtype) -> str | None:
-    """What is wrong with a function of so many states and parameters; None where nothing is."""
-    # Of each set some units move and the others do not: those with a bit in their number. Any two
-    # units are told apart by one of them.
+    """What is wrong with a function of `states` states and `of_theta` parameters, or None."""
+    # One set of units for each bit of the unit's number: every two units differ in one of them.
     units, count = np.arange(size), states + of_theta
     bits = range(max(size - 1, 1).bit_length())
     moving = np.stack([(units >> bit) % 2 == side for bit in bits for side in (0, 1)])
@@ -111,7 +114,7 @@ def _fault(run: Callable, states: int, of_theta: int, size: int, dtype) -> str |
         return "which closes over a traced value: let it be one of the parameters of a Form"
     if getattr(out, "shape", 0) != moving.shape or not jnp.issubdtype(out.dtype, jnp.floating):
         known = hasattr(out, "shape") or isinstance(out, tuple)
-        made = ", ".join(map(str, traced.out_avals)) if known else checks.came(out)
+        made = ", ".join(map(str, traced.out_avals)) if known else checks.describe(out)
         return f"which makes {made} of {traced.in_avals[0]}"
     quiet = _quiet(run, arrays(value))
     with jax.debug_nans(False), jax.debug_infs(False):
@@ -128,15 +131,15 @@ def _fault(run: Callable, states: int, of_theta: int, size: int, dtype) -> str |
             quiet = _quiet(run, leaves)
             if not _agree(quiet(*leaves), y[rows]):
                 return "in which a unit depends on the shape: noise, say, for which there is drive"
-        # Of an elementwise function cotangents are multiplied by its slopes, large and small ones
-        # of both signs: by powers of two exactly, in what few bits there may be.
+        # The vjp of an elementwise function multiplies cotangents by slopes: exactly, if they are
+        # powers of two, here of both signs and in the range of narrow dtypes.
         few = re.search(r"\bf(16\[|[468]_)", str(traced.jaxpr))
         powers = generator.integers(*((-3, 8) if few else (-20, 20)), (129, 2, size))
         g = generator.choice([-1.0, 1.0], powers.shape) * 2.0**powers
         try:
             y, pull = jax.vjp(quiet, *leaves)
             pulled, slopes = pull(jnp.asarray(g, y.dtype)), pull(jnp.ones_like(y))
-        except Exception:  # it has no derivative, or none in reverse mode
+        except Exception:  # no derivative, or none in reverse mode
             return None
         if not all(_agree(np.asarray(v) / g, s) for v, s in zip(pulled, slopes, strict=True)):
             return "whose derivative is that of no elementwise function"
@@ -144,7 +147,7 @@ def _fault(run: Callable, states: int, of_theta: int, size: int, dtype) -> str |
 
 
 def _quiet(run: Callable, leaves: list) -> Callable:
-    """The same, for leaves of these shapes, without what it checks, and prints."""
+    """The function for leaves of these shapes, without its checks and prints."""
     traced = jax.make_jaxpr(run)(*leaves)
     if traced.effects:
         traced = jax.make_jaxpr(without_checks(run))(*leaves)
@@ -154,6 +157,6 @@ def _quiet(run: Callable, leaves: list) -> Callable:
 
 
 def _agree(x: Any, y: Any) -> bool:
-    """Up to what vectors of another length round otherwise."""
+    """Equality up to rounding, which differs between vector lengths."""
     x, y = (np.asarray(v, np.float64) for v in (x, y))
     return np.allclose(x, y, rtol=1e-3, atol=1e-5, equal_nan=True)

@@ -1,4 +1,4 @@
-"""What the functions of whole sequences ask of their arguments, and of their options."""
+"""Checks of the arguments and options of functions on whole sequences."""
 
 import math
 from typing import Any
@@ -21,7 +21,7 @@ from jaxrnn._types import Cell, Ids, first_cell, leading_shape
 def check_options(
     args: tuple, reverse, checkpoint_every, truncate, window, implementation, precision
 ) -> Options:
-    """Require options that go together and with args; "sqrt" becomes a number of steps."""
+    """Require options that are compatible with each other and with args; resolve "sqrt"."""
     cells, xs, *_ = args
     time, *batch = leading_shape(xs)
     if checkpoint_every is not None and not isinstance(time, int):
@@ -30,12 +30,12 @@ def check_options(
         if checkpoint_every != "sqrt":
             expected = "None, a whole number or 'sqrt'"
             checks.bad_value("checkpoint_every", expected, repr(checkpoint_every))
-        # From √T to twice that: a divisor of T where there is one.
+        # A divisor of T between √T and 2 √T, if there is one.
         least = math.isqrt(max(time - 1, 0)) + 1
         checkpoint_every = next((n for n in range(least, 2 * least) if time % n == 0), least)
     given = {"checkpoint_every": checkpoint_every, "truncate": truncate, "window": window}
     given = {name: value for name, value in given.items() if value is not None}
-    # From T on all numbers mean the same, but for a window, which then still reaches h_0.
+    # All k ≥ T mean the same, except that a window of T + 1 reaches h_0.
     most = 1 + (time if isinstance(time, int) else 2**30)
     for name, value in given.items():
         checks.positive(name, value)
@@ -56,7 +56,7 @@ def check_options(
 
 
 def check_sequences(cells, xs, h0, lengths, mask, drive) -> tuple:
-    """Require inputs that fit checked cells, or one; return all with jax arrays."""
+    """Require inputs that fit the checked cells; return all with JAX arrays."""
     input_size = first_cell(cells).U.shape[1]
     if isinstance(cells, Cell):
         batch, time = (getattr(x, "shape", ()) for x in (xs, h0))
@@ -66,10 +66,10 @@ def check_sequences(cells, xs, h0, lengths, mask, drive) -> tuple:
     steps = time, *batch = leading_shape(xs)
 
     def batch_first(*features: int) -> checks.Hint:
-        """For an array `[*batch, *features]`: it would fit if xs had its first axes swapped."""
+        """The hint for an array `[*batch, *features]` that would fit a batch-first xs."""
         name, array = ("xs.ids", xs.ids) if isinstance(xs, Ids) else ("xs", xs)
-        said = f"{name} {list(array.shape)} looks batch-first: time comes first here"
-        return ((time, *batch[1:], *features), said) if batch else None
+        hint = f"{name} {list(array.shape)} looks batch-first: time comes first here"
+        return ((time, *batch[1:], *features), hint) if batch else None
 
     h0 = _for_each(cells, "h0", h0, tuple(batch), batch_first)
     drive = _for_each(cells, "drive", drive, steps, lambda size: checks.swapped((*steps, size)))
@@ -89,14 +89,14 @@ def check_sequences(cells, xs, h0, lengths, mask, drive) -> tuple:
 
 
 def _for_each(cells, name, value, axes, hint):
-    """One array `[*axes, H]` or None for each cell, in their structure."""
+    """Require one array `[*axes, H]` or None for each cell, in their structure."""
     if isinstance(cells, Cell):
         size = cells.W.shape[0]
         return None if value is None else checks.floating(name, value, (*axes, size), hint(size))
     value = (None,) * len(cells) if value is None else value
     expected = f"a tuple of {len(cells)}, in the structure of the cells"
     if not isinstance(value, tuple | list):
-        checks.bad_type(name, expected, checks.came(value))
+        checks.bad_type(name, expected, checks.describe(value))
     if len(value) != len(cells):
         checks.bad_value(name, expected, f"{len(value)} entries")
     each = enumerate(zip(cells, value, strict=True))
@@ -104,7 +104,7 @@ def _for_each(cells, name, value, axes, hint):
 
 
 def check_targets(targets: Any, shape: tuple[int, ...], where: jax.Array | None) -> jax.Array:
-    """Require ids or rows that fit logits of this shape; ids where `where` is False may be any."""
+    """Require ids or rows that fit logits of this shape; ids may be invalid where masked."""
     targets = checks.array("targets", targets)
     if jnp.issubdtype(targets.dtype, jnp.integer):
         rows = shape, "rows must be floats"

@@ -232,7 +232,7 @@ def open_ids(path: Path, length: int, size: int) -> np.ndarray:
     except Exception as error:  # the header is read as Python, and errs as that may
         bad_input(path, "the ids of a text", first_line(error))
     if ids.shape != (length,) or ids.dtype != _dtype(size):
-        bad_input(path, f"{_dtype(size)} array of shape [{length}]", checks.came(ids))
+        bad_input(path, f"{_dtype(size)} array of shape [{length}]", checks.describe(ids))
     return np.asarray(ids)  # the same memory, without the methods of a file
 
 

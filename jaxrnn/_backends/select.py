@@ -1,6 +1,11 @@
-"""By which program the two loops over time are run: a scan, a kernel, an associative scan.
+"""The implementation of the two loops over time: a scan, a kernel, or an associative scan.
 
-None changes what is computed, beyond the rounding of sums; derivatives never see which one ran.
+The choice changes only the rounding of sums; derivative rules do not depend on it. No kernel has
+run on a device yet: they are interpreted and compared with the scan on a CPU, and lowered for their
+devices, so "auto" is the scan until `python -m benchmarks first` has been run and its results are
+committed. A kernel that is asked for by name runs or raises NotImplementedError; it never falls
+back. XLA does not split a kernel over devices; inside shard_map each device runs its own. Where
+kernels are interpreted, `checkpoint_every` has no derivative, as JAX cannot recompute callbacks.
 """
 
 from functools import cache, partial
@@ -18,7 +23,7 @@ from jaxrnn._types import Elementwise
 
 
 class Measured(NamedTuple):
-    """Where a kernel was measured: exact, and faster than the scan."""
+    """Where a kernel was measured to be exact and faster than the scan."""
 
     kind: str  # the device, as JAX calls it
     dtype: str  # of the cell
@@ -27,19 +32,19 @@ class Measured(NamedTuple):
     implementation: str  # the kernel
 
 
-# What "auto" takes. An entry has a file in benchmarks/results/ that shows it; there is none yet.
+# Where "auto" takes a kernel; each entry needs a file in benchmarks/results/. There is none yet.
 MEASURED: tuple[Measured, ...] = ()
 
-# The largest H of each dtype.
+# The largest H for each dtype.
 LARGEST = {
     "mosaic_gpu": {"bfloat16": 1024, "float16": 1024, "float32": 160},
     "pallas_tpu": {"bfloat16": 2304, "float32": 1664},
 }
 KERNELS = tuple(LARGEST)
-# Mosaic compiles no product of bfloat16 for them ("Unsupported matmul RHS type").
+# Mosaic does not compile bfloat16 products for these ("Unsupported matmul RHS type").
 FLOAT32_ONLY = ("TPU v2", "TPU v3")
 _PLATFORM = {"mosaic_gpu": "cuda", "pallas_tpu": "tpu"}
-# The platform, the capability where it matters, and both in words.
+# (platform, compute capability or "", both in words).
 _NEEDS = {
     "mosaic_gpu": ("gpu", "9.0", "an NVIDIA GPU of compute capability 9.0"),
     "pallas_tpu": ("tpu", "", "a TPU"),
@@ -51,15 +56,15 @@ _PRODUCTS = {
 
 
 def device_for(implementation: str) -> Device | None:
-    """The device that programs traced now are for; None where nothing depends on it."""
+    """The device that programs are now traced for; None if no choice depends on it."""
     depends = implementation in KERNELS or (implementation == "auto" and MEASURED)
     return target() if depends else None
 
 
 def with_device(options: Options, time: Any) -> Options:
-    """The same, for the device and the default precision of now: derivatives are traced later.
+    """Fix the current device and default precision, because derivatives are traced later.
 
-    A kernel, or products of Jacobians, for a symbolic T is refused.
+    Raises NotImplementedError for a kernel or "associative" with a symbolic T.
     """
     name, known = options.implementation, isinstance(time, int)
     if name in (*KERNELS, "associative") and not known:
@@ -73,28 +78,27 @@ def with_device(options: Options, time: Any) -> Options:
 def choose(
     options: Options, W, batch: tuple[int, ...], function: Elementwise, form: Any = "rate"
 ) -> str:
-    """What runs a loop: "scan", "associative" or a kernel.
+    """The implementation of a loop: "scan", "associative" or a kernel.
 
-    It is that of a cell of this form with recurrent weights W, `[H, H]`, which all axes of the
-    batch share; the function is φ, or φ' from what the loop reads. A kernel that was asked for
-    by name and cannot run this is a NotImplementedError.
+    W is `[H, H]`, shared by all axes of the batch; the function is φ, or φ' as the loop computes
+    it. Raises NotImplementedError if a kernel named in the options cannot run this loop.
     """
-    name, given = options.implementation, (options, W, batch, function, form)
+    name, loop = options.implementation, (options, W, batch, function, form)
     if name == "auto":
         won = (m.implementation for m in MEASURED if _won(m, options, W, batch))
-        return next((m for m in won if _unsupported(m, *given) is None), "scan")
-    reason = _unsupported(name, *given) if name in KERNELS else None
+        return next((m for m in won if _unsupported(m, *loop) is None), "scan")
+    reason = _unsupported(name, *loop) if name in KERNELS else None
     if reason is not None:
         raise NotImplementedError(f"implementation={name!r}: {reason}")
     return name
 
 
 def perform(name: str, options: Options, args: tuple, *, scan, kernel, associative=None) -> Any:
-    """What `choose` has named; where a loop is not linear, "associative" is the scan.
+    """Run the implementation `name`; "associative" is the scan for a loop that is not linear.
 
-    A kernel that "auto" chose gives way to the scan where the program is compiled for another
-    platform: for arrays that lie on the CPU of a machine with a GPU. The derivative of a kernel,
-    where no rule of the library stands around it (in that of `loss_and_grads`), is the scan's.
+    A kernel chosen by "auto" is replaced by the scan if the program is compiled for another
+    platform, as for arrays on the CPU of a machine with a GPU. Where JAX differentiates a kernel
+    without the library's rule, as in derivatives of `loss_and_grads`, it differentiates the scan.
     """
     if name not in KERNELS:
         return (associative if name == "associative" and associative else scan)(*args)
@@ -121,17 +125,17 @@ def _won(m, options, W, batch) -> bool:
 
 
 def _unsupported(name, options, W, batch, function, form) -> str | None:
-    """Why a kernel cannot run a loop; None where it can."""
+    """Why a kernel cannot run a loop; None if it can."""
     hidden_size, device, dtype = W.shape[0], options.device, W.dtype.name
     if form != "rate":
-        said = f"the {form}" if isinstance(form, str) else "a custom"
-        return f"it runs the rate form, not {said} form"
+        other = f"the {form}" if isinstance(form, str) else "a custom"
+        return f"it runs the rate form, not {other} form"
     if name == "mosaic_gpu" and not (0, 11) <= jax.__version_info__ < (0, 13):
         return f"it is written for jax 0.11 and 0.12 (Python 3.12), not {jax.__version__}"
-    platform, capability, wanted = _NEEDS[name]
-    found = "none" if device is None else f"{device.kind} ({device.platform})"
+    platform, capability, required = _NEEDS[name]
+    present = "none" if device is None else f"{device.kind} ({device.platform})"
     if device is None or device.platform != platform or capability not in ("", device.capability):
-        return f"it needs {wanted}, not {found}"
+        return f"it needs {required}, not {present}"
     if dtype not in LARGEST[name]:
         return f"it runs {', '.join(LARGEST[name])}, not {dtype}"
     if device.kind in FLOAT32_ONLY and dtype != "float32":
@@ -149,30 +153,30 @@ def _unsupported(name, options, W, batch, function, form) -> str | None:
         meshes.append(jax.typeof(W).sharding.mesh)
     if any(AxisType.Explicit in mesh.axis_types for mesh in meshes):
         return "it does not run under explicit sharding (shard_map will do)"
-    if meaning(options.precision) not in _multiplies(name, dtype):
+    if canonical_precision(options.precision) not in _multiplies(name, dtype):
         return f"its products of {dtype} are {_PRODUCTS[name]}, not of {options.precision!r}"
     return None
 
 
 def _multiplies(name: str, dtype: str) -> tuple:
-    """The precisions that a kernel gives products of a dtype, as `meaning` has them."""
+    """The precisions of a kernel's products of this dtype, as returned by `canonical_precision`."""
     default, high, highest = ((p, p) for p in jax.lax.Precision)
-    if dtype != "float32":  # one pass is exact
+    if dtype != "float32":  # one pass is exact, so all precisions are the same
         return None, default, high, highest
     if name == "mosaic_gpu":
         return None, default, high, jax.lax.DotAlgorithmPreset.TF32_TF32_F32
     return None, default, highest
 
 
-def meaning(precision: Any) -> Any:
-    """What JAX makes of a precision here and now: None, a pair, or an algorithm; else it raises."""
-    return _meaning(precision, config_value("jax_default_matmul_precision"))
+def canonical_precision(precision: Any) -> Any:
+    """A precision as JAX resolves it now: None, a pair or an algorithm; raises if invalid."""
+    return _canonical_precision(precision, config_value("jax_default_matmul_precision"))
 
 
 @cache
-def _meaning(precision: Any, default: str | None) -> Any:
-    del default  # what None means
+def _canonical_precision(precision: Any, default: str | None) -> Any:
+    del default  # a key of the cache: what None resolves to
     x = jax.ShapeDtypeStruct((1, 1), jnp.float32)
     product = jax.make_jaxpr(lambda x: jnp.matmul(x, x, precision=precision))(x)
-    (found,) = (e.params["precision"] for e in product.eqns if "precision" in e.params)
-    return found
+    (resolved,) = (e.params["precision"] for e in product.eqns if "precision" in e.params)
+    return resolved

@@ -9,27 +9,27 @@ import jax
 
 
 def config_value(name: str) -> Any:
-    """An option of JAX as it is now."""
+    """The current value of a JAX option."""
     return getattr(jax.config, name)
 
 
 class Device(NamedTuple):
-    """What a program is built for."""
+    """The device that a program is built for."""
 
     platform: str  # "cpu", "gpu" or "tpu"
-    kind: str  # as JAX calls the device, "NVIDIA H200"
-    capability: str = ""  # of an NVIDIA GPU, "9.0"
-    interpret: bool = False  # whether kernels are interpreted, on a CPU
-    many: bool = False  # whether this process has more than one of them
+    kind: str  # JAX's device_kind, such as "NVIDIA H200"
+    capability: str = ""  # of an NVIDIA GPU, such as "9.0"
+    interpret: bool = False  # interpret kernels, on a CPU
+    many: bool = False  # this process has several such devices
 
 
-# Of all threads: programs are compiled in several.
+# Shared by all threads, because programs are compiled in several.
 _assumed: list[Device] = []
 
 
 @contextmanager
 def built_for(device: Device) -> Iterator[None]:
-    """Within, programs are traced for that device: to lower them elsewhere, or to interpret."""
+    """Trace programs for this device: to lower them for another platform, or to interpret."""
     _assumed.append(device)
     try:
         yield
@@ -38,7 +38,7 @@ def built_for(device: Device) -> Iterator[None]:
 
 
 def target() -> Device:
-    """The device that programs traced now are for."""
+    """The device that programs are now traced for."""
     return _assumed[-1] if _assumed else _present(config_value("jax_default_device"))
 
 
