@@ -1,4 +1,4 @@
-"""Gradients by hand: of any loss of the states, and of the source's loss."""
+"""Hand-derived gradients: of any loss of the states, and of the source's loss."""
 
 from typing import Any
 
@@ -40,27 +40,27 @@ def bptt(
     p = α, q = φ'(h), s = φ(h) in the voltage form, and k = 1 − α in both; p = ∂f/∂a, q = g'(h),
     s = g(h), k = ∂f/∂h in a custom form.
 
-    For those who want δ and λ themselves: learning rules, penalties on adjoints, plots of how they
-    fade. Where only gradients count, `jax.grad` of `unroll` runs the same loops.
+    For δ and λ themselves: learning rules, penalties on adjoints, plots of how they decay. For
+    gradients alone, `jax.grad` of `unroll` runs the same loops.
 
     Args:
-      cell, xs, h0: those of the unroll; h0 is None for zeros.
-      hs: the states that it returned, `[T, *batch, H]`.
+      cell, xs, h0: the arguments of `unroll`; h0 is None for zeros.
+      hs: the states from `unroll`, `[T, *batch, H]`.
       dhs: ∂L/∂h_t at fixed later states, `[T, *batch, H]`; ignored on invalid steps.
       dh_last: ∂L/∂h_last, `[*batch, H]`; None for zeros.
       lengths, mask, drive, reverse, truncate, window, implementation, precision: as in `unroll`.
 
     Returns:
-      `CellGradients`, each in the dtype of what it is the gradient of.
+      `CellGradients`; each gradient has the dtype of its argument.
 
     Raises:
       TypeError, ValueError, NotImplementedError: as `unroll`.
 
-    Numerics: the adjoint is float32 or better; so are all sums.
-    Inside shard_map each device returns its own share of every gradient.
+    Numerics: the adjoint and all sums are float32 or better.
+    Inside shard_map each device returns its own share of every gradient, for the caller to add up;
+    `jax.grad` of `unroll` adds them up.
     Cost: one product a step; then one product over many steps for each of U, W and xs.
-    Source: section 3.3, with (ŷ_t − y_t) where the source prints (y_t − ŷ_t), and with the
-    Jacobian of H units, diag(1 − h²) W, where it prints that of one.
+    Source: section 3.3, with the errata in `jaxrnn.textbook`.
     """
     checks.not_swapped("cell", cell, "xs", xs, Cell)
     shape = getattr(h0, "shape", ())
@@ -92,37 +92,35 @@ def loss_and_grads(
     implementation: str = "auto",
     precision: Any = None,
 ) -> tuple[jax.Array, Gradients]:
-    """The summed cross-entropy of the network and its gradients, all of section 3 by hand.
+    """The summed cross-entropy of a network and its gradients: all of section 3 by hand.
 
     L = Σ_t L_t,  ∂L/∂Ω_t = ŷ_t − y_t,  dL/dV = Σ (ŷ_t − y_t) s_tᵀ,  dL/dc = Σ (ŷ_t − y_t),
     g_t = q_t Vᵀ (ŷ_t − y_t), and the rest as in `bptt`, with q and s of the cell's form.
 
-    One wants it for classification at every step, a text say: logits never exist for all steps.
+    For classification at every step, as of text: logits are never stored for all steps.
 
     Args:
-      params: the `Params`, of one cell or of a stack, through which `unroll_layers` goes.
+      params: the `Params`, of one cell or of a stack as in `unroll_layers`.
       targets: integer ids `[T, *batch]`, or one-hot floats `[T, *batch, K]`.
-      h0: first state, `[*batch, H]`, of a stack in the structure of its cells; zeros by default.
-      xs, lengths, mask, drive, reverse, truncate, window, implementation: as in `unroll`, a drive
-        also as in `unroll_layers`; invalid steps have no loss.
-      precision: as in `unroll`; of the products with V too.
-      checkpoint_every: as in `unroll`: only every k-th state is kept, and readout and loss are
-        formed for k steps at a time.
+      h0: first state, `[*batch, H]`; for a stack, in the structure of its cells; zeros by default.
+      xs, lengths, mask, drive, reverse, truncate, window, implementation: as in `unroll`, or
+        `unroll_layers` for a stack; invalid steps have no loss.
+      precision: as in `unroll`; also of products with V.
+      checkpoint_every: as in `unroll`; readout and loss too are computed for k steps at a time.
 
     Returns:
-      (loss, `Gradients`): the loss in nats, a scalar summed over steps and batch; the
-      gradients of params and h0, and the final state to go on from.
+      (loss, `Gradients`): the loss in nats, a scalar summed over steps and batch; the gradients of
+      params and h0, and the final state.
 
     Raises:
       TypeError, ValueError, NotImplementedError: as `unroll` and `cross_entropy`.
 
     Numerics: the loss is float32 or better.
     Inside shard_map each device returns its own share of the loss and of every gradient.
-    Cost: logits, errors and cotangents exist for a segment of the steps at a time; hs is kept.
-    With `checkpoint_every` = k, of a stack too where no layer is a pair, the states between
-    layers, logits and the rest exist for k steps at a time. Otherwise those of a stack, and with
-    `window`, exist for all steps. JAX can differentiate this again.
-    Source: sections 3.1 to 3.3. The upper limits S and T printed there are both the length.
+    Cost: hs is stored for all steps; logits, errors and cotangents for one segment at a time. With
+    `checkpoint_every` = k everything is stored for k steps at a time, also for a stack without
+    pairs. Without it a stack stores all steps, and so does `window`. JAX can differentiate this.
+    Source: sections 3.1 to 3.3.
 
     >>> import jax, jaxrnn
     >>> params = jaxrnn.init_params(jax.random.key(0), 4, 8, 4)

@@ -1,8 +1,8 @@
-"""More than one layer: stacks, and layers that read in both directions.
+"""Stacks of layers, and layers that read in both directions.
 
 A stack is a tuple of layers; a layer is a Cell, or a pair of Cells (forward, backward), of which
-the second reads from the end. Whatever belongs to the layers one by one, first states, final
-states and drives, comes in the structure of the cells.
+the second reads from the end. First states, final states and drives have the structure of the
+cells.
 """
 
 from typing import Any
@@ -34,25 +34,23 @@ def unroll_layers(
     key: jax.Array | None = None,
     residual: bool = False,
 ) -> tuple[Any, jax.Array]:
-    """The outputs of a stack: those of each layer are the inputs of the next.
+    """The outputs of a stack, in which the outputs of each layer are the inputs of the next.
 
     y_0 = xs,  h^l = unroll(cell_l, drop(y_{l−1})),  y_l = g(h^l), or with `residual` from the
     second layer on y_l = g(h^l) + y_{l−1}; g(h) is h in the rate form, φ(h) in the voltage form.
 
-    One wants it for outputs rather than states, of one layer or several.
-
     Args:
-      cells: a tuple of layers, each a `Cell` or a pair of them (forward, backward), whose
-        outputs stand side by side; or one `Cell`.
+      cells: a tuple of layers, each a `Cell` or a pair (forward, backward), whose outputs are
+        concatenated; or one `Cell`.
       xs: inputs of the first layer, float `[T, *batch, D]`, or `Ids` of `[T, *batch]`.
-      h0: first states, in the structure of `cells`; zeros by default, for any layer too.
-      drive: as in `unroll`, in the structure of `cells`; None for any layer without.
+      h0: first states, in the structure of `cells`; None, for all or for one layer, is zeros.
+      drive: as in `unroll`, in the structure of `cells`; None, for all or for one layer, is none.
       reverse: every layer reads in the other direction.
       lengths, mask, checkpoint_every, truncate, window, implementation, precision: as in `unroll`,
-        for all layers.
-      dropout: the probability with which each entry of what one layer hands to the next is
-        set to 0; the others are divided by 1 − dropout. 0 ≤ dropout < 1.
-      key: a JAX random key, where dropout is above 0.
+        for each layer.
+      dropout: the probability of setting an input of the second and later layers to 0; the others
+        are divided by 1 − dropout. 0 ≤ dropout < 1.
+      key: a JAX random key, required if dropout > 0.
       residual: each layer but the first adds its inputs to its outputs.
 
     Returns:
@@ -64,7 +62,8 @@ def unroll_layers(
       TypeError, ValueError, NotImplementedError: as `unroll`; layers that do not fit each other;
         a dropout outside [0, 1), or without a key.
 
-    Cost: as `unroll`, for each layer; the outputs between layers are kept.
+    Cost: as `unroll` for each layer; outputs between layers are saved, also with
+    `checkpoint_every`.
 
     >>> import jax, jaxrnn
     >>> keys = jax.random.split(jax.random.key(0), 2)
@@ -107,23 +106,22 @@ def bidirectional(
     implementation: str = "auto",
     precision: Any = None,
 ) -> tuple[Any, jax.Array]:
-    """The outputs of two networks that read the same inputs from either end.
+    """The outputs of two networks, one reading the inputs forward and one backward.
 
-    One wants it where what comes later is known too: tagging, smoothing.
+    For sequences that are known to their end: tagging, smoothing.
 
     Args:
-      forward: a `Cell`, or a stack as in `unroll_layers`, that reads from the first step.
-      backward: one that reads from the last step, with `lengths` from the last valid one.
+      forward: a `Cell`, or a stack as in `unroll_layers`, which reads from the first step.
+      backward: the same, reading from the last step, or with `lengths` from the last valid one.
       xs, lengths, mask, checkpoint_every, implementation, precision: as in `unroll`.
-      h0: (first state of forward, of backward), each in the structure of its cells; zeros by
-        default.
-      drive: (of forward, of backward), as in `unroll_layers`.
-      truncate, window: as in `unroll`, counted in the order in which each reads.
+      h0: first states (forward, backward), each as in `unroll_layers`.
+      drive: drives (forward, backward), each as in `unroll_layers`.
+      truncate, window: as in `unroll`; each network counts in the order in which it reads.
 
     Returns:
-      ((h_last of forward, h_last of backward), ys): the state of each after the last step that
-      it reads, and the outputs side by side, 0 on invalid steps, aligned with xs,
-      `[T, *batch, H_forward + H_backward]`.
+      ((h_last of forward, h_last of backward), ys): each state is that after the last step in its
+      direction; the outputs, concatenated and aligned with xs, are
+      `[T, *batch, H_forward + H_backward]`, 0 on invalid steps.
 
     Raises:
       TypeError, ValueError, NotImplementedError: as `unroll_layers`.

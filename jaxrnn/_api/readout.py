@@ -12,22 +12,21 @@ from jaxrnn._types import Readout
 
 
 def apply_readout(readout: Readout, hs: jax.Array, *, precision: Any = None) -> jax.Array:
-    """The output before the softmax, the logits Ω_t = V s_t + c.
+    """The logits Ω_t = V s_t + c.
 
     For custom losses and samplers; `loss_and_grads` applies the readout itself.
 
     Args:
       readout: the `Readout`.
-      hs: what the units put out, `[..., H]`, usually `[T, *batch, H]`: the states of the rate
-        form, `outputs(cell, hs)` of another.
-      precision: of the product, as `jax.numpy.matmul` takes it.
+      hs: outputs of the units, `[..., H]`: the states in the rate form, else `outputs(cell, hs)`.
+      precision: of the product, as in `jax.numpy.matmul`.
 
     Returns:
       Logits, `[..., K]`, in the result dtype of readout and hs.
 
     Raises:
       TypeError: a dtype that is not floating.
-      ValueError: shapes that do not fit; a precision that is none.
+      ValueError: shapes that do not fit; an invalid precision.
 
     Numerics: the product accumulates in float32 or better.
     Source: section 2, equation 2.
@@ -49,21 +48,20 @@ def cross_entropy(
       logits: Ω, `[T, *batch, K]` (any leading axes), float.
       targets: y, integer ids `[T, *batch]`, or floats `[T, *batch, K]`: one-hot rows or
         probabilities.
-      where: bool, `[T, *batch]`: steps that count. Elsewhere the loss is 0, whatever stands
-        there in logits and targets, and no gradient flows.
+      where: bool mask, `[T, *batch]`. Where it is False the loss is 0, whatever the logits and
+        targets, and no gradient flows.
 
     Returns:
       Losses, `[T, *batch]`: float32 for half-precision logits, else in the dtype of logits.
 
     Raises:
       TypeError: logits that are not floating.
-      ValueError: shapes that do not fit, or an id outside 0 … K − 1; under jit, where its
-        value cannot be seen, such an id gives NaN.
+      ValueError: shapes that do not fit, or an id outside 0 … K − 1, which under jit, where its
+        value is unknown, gives NaN.
 
     Numerics: the maximum is subtracted before the exponential, so logits of ±1e4 are safe. A
-    class whose logit is −∞ costs nothing where its target is 0, and is infinitely wrong elsewhere.
-    Source: section 2, equations 3 and 4. The source lets t of the softmax run to |A|; it runs
-    to T, and only the sum inside the softmax runs over the |A| = K characters.
+    class with logit −∞ contributes 0 if its target is 0, else ∞.
+    Source: section 2, equations 3 and 4.
     """
     logits = checks.floating("logits", logits)
     if logits.ndim < 1:

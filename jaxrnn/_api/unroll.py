@@ -34,79 +34,86 @@ def unroll(
     voltage:  h_t = (1 − α) h_{t−1} + α (W φ(h_{t−1}) + U x_t + b + drive_t)
     custom:   h_t = f(W g(h_{t−1}) + U x_t + b + drive_t, h_{t−1})
 
-    for t = 1 … T, h_0 given, α = 1 without a leak. What units put out where that is not h, φ(h) or
-    g(h), is `outputs(cell, hs)`. One wants it where the inputs are known in advance: `step` is for
-    those that depend on the states, `unroll_layers` for outputs of one layer or several.
+    for t = 1 … T, with α = 1 without a leak. The outputs, where they are not h, are
+    `outputs(cell, hs)`. Use `unroll` if all inputs are known in advance, `step` if they depend on
+    the states, `unroll_layers` for the outputs of one or more layers.
 
-    Differentiable in cell, xs, h0 and drive, in every mode and to every order; under vmap a
-    mapped axis costs what a batch axis does. A φ, f or g with a `jax.custom_vjp` alone
-    (surrogate gradients) has all of the first order, and of the second those by reverse mode over
-    reverse mode: JAX has no forward mode for it.
+    Differentiable in cell, xs, h0 and drive, in every mode and to every order. Under vmap a mapped
+    axis costs as much as a batch axis; map axis 1 to avoid a transposed copy. Inputs shared by the
+    mapped calls are copied. A φ, f or g with only a `jax.custom_vjp` (a surrogate gradient) has
+    first-order derivatives, and second-order ones in reverse over reverse mode.
 
     Args:
       cell: the `Cell`.
       xs: inputs, float `[T, *batch, D]`, or `Ids` of `[T, *batch]`.
       h0: first state, `[*batch, H]`; zeros by default.
-      lengths: integers `[*batch]`, 0 … T: how many steps of each sequence are valid.
+      lengths: integers `[*batch]`, 0 … T: how many steps of each sequence are valid. Under jit a
+        length above T counts as T.
       mask: bool `[T, *batch]`: which steps are valid, for gaps anywhere. Not with `lengths`.
       drive: added to the pre-activation, `[T, *batch, H]`: noise, a perturbation, an input
-        computed elsewhere. Its gradient is delta.
+        computed elsewhere. Its gradient is δ.
       reverse: run from t = T down to 1, each sequence from its own length down; hs stays
         aligned with xs.
-      checkpoint_every: keep only every k-th state for the derivatives, and compute the others
-        again, to every order: k ≥ 1, or "sqrt" for about √T. Not with `window`. See the table.
-      truncate: truncated BPTT: no derivative passes from a_{mk+1} to h_{mk}, m ≥ 1, k ≥ 1; a
-        leak and h_0 stay connected. Steps are counted as they are read, invalid ones not. See
-        the table.
+      checkpoint_every: to bound memory, save only every k-th state and recompute the others, at
+        every order: k ≥ 1, or "sqrt": a divisor of T between √T and 2 √T, if there is one. If k
+        does not divide T, inputs are copied once. Not with `window`. See the tables.
+      truncate: truncated BPTT: no derivative passes from a_{mk+1} to h_{mk}, m ≥ 1, k ≥ 1; the
+        leak and h_0 stay connected. Steps count in scan order, without invalid ones.
       window: derivatives of h_t reach a_{t−k+1} … a_t, k ≥ 1, as if h_t were recomputed by k
-        whole steps, leak included, from an h_{t−k} that does not move: the sum of 3.3 cut off
-        at k terms. Steps are counted likewise. Not with `truncate`. See the table.
-      implementation: by what the loops over time are run, forward and in all derivatives. "scan":
-        `jax.lax.scan`. "mosaic_gpu", "pallas_tpu": one kernel for all steps, W kept on the chip;
-        tanh, relu, sigmoid, identity in the rate form. "associative": derivatives by products of
-        Jacobians, in logarithmic depth and memory for T · B · H² numbers; forward a scan.
-        "auto": a kernel where it was measured to be exact and faster on the device, else the scan.
-      precision: of every product, as `jax.numpy.matmul` takes it; None is JAX's default.
+        steps, with the leak, from a constant h_{t−k}: the sum of 3.3 with its last k terms. Steps
+        count as for `truncate`, which excludes it.
+      implementation: how the loops over time run, forward and in all derivatives. "scan":
+        `jax.lax.scan`. "mosaic_gpu" (Hopper GPUs), "pallas_tpu": one kernel for all steps, with W
+        on the chip; tanh, relu, sigmoid, identity in the rate form; see `_backends/select.py`.
+        "associative": derivatives by products of Jacobians, in logarithmic depth, with T · B · H²
+        numbers; forward a scan. "auto": a kernel if it was measured to be exact and faster on the
+        device, which is not yet so anywhere; else the scan.
+      precision: of every product, as in `jax.numpy.matmul`; None is JAX's default.
 
     Returns:
-      (h_last, hs): the state after the last valid step (h0 where there is none),
-      `[*batch, H]`, and the states of all steps, `[T, *batch, H]`, 0 on invalid steps. The
-      dtype is what JAX promotes xs (not Ids), h0, cell and drive to.
+      (h_last, hs): the state after the last valid step (h0 if there is none), `[*batch, H]`, and
+      the states of all steps, `[T, *batch, H]`, 0 on invalid steps. The dtype is what JAX promotes
+      xs (not Ids), h0, cell and drive to.
 
     Raises:
       TypeError: a dtype of the wrong kind; bare integers as xs.
-      ValueError: shapes that do not fit, lengths outside 0 … T, two options that exclude each
-        other, an invalid id whose value can be seen (under jit the state becomes NaN),
-        `checkpoint_every` where T is symbolic.
-      NotImplementedError: the implementation asked for cannot run this; it says why.
+      ValueError: shapes that do not fit, lengths outside 0 … T, options that exclude each other, an
+        invalid id of known value (under jit the state becomes NaN), `checkpoint_every` with a
+        symbolic T.
+      NotImplementedError: the implementation cannot run this; the message says why.
 
-    Numerics: in bfloat16 and float16 products and pre-activations are float32, each state is
-    rounded once. Invalid steps may hold NaN or inf, their cotangents too: neither reaches
-    anything. phi' is found from the state (tanh: (1 − h)(1 + h)), or for a plain callable
-    from the recomputed pre-activation.
-    Cost: two products a step forward, that with U for all steps at once where it pays, and
-    one a step backward; the gradient of each parameter is one product over many steps. Beyond
-    inputs and parameters only hs is kept, and what a segment of the steps needs. With
-    `checkpoint_every` the backward runs the forward again; with `window` = k it takes a product
-    over all steps k times.
-    Outside jit, checking ids and lengths that lie on a device waits for them.
+    Numerics: in bfloat16 and float16, products and pre-activations are float32 and each state is
+    rounded once. NaN and inf on invalid steps, in inputs or cotangents, reach nothing. φ' is
+    computed from the state (tanh: (1 − h)(1 + h)), or for a plain callable from the recomputed a.
+    Cost: two products a step forward (the one with U for all steps at once if that is faster) and
+    one backward, then one product over many steps for each parameter. Beyond inputs and parameters
+    only hs is saved; higher orders save some more arrays of all steps.
+    Outside jit, checking ids and lengths waits for the device.
     Source: section 2, equation 1; section 3.3 for its derivative.
 
-    How far derivatives reach; values are the same in every row:
+    How far derivatives reach. Values are the same in every row.
 
-    | | a gradient is | it keeps | and takes |
+    | | gradients are | saved | extra time |
     |---|---|---|---|
     | none of these | exact | T states | |
-    | `checkpoint_every=k` | exact | T/k + k states, if only h_last is used | one more forward |
+    | `checkpoint_every=k` | exact | T/k + k states, if only h_last is used | one forward |
     | `truncate=k` | cut through W at every k-th step, not through the leak | T states | |
-    | `window=k` | each h_t through its own last k steps | T states | k products of all steps |
+    | `window=k` | of each h_t through its last k steps | T states | k products over all steps |
     | chunks of k steps, h0 = `stop_gradient(h_last)` | cut at every k-th step | k states | |
 
-    Without a leak `truncate=k` and chunks are the same; with one, or where a custom f reads h, a
-    cut stops W alone, and 1 − α of each adjoint passes it. So `truncate=1` with a leak is the
-    eligibility trace of RFLO (Murray 2019, eLife 8:e43299), and `window=1` the immediate gradient,
-    by the last step alone. One wants `checkpoint_every` for memory, `truncate` and chunks for texts
-    without end, `window` where every step shall be treated alike.
+    Megabytes of temporaries for a gradient of h_last (float32, B = 8, D = 4, H = 32), by T:
+
+    | | 1,000 | 10,000 | 100,000 |
+    |---|---|---|---|
+    | a differentiated scan | 3.1 | 31 | 307 |
+    | `unroll` | 3.1 | 14 | 106 |
+    | `checkpoint_every="sqrt"`, 1.3 to 1.8 times as long | 0.16 | 0.43 | 1.5 |
+
+    Use `checkpoint_every` to save memory, `truncate` or chunks for endless text, and `window` to
+    treat all steps alike. Without a leak `truncate=k` and chunks are the same; with one, or if a
+    custom f reads h, a cut stops only W, and 1 − α of each adjoint passes. So `truncate=1` with a
+    leak is the eligibility trace of RFLO (Murray 2019, eLife 8:e43299); `window=1` is the immediate
+    gradient.
 
     >>> import jax, jaxrnn
     >>> cell = jaxrnn.init_cell(jax.random.key(0), input_size=4, hidden_size=3)
@@ -121,16 +128,16 @@ def unroll(
 
 
 def step(cell: Cell, x: jax.Array | Ids, h: jax.Array, *, precision: Any = None) -> jax.Array:
-    """One step of the recurrence of `unroll`, without a drive: the hidden state that follows `h`.
+    """One step of the recurrence of `unroll`, without a drive: the state that follows `h`.
 
-    One wants it where inputs depend on the states: an agent in an environment, a sampler. Its
-    derivative is JAX's.
+    For inputs that depend on the states: an agent in an environment, a sampler. JAX differentiates
+    it.
 
     Args:
       cell: the `Cell`.
       x: the input x_t, `[*batch, D]`, or `Ids` of shape `[*batch]`.
       h: the state h_{t−1}, `[*batch, H]`.
-      precision: of the products, as `jax.numpy.matmul` takes it.
+      precision: of the products, as in `jax.numpy.matmul`.
 
     Returns:
       h_t, `[*batch, H]`, in the result dtype of cell, x and h.
@@ -164,7 +171,7 @@ def _check_step(given: tuple) -> tuple:
     return cell, x, checks.floating("h", h, (*leading_shape(x), hidden_size))
 
 
-# Compiled, so that the row of NaN for invalid ids is no array that jax_debug_nans could see.
+# Jitted, so that jax_debug_nans does not see the row of NaN for invalid ids.
 @partial(jax.jit, static_argnames="precision")
 def _step(cell, x, h, *, precision):
     if isinstance(x, Ids):
@@ -173,18 +180,18 @@ def _step(cell, x, h, *, precision):
 
 
 def outputs(cell: Cell, hs: jax.Array) -> jax.Array:
-    """What the units put out, given the states that `unroll` returns.
+    """The outputs of the units, which W and a readout multiply, for the states from `unroll`.
 
-    s_t = h_t in the rate form, φ(h_t) in the voltage form, g(h_t) in a custom one: what W and a
-    readout multiply: rates to plot, or to put a loss on.
+    s_t = h_t in the rate form, φ(h_t) in the voltage form, g(h_t) in a custom one: firing rates to
+    plot, or for a loss.
 
     Args:
       cell: the `Cell`.
       hs: states, `[..., H]`.
 
     Returns:
-      Outputs, `[..., H]`, in the dtype of hs. On invalid steps hs is 0 and this φ(0); the outputs
-      of `unroll_layers` are 0 there.
+      Outputs, `[..., H]`, in the dtype of hs. On invalid steps, where hs is 0, they are φ(0); those
+      of `unroll_layers` are 0.
 
     Raises:
       TypeError, ValueError: a dtype that is not floating; states of another size.
