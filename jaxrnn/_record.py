@@ -1,4 +1,4 @@
-"""What dataclasses of arrays are to Python and to JAX: printed, compared, copied, serialised."""
+"""How dataclasses of arrays are printed, compared, copied and serialised."""
 
 import copy
 import json
@@ -19,7 +19,7 @@ class Record:
     __hash__ = None  # pyright: ignore[reportAssignmentType]
 
     def __repr__(self) -> str:
-        """Each array as its dtype and shape; None where that is the default is left out."""
+        """Show each array as dtype and shape; leave out fields that are None by default."""
         shown = jax.tree.map(_Short.of, self)
         return f"{type(self).__name__}({', '.join(shown._parts())})"
 
@@ -30,14 +30,14 @@ class Record:
                 yield f"{f.name}={by_name(value)}"
 
     def __eq__(self, other: object) -> bool:
-        """Whether structure, static fields, and dtype, shape and values of all arrays agree."""
+        """Compare structure, static fields, and dtype, shape and values of all arrays."""
         if type(other) is not type(self):
             return NotImplemented
         (mine, tree), (theirs, of_other) = map(jax.tree.flatten, (self, other))
         return tree == of_other and all(map(_same, mine, theirs))
 
     def __deepcopy__(self, memo):
-        """Of the arrays alone: a copy of a function that JAX has compiled is another one."""
+        """Copy the arrays only: a copied function would compare as another one."""
         return jax.tree.map(lambda x: copy.deepcopy(x, memo), self)
 
 
@@ -56,7 +56,7 @@ class _Short(str):
 
 
 def by_name(value: Any) -> str:
-    """A function as its name, a partial one as that of its function, anything else as its repr."""
+    """The name of a function, or of the function of a partial; the repr of anything else."""
     return getattr(getattr(value, "func", value), "__name__", None) or repr(value)
 
 
@@ -67,7 +67,7 @@ def _same(x: Any, y: Any) -> bool:
 
 
 def pytree(cls: _Class) -> _Class:
-    """Register a dataclass as a pytree, which `jax.export` serialises with its names as JSON."""
+    """Register a dataclass as a pytree, also for `jax.export`: static fields become JSON."""
     static = [f.name for f in fields(cls) if f.metadata.get("static")]
 
     def serialize(values):

@@ -1,6 +1,6 @@
 """A network's parameters and inputs, as pytrees of arrays.
 
-Nothing is checked here: transformations of JAX build these dataclasses with anything in them.
+Constructors check nothing: JAX's transformations build these dataclasses from arbitrary objects.
 
 Axes: T time, B batch, D input, H hidden, K output.
 """
@@ -18,26 +18,24 @@ Elementwise = Callable[[jax.Array], jax.Array]
 
 @dataclass(frozen=True)
 class Activation:
-    """A nonlinearity φ and, where there is one, φ' written with the output.
+    """A nonlinearity φ and, optionally, φ' as a function of the output.
 
-    Worth it where φ' costs less from φ(a) than from a: then nothing is formed again.
+    Worth it where φ' is cheaper from φ(a) than from a, as for tanh: a is then not recomputed.
 
     Args:
       function: φ, elementwise, `a -> φ(a)`.
-      derivative_from_output: `φ(a) -> φ'(a)`, elementwise, or None: then JAX differentiates
-        `function` at its argument, which is computed again for it.
+      derivative_from_output: `φ(a) -> φ'(a)`, elementwise. If None, JAX differentiates `function`
+        at a, which is recomputed.
 
-    Both are static under jit: two Activations are equal when their functions are, and a new
-    lambda at every call compiles at every call. None may hold a traced value, or change what it
-    closes over: what a function held when it was first used stays, and has no gradient later.
-    What is differentiated is one of the `parameters` of a `Form`.
+    Both are static under jit: Activations are equal if their functions are, so a new lambda in
+    every call compiles in every call. Neither may close over a traced value. Values that it closes
+    over are constants; what is to be learned belongs to the `parameters` of a `Form`.
     """
 
     function: Elementwise
     derivative_from_output: Elementwise | None = None
 
     def __repr__(self) -> str:
-        """The functions by name."""
         return _of_functions("Activation", self.function, self.derivative_from_output)
 
 
@@ -47,27 +45,37 @@ class Form:
 
     a_t = W s_{t−1} + U x_t + b + drive_t,   h_t = f(a_t, h_{t−1}; θ),   s_t = g(h_t; θ)
 
-    For what "rate" and "voltage" do not say: a φ with learned parameters (modReLU), a time
-    constant and a threshold of each unit, a residual network.
+    For equations other than "rate" and "voltage": a φ with learned parameters, a time constant and
+    a threshold per unit, a residual network. Lengths, memory options, stacks, `bptt`,
+    `loss_and_grads`, `textbook` and all transformations take such a cell.
 
     Args:
       update: f, `(a, h, parameters) -> h`, elementwise.
-      output: g, `(h, parameters) -> s`, elementwise; None where s = h.
+      output: g, `(h, parameters) -> s`, elementwise; None for s = h.
 
-    Both get arrays of one shape, `[..., H]`, for one step or for many: a, h and each leaf of the
-    cell's `parameters`. They may look at `a.shape[-1]`, at no other axis. JAX differentiates them
-    unit by unit, in reverse mode, where each derivative must be a slope times the cotangent. They
-    are static as in `Activation`; what is learned, or traced, goes to the cell as `parameters`.
+    Both get a, h and each leaf of the cell's `parameters` broadcast to one shape, `[..., H]`, for
+    one step or many. They may depend on `a.shape[-1]` but on no other axis. JAX differentiates them
+    in reverse mode, so a `custom_vjp` (a surrogate gradient) is respected. They are static, as in
+    `Activation`; what is learned or traced belongs to `parameters`, scalars or `[H]`. A function
+    that mixes units (a softmax, a norm) is a ValueError: its derivative is not a diagonal.
+
+    modReLU (Arjovsky, Shah and Bengio 2016) with a learned bias, and a leaky unit with a learned
+    time constant and threshold:
 
     >>> import jax, jaxrnn
     >>> modrelu = jaxrnn.Form(lambda a, h, bias: jax.numpy.sign(a) * jax.nn.relu(abs(a) + bias))
+    >>> leaky = jaxrnn.Form(
+    ...     update=lambda a, v, p: v + (a - v) / p["tau"],
+    ...     output=lambda v, p: jax.nn.relu(v - p["threshold"]),
+    ... )
+    >>> p = {"tau": jax.numpy.full(16, 5.0), "threshold": jax.numpy.zeros(16)}
+    >>> cell = jaxrnn.init_cell(jax.random.key(0), 3, 16, form=leaky, parameters=p)
     """
 
     update: Callable[[jax.Array, jax.Array, Any], jax.Array]
     output: Callable[[jax.Array, Any], jax.Array] | None = None
 
     def __repr__(self) -> str:
-        """The functions by name."""
         return _of_functions("Form", self.update, self.output)
 
 
@@ -83,29 +91,30 @@ class Cell(Record):
     rate:     h_t = (1 − α) h_{t−1} + α φ(W h_{t−1} + U x_t + b)
     voltage:  h_t = (1 − α) h_{t−1} + α (W φ(h_{t−1}) + U x_t + b)
 
-    In both α = 1 by default: the rate form is then the Elman network. The rate form carries what
-    units put out, the voltage form what they take in; its output is φ(h). Machine learning mostly
-    writes the former, neuroscience both; they are one network in other variables. A custom `Form`
-    writes another equation.
+    α = 1 by default; the rate form is then the Elman network. The state of the rate form is the
+    output of the units, that of the voltage form their input, and φ(h) their output. Both are the
+    same network in different variables: machine learning mostly uses the rate form, neuroscience
+    both. A custom `Form` is another equation.
 
     Args:
       U: input weights, `[H, D]`. D = 0 is a network without inputs.
       W: recurrent weights, `[H, H]`.
-      b: bias, `[H]`; None for none.
-      leak: α, scalar or `[H]`; None is α = 1, and with a custom form it has to be None.
+      b: bias, `[H]`, or None.
+      leak: α, scalar or `[H]`; None is α = 1. It must be None with a custom form.
       activation: φ: "tanh", "relu", "sigmoid", "identity", an `Activation`, or an elementwise
-        callable. Static under jit, and it travels with the cell; a custom form ignores it.
-      form: "rate", "voltage" or a `Form`. Static likewise.
-      parameters: θ of a custom form: a pytree of floats, scalars or `[H]`; None without one.
+        callable. Static under jit. A custom form ignores it.
+      form: "rate", "voltage" or a `Form`. Static under jit.
+      parameters: θ of a custom form: a pytree of floats, scalars or `[H]`; otherwise None.
 
-    A leak is a parameter like the others, so an optimiser trains it, unconstrained. To keep it,
-    mask it out (`optax.masked`) or write `jax.lax.stop_gradient(leak)` in the loss; to keep it in
-    (0, 1), train a logit and build the cell with `jax.nn.sigmoid(logit)`.
+    The leak is a parameter, so an optimiser trains it, without constraints. To freeze it, use
+    `optax.masked`, or `jax.lax.stop_gradient(leak)` in the loss. To keep it in (0, 1), train a
+    logit and build the cell with `jax.nn.sigmoid(logit)`. W is an array: for an antisymmetric
+    network (Chang et al. 2019) build the cell from `W - W.T`.
 
-    A pytree of its arrays. It can be copied, pickled and compared (`==` looks at all values; traced
-    ones cannot be compared). Functions in `activation` or `form` are compared by identity, and
-    pickled by name: lambdas are not, nor those that JAX has compiled, as `jnp.tanh`. `jax.export`
-    takes names alone. Source: section 2, equation 1, the rate form with α = 1.
+    A pytree of its arrays, which can be copied, pickled and compared (`==` compares all values, so
+    they must not be traced). Functions in `activation` or `form` compare by identity and pickle by
+    name, so lambdas and jitted functions such as `jnp.tanh` do not pickle, and `jax.export` takes
+    only named activations and forms. Source: section 2, equation 1, the rate form with α = 1.
     """
 
     U: jax.Array
@@ -117,18 +126,18 @@ class Cell(Record):
     parameters: Any = None
 
     def _parts(self):
-        left_out = "activation=" if isinstance(self.form, Form) else "form='rate'"
-        return (part for part in super()._parts() if not part.startswith(left_out))
+        omitted = "activation=" if isinstance(self.form, Form) else "form='rate'"
+        return (part for part in super()._parts() if not part.startswith(omitted))
 
 
-# A cell; or a stack of layers, each a cell or a pair of them that read in both directions.
+# A cell, or a stack of layers, each a cell or a pair (forward, backward).
 Cells: TypeAlias = "Cell | tuple[Cell | tuple[Cell, Cell], ...]"
 
 
 @pytree
 @dataclass(frozen=True, eq=False, repr=False)
 class Readout(Record):
-    """The output layer Ω_t = V s_t + c, of the cell's output s: h, φ(h) or g(h) by its form.
+    """The output layer Ω_t = V s_t + c, where s is the cell's output: h, φ(h) or g(h) by form.
 
     Args:
       V: output weights, `[K, H]`.
@@ -144,29 +153,27 @@ class Readout(Record):
 @pytree
 @dataclass(frozen=True, eq=False, repr=False)
 class Params(Record):
-    """All parameters of the network: the recurrent layer or layers, and the output layer.
+    """All parameters of a network: the recurrent layers and the readout.
 
     Args:
-      cell: a `Cell`, or a tuple of layers as in `unroll_layers`, the first of which reads the
-        inputs and the last of which the readout reads.
+      cell: a `Cell`, or a tuple of layers as in `unroll_layers`.
       readout: a `Readout`.
     """
 
-    cell: Any  # Cells: a union would have every reader narrow it
+    cell: Any  # Cells; Any spares every use a narrowing
     readout: Readout
 
 
 @pytree
 @dataclass(frozen=True, eq=False, repr=False)
 class Ids(Record):
-    """Inputs given as ids that stand for one-hot rows, which are never expanded.
+    """Inputs as ids, in place of the one-hot rows that they stand for.
 
-    For text and any other symbols: x_t costs one row to read in place of a product.
+    For text and other symbols: U x_t is then a column of U, and no product is computed.
 
     Args:
-      ids: integers, `[T, *batch]` (`[*batch]` for one step), 0 ≤ id < D. U x_t is then a
-        column of U. An invalid id is a ValueError where its value can be seen; under jit,
-        where it cannot, the state becomes NaN.
+      ids: integers, `[T, *batch]` (`[*batch]` for one step), 0 ≤ id < D. An invalid id is a
+        ValueError if its value is known; under jit, where it is not, the state becomes NaN.
     """
 
     ids: jax.Array
@@ -175,13 +182,13 @@ class Ids(Record):
 @pytree
 @dataclass(frozen=True, eq=False, repr=False)
 class CellGradients(Record):
-    """What `bptt` returns: dL/d… of everything that the states depend on.
+    """The gradients of a loss by everything that the states depend on, from `bptt`.
 
     Args:
       cell: a `Cell` of gradients.
       xs: dL/dx_t, `[T, *batch, D]`; None for `Ids`.
       h0: dL/dh_0, `[*batch, H]`.
-      delta: δ_t = dL/da_t, `[T, *batch, H]`, a_t the pre-activation; the gradient of `drive` too.
+      delta: δ_t = dL/da_t, `[T, *batch, H]`, a_t the pre-activation; also the gradient of `drive`.
       adjoint: λ_t = dL/dh_t, `[T, *batch, H]`, through all later states; 0 on invalid steps.
     """
 
@@ -195,12 +202,12 @@ class CellGradients(Record):
 @pytree
 @dataclass(frozen=True, eq=False, repr=False)
 class Gradients(Record):
-    """What `loss_and_grads` returns beside the loss.
+    """The gradients of the network's loss, and its final state, from `loss_and_grads`.
 
     Args:
       params: a `Params` of gradients.
-      h0: dL/dh_0, `[*batch, H]`; of a stack in the structure of its cells.
-      h_last: the final state itself (no gradient), likewise, to go on from.
+      h0: dL/dh_0, `[*batch, H]`; for a stack, in the structure of its cells.
+      h_last: the final state itself, not a gradient, in the same structure.
     """
 
     params: Params
@@ -214,12 +221,12 @@ def directions(layer: Cell | tuple[Cell, ...]) -> tuple[Cell, ...]:
 
 
 def first_cell(cells: Any) -> Cell:
-    """A cell that reads the inputs."""
+    """One of the cells that read the inputs."""
     return cells if isinstance(cells, Cell) else first_cell(cells[0])
 
 
 def output_size(cells: Any) -> int:
-    """H of the last layer."""
+    """The size of the last layer's output."""
     last = cells if isinstance(cells, Cell) else cells[-1]
     return sum(cell.W.shape[0] for cell in directions(last))
 
