@@ -1,4 +1,4 @@
-"""The command line: `jaxrnn train`, `sample`, `show` and `example`."""
+"""The command line: `jaxrnn train`, `sample`, `show` and `example`, with their options and help."""
 
 import argparse
 import math
@@ -15,11 +15,41 @@ from jaxrnn._api.checks import InputError
 from jaxrnn.text import LEAST_TEMPERATURE
 
 EXIT_BAD_INPUT = 2
+_NOTES = """
+Exit codes: 0 for success; 1 if a loss is not a number, a number of the example disagrees, or
+training meets a full disk, a closed output or a lost process; 2 for bad input, in one line; 130
+after Ctrl-C, 143 after SIGTERM, 129 if the terminal was closed."""
+_TRAIN_NOTES = """
+The text, of any size, is encoded once into a memory-mapped file of ids and cut into --batch-size
+streams, which are read --seq-length at a time, in order, over and over. The state carries over
+between windows and gradients stop there (truncated BPTT). Only the initial weights are random.
+
+A run directory holds config.json, text.json (the alphabet), ids.npy (the text), metrics.jsonl (a
+line every 25 updates), checkpoints/ and loss.png. A checkpoint has all that changes: parameters,
+optimiser state, carried state, place in the text, random key. It is saved, whole or not at all,
+every --checkpoint-every updates, at the least held-out loss so far, at the end, on Ctrl-C and
+SIGTERM, and if the terminal closes. The last three and the best are kept (sample --best). One
+process at a time may train a run; sample and show may run beside it.
+
+--resume continues from the last checkpoint: bit for bit on the same number of devices, to rounding
+on another. Options are those of the run, except --checkpoint-every, --skip-nonfinite and
+--model-devices, which may differ.
+
+An update that is not finite changes nothing and ends the run, with the step, the norms and the last
+checkpoint in the message; with --skip-nonfinite it is counted and left out.
+
+The batch is split over all devices, on a CPU over its cores. Several hosts and TPU pods:
+python -m pydoc jaxrnn._app.devices"""
+
+
+class _Help(argparse.HelpFormatter):
+    def _fill_text(self, text, width, indent):
+        paragraphs = text.strip().split("\n\n")
+        return "\n\n".join(super(_Help, self)._fill_text(p, width, indent) for p in paragraphs)
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line, not the whole usage."""
         if message == "argument --prompt: expected one argument":
             message += "; a text that begins with a dash: --prompt=-x"
         self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
@@ -50,57 +80,58 @@ _TEMPERATURE = _number(
 _SOME = _number(int, 2, "a whole number, at least 2")  # all but the first are predicted
 
 
-def _named(text: str) -> str:
-    if not text:  # of a variable of the shell that is not set
+def _directory(text: str) -> str:
+    if not text:  # an unset variable of the shell
         raise argparse.ArgumentTypeError("expected a directory, got nothing")
     return text
 
 
-# group -> option -> (how it is read, None where it is one of a few; what it says)
+# group -> option -> (parser, or None for a choice; help)
 _TRAIN = {
     "model": {
         "hidden_size": (_COUNT, "hidden units of a layer"),
-        "layers": (_COUNT, "recurrent layers, each on the states of the one before"),
+        "layers": (_COUNT, "recurrent layers, each reading the outputs of the one before"),
         "activation": (None, "nonlinearity"),
-        "recurrent": (None, "how W is drawn"),
+        "recurrent": (None, "distribution of the initial W"),
     },
     "training": {
         "steps": (_COUNT, "updates"),
-        "seq_length": (_COUNT, "characters a window: how far gradients go back"),
-        "batch_size": (_COUNT, "streams of text read side by side"),
+        "seq_length": (_COUNT, "characters in a window: how far gradients go back"),
+        "batch_size": (_COUNT, "parallel streams of text"),
         "optimizer": (None, "from optax"),
-        "learning_rate": (_POSITIVE, "at the start; decays to 0 as a cosine"),
-        "grad_clip": (_NOT_NEGATIVE, "largest global norm of the gradient; 0: any"),
-        "skip_nonfinite": (bool, "leave out updates that are not finite, instead of ending"),
+        "learning_rate": (_POSITIVE, "initial value; decays to 0 as a cosine"),
+        "grad_clip": (_NOT_NEGATIVE, "largest global norm of the gradient; 0: no limit"),
+        "skip_nonfinite": (bool, "skip updates that are not finite, instead of ending"),
         "seed": (_SEED, "of the initial weights"),
     },
     "text": {
-        "level": (None, "characters of UTF-8, or bytes of anything"),
-        "held_out": (_FRACTION, "fraction, at the end, that is not trained on"),
+        "level": (None, "characters of UTF-8, or any bytes"),
+        "held_out": (_FRACTION, "fraction at the end that is held out from training"),
         "eval_every": (_COUNT, "updates between evaluations on the held-out text"),
-        "eval_length": (_SOME, "characters of it evaluated at most"),
+        "eval_length": (_SOME, "most held-out characters to evaluate"),
     },
     "run": {"checkpoint_every": (_COUNT, "updates between checkpoints")},
 }
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options of all commands."""
-    parser = _Parser(prog="jaxrnn", description="Recurrent networks of one equation in JAX.")
+    how = {"prog": "jaxrnn", "formatter_class": _Help, "epilog": _NOTES}
+    parser = _Parser(description="Recurrent networks of one equation in JAX.", **how)
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument(
         "--print-completion", action=_PrintCompletion, choices=("bash", "zsh", "tcsh"),
-        metavar="SHELL", help="print what completes these commands in bash, zsh or tcsh",
+        metavar="SHELL", help="print a completion script for bash, zsh or tcsh",
     )  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands.add_parser(
-        "train", help="train a character network on text", usage="%(prog)s [options] [TEXT ...]"
+        "train", help="train a character network on text", usage="%(prog)s [options] [TEXT ...]",
+        formatter_class=_Help, epilog=_TRAIN_NOTES,
     ))  # fmt: skip
     _add_sample(commands.add_parser("sample", help="generate text with a trained network"))
-    show = commands.add_parser("show", help="what a run is, where it stands, its curves")
-    show.add_argument("directory", metavar="RUN", help="what `jaxrnn train` left behind")
-    example = commands.add_parser("example", help="the source's example beside its numbers")
-    example.add_argument("--plot", metavar="FILE.png", help="draw the ensemble's loss curves")
+    show = commands.add_parser("show", help="print a run's options, progress and curves")
+    show.add_argument("directory", metavar="RUN", help="run directory of `jaxrnn train`")
+    example = commands.add_parser("example", help="reproduce the numbers of the worked example")
+    example.add_argument("--plot", metavar="FILE.png", help="plot the loss curves of the ensemble")
     return parser
 
 
@@ -111,41 +142,40 @@ def _add_train(train):
     text, run = groups["text"], groups["run"]
     text.add_argument(
         "files", nargs="*", metavar="TEXT",
-        help="files, directories, - for standard input; CPython's own documentation if none",
+        help="files, directories, - for standard input (default: CPython's documentation)",
     )  # fmt: skip
     where = run.add_mutually_exclusive_group()
     about = "run directory (default: a new one in runs/)"
-    where.add_argument("--out", metavar="RUN", type=_named, help=about)
-    about = "go on with a run that was interrupted"
-    where.add_argument("--resume", metavar="RUN", type=_named, help=about)
+    where.add_argument("--out", metavar="RUN", type=_directory, help=about)
+    about = "continue an interrupted run"
+    where.add_argument("--resume", metavar="RUN", type=_directory, help=about)
     for title, options in _TRAIN.items():
         for name, (kind, about) in options.items():
             default = {field.name: field.default for field in fields(Config)}[name]
-            # Absent unless named: a run that goes on has its own.
+            # Absent unless named, because a resumed run has its own.
             _option(groups[title], flag(name), kind or CHOICES[name], default, about, absent=True)
     _option(run, "--sample-length", _NATURAL, 400, "characters to generate at the end")
-    _option(run, "--model-devices", _COUNT, 1, "devices that share the hidden units")
+    _option(run, "--model-devices", _COUNT, 1, "devices to split the hidden units over")
     many = train.add_argument_group("several processes, on one machine or many")
     many.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
     many.add_argument(
         "--processes", type=lambda text: text if text == "auto" else _COUNT(text), metavar="N",
-        help="how many; auto on a TPU pod, under Slurm or Open MPI",
+        help="number of processes; auto on a TPU pod, under Slurm or Open MPI",
     )  # fmt: skip
-    many.add_argument("--process", type=_NATURAL, metavar="I", help="which one this is, from 0")
+    many.add_argument("--process", type=_NATURAL, metavar="I", help="this process, from 0")
 
 
 def _add_sample(sample):
     from jaxrnn._app.sample import TEMPERATURE
 
-    sample.add_argument("directory", metavar="RUN", help="what `jaxrnn train` left behind")
-    sample.add_argument("--prompt", metavar="TEXT", help="text to go on from (default: a new line)")
+    sample.add_argument("directory", metavar="RUN", help="run directory of `jaxrnn train`")
+    sample.add_argument("--prompt", metavar="TEXT", help="text to continue (default: a new line)")
     _option(sample, "--length", _NATURAL, 500, "characters to generate")
-    about = "below 1 is safer, above 1 wilder, 0 always the likeliest"
+    about = "divides the logits; 0: always the most likely character"
     _option(sample, "--temperature", _TEMPERATURE, TEMPERATURE, about)
-    _option(sample, "--seed", _SEED, 0, "of the random choices")
-    sample.add_argument(
-        "--best", action="store_true", help="of the checkpoint of least held-out loss, not the last"
-    )
+    _option(sample, "--seed", _SEED, 0, "of the sampling")
+    about = "use the checkpoint of least held-out loss, not the last"
+    sample.add_argument("--best", action="store_true", help=about)
 
 
 def _option(parser, flag, kind, default, text, absent=False) -> None:
@@ -158,8 +188,6 @@ def _option(parser, flag, kind, default, text, absent=False) -> None:
 
 
 class _PrintCompletion(argparse.Action):
-    """Prints a script for a shell, by shtab, which is looked for only then."""
-
     # What a shell offers for an argument.
     OFFERED: ClassVar = {
         **dict.fromkeys(("directory", "out", "resume"), "DIRECTORY"),
@@ -178,7 +206,7 @@ class _PrintCompletion(argparse.Action):
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options of one command; files may stand before, between and after options."""
+    """The options of one command; files may come before, between and after options."""
     parser = make_parser()
     args, others = parser.parse_known_args(argv)
     training = args.command == "train"
@@ -194,14 +222,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    """Run one command: the function of its name, in the module of its name.
-
-    1 where numbers disagree, the loss is no number, a file cannot be written in training or a
-    process is gone; 2 for bad input, in one line; 130, 143, 129 where a signal ended training.
-    """
+    """Run one command, the function of its name in the module of its name; return the exit code."""
     args = parse(argv)
     try:
-        # Whatever JAX's default is, a run is the same, and optax needs its promotion.
+        # A run must not depend on JAX's defaults, and optax needs standard promotion.
         with jax.threefry_partitionable(True), jax.numpy_dtype_promotion("standard"):
             return getattr(import_module(f"jaxrnn._app.{args.command}"), args.command)(args)
     except InputError as error:
