@@ -1,7 +1,6 @@
-"""The checkpoints of a run, through orbax: the last few and the best, each whole or not there.
+"""The checkpoints of a run, by orbax: the last few and the best, each complete or absent.
 
-`checkpoints/<step>/` holds the arrays (`state`) and JSON beside them (`about`). orbax writes under
-another name and renames. Nothing is pickled.
+`checkpoints/<step>/` has the arrays (`state`) and JSON (`about`). Nothing is pickled.
 """
 
 import logging
@@ -24,12 +23,12 @@ from jaxrnn._app import directory
 from jaxrnn._app.devices import LostError, are_several, is_first
 
 KEPT = 3
-# How a system refuses to write, in the words of whatever error.
+# Messages of errors in writing, which orbax wraps in other exceptions.
 REFUSED = [os.strerror(n) for n in (EACCES, EDQUOT, EFBIG, EIO, ENOSPC, EPERM, EROFS)]
 
 
 class FailedError(Exception):
-    """A run that could not go on; one line says why."""
+    """A run that cannot continue, with the reason in one line."""
 
 
 class GoneError(InputError):
@@ -37,7 +36,7 @@ class GoneError(InputError):
 
 
 class Checkpoints:
-    """The checkpoints in a run directory; others may read them beside the one that saves."""
+    """The checkpoints in a run directory; other processes may read while one saves."""
 
     def __init__(self, out: Path):
         import orbax.checkpoint as ocp
@@ -47,7 +46,7 @@ class Checkpoints:
         self._orbax = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
 
     def prepare(self) -> None:
-        """Remove what a save that was cut short has left; an InputError where none can be made."""
+        """Remove incomplete checkpoints; an InputError if the directory is not writable."""
         for folder in (self._out, self.folder):
             with directory.writing(folder):
                 folder.mkdir(exist_ok=True)
@@ -58,7 +57,7 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
 
     def save(self, step: int, state: Any, about: dict[str, Any], held_out_bits: float | None):
-        """Save a checkpoint, and then drop those that are neither of the last nor the best."""
+        """Save a checkpoint, then drop all but the last few and the best."""
         path, args = self.folder / str(step), self._args
         about = {**about, "held_out_bits": held_out_bits, "fingerprint": int(fingerprint(state))}
         items = args.Composite(state=args.StandardSave(state), about=args.JsonSave(about))
@@ -68,24 +67,23 @@ class Checkpoints:
             if is_first():
                 best = directory.best_checkpoint(self._out)
                 for old in {*directory.checkpoint_steps(self._out)[:-KEPT]} - {best and best[0]}:
-                    # Under another name first: a half-deleted checkpoint is none.
+                    # Renamed first, so that no half-deleted checkpoint is read.
                     gone = (self.folder / str(old)).rename(self.folder / f"{old}.deleted")
                     shutil.rmtree(gone, ignore_errors=True)
-        except Exception as error:  # of many kinds, by what went wrong
+        except Exception as error:  # of many types
             of_the_disk = isinstance(error, OSError) or any(why in str(error) for why in REFUSED)
             if are_several() and not of_the_disk:
                 raise LostError(error) from error
             raise FailedError(f"{path}: cannot be written: {_line(error)}") from error
 
     def about(self, step: int) -> dict[str, Any]:
-        """What JSON said beside the arrays."""
         about = self._read(step, about=self._args.JsonRestore())["about"]
         if not isinstance(about, dict):
             raise self._damaged(step, f"expected what it is of, got {about!r:.40}")
         return about
 
     def state(self, step: int, shapes: Any) -> Any:
-        """The arrays, as in a tree of `jax.ShapeDtypeStruct` with the shardings that are wanted."""
+        """The arrays, for a tree of `jax.ShapeDtypeStruct` with shardings."""
         state = self._read(step, state=self._args.StandardRestore(shapes))["state"]
         if int(fingerprint(state)) != self.about(step).get("fingerprint"):
             raise self._damaged(step, "it holds other numbers than were saved")
@@ -96,7 +94,7 @@ class Checkpoints:
         try:
             with _quiet():
                 return self._orbax.restore(path, args=self._args.Composite(**items))
-        except Exception as error:  # orbax raises many kinds; each means an unreadable checkpoint
+        except Exception as error:  # of many types; each means an unreadable checkpoint
             raise self._damaged(step, error) from error
 
     def _damaged(self, step, error):
@@ -110,9 +108,9 @@ class Checkpoints:
 
 @jax.jit
 def fingerprint(tree: Any) -> jax.Array:
-    """A number of all bits of all arrays, which orbax does not check: Σ (2 i + 1) bits_i, uint32.
+    """A checksum of all arrays, which orbax lacks: Σ (2 i + 1) bits_i, uint32.
 
-    No order of a sum of integers changes it, and with odd weights any change of one number does.
+    It does not depend on the order of summation, and any change of a single number changes it.
     """
     total = jnp.zeros((), jnp.uint32)
     for n, leaf in enumerate(jax.tree.leaves(tree)):
@@ -131,7 +129,7 @@ def _line(error):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Nothing on standard error; where orbax fails this stays, for its threads go on and print."""
+    """Silence orbax; after an error for good, because its threads go on printing."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     before, hook = [logger.level for logger in loggers], sys.unraisablehook
     (ignoring := warnings.catch_warnings(action="ignore")).__enter__()

@@ -1,7 +1,7 @@
 """The files of a run: each is written whole or not at all, and one process at a time trains it.
 
-`config.json` is there first, and locked as long as the run is trained: where it is there is a run.
-`metrics.jsonl` grows by a line at each report; orbax names `checkpoints/<step>` when it is whole.
+`config.json` makes a directory a run; it is written first, and locked during training.
+`metrics.jsonl` grows by a line per report; orbax names `checkpoints/<step>` when it is complete.
 """
 
 import json
@@ -21,18 +21,16 @@ from jaxrnn._api.checks import InputError, bad_input
 
 CONFIG, TEXT, IDS, METRICS = "config.json", "text.json", "ids.npy", "metrics.jsonl"
 CHECKPOINTS, MARK = "checkpoints", ".together"
-# Seconds for which a lock is asked for again: `show` holds it for an instant.
-PATIENCE = 1.0
+PATIENCE = 1.0  # seconds to retry a lock, which `show` holds for an instant
 
 
 def first_line(error: object) -> str:
-    """What an error says, without the pages that may follow."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:500]
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What the system refuses in the block is an InputError of one line."""
+    """Turn an OSError in the block into an InputError."""
     try:
         yield
     except OSError as error:
@@ -41,9 +39,9 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def whole_file(path: Path, mark: str = "") -> Iterator[BinaryIO]:
-    """A file under another name, which gets its own when all went well, and is gone otherwise.
+    """A file under a temporary name, renamed if the block succeeds and removed otherwise.
 
-    The mark is for a file that two processes may write. What the caller writes may raise OSError.
+    `mark` distinguishes processes that may write the same file. Writes may raise OSError.
     """
     unfinished, file = partial(path, mark), None
     try:
@@ -56,7 +54,7 @@ def whole_file(path: Path, mark: str = "") -> Iterator[BinaryIO]:
             file.close()
             os.replace(unfinished, path)
     except BaseException:  # Ctrl-C too
-        with suppress(OSError):  # a full disk refuses once more what is still in the buffer
+        with suppress(OSError):  # a full disk refuses the buffer again
             if file is not None:
                 file.close()
         with suppress(OSError):
@@ -65,12 +63,11 @@ def whole_file(path: Path, mark: str = "") -> Iterator[BinaryIO]:
 
 
 def partial(path: Path, mark: str = "") -> Path:
-    """The name of a file that is not complete."""
     return path.with_name(f".{path.name}{mark}.partial")
 
 
 def _lock(file: BinaryIO, seconds: float = PATIENCE, shared: bool = False) -> bool | None:
-    """Whether this file is ours now, until it is closed; None where there are no locks."""
+    """Lock a file until it is closed: whether that worked, or None if locks are not supported."""
     end = time.monotonic() + seconds
     while True:
         try:
@@ -82,7 +79,7 @@ def _lock(file: BinaryIO, seconds: float = PATIENCE, shared: bool = False) -> bo
             if time.monotonic() >= end:
                 return False
             time.sleep(0.02)
-        except (ImportError, OSError):  # not on every system, nor file system
+        except (ImportError, OSError):  # not supported by the system or file system
             return None
 
 
@@ -94,9 +91,9 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Hold the lock on a run, which ends with the process; an InputError if another has it."""
+    """Lock a run; an InputError if another process has the lock."""
     path = out / CONFIG
-    # On NFS only what can be written can be locked.
+    # On NFS only a writable file can be locked.
     with path.open("r+b" if os.access(path, os.W_OK) else "rb") as file:
         if _lock(file) is False or not _is_at(file, path):
             raise InputError(f"{out}: expected a run that nobody is training, another process is")
@@ -104,20 +101,20 @@ def locked(out: Path) -> Iterator[None]:
 
 
 def is_locked(out: Path) -> bool:
-    """Whether a process trains a run; those who ask do not see each other."""
+    """Whether a process is training a run. The lock is shared, so callers do not see each other."""
     with (out / CONFIG).open("rb") as file:
         return _lock(file, 0, shared=True) is False
 
 
 class TakenError(InputError):
-    """A directory that holds something."""
+    """A directory that is not empty."""
 
 
 @contextmanager
 def claimed(out: Path, config: dict[str, Any], held: ExitStack) -> Iterator[None]:
-    """Make an empty or new directory that of a run; undo it where the block fails.
+    """Make a new or empty directory a run, and undo that if the block fails.
 
-    `held` gets the lock on it, which outlives the block. A TakenError if it holds something.
+    The lock goes to `held` and outlives the block. A TakenError if the directory is not empty.
     """
     made, begun = [], False
     try:
@@ -125,7 +122,7 @@ def claimed(out: Path, config: dict[str, Any], held: ExitStack) -> Iterator[None
             made += [folder for folder in (out, *out.parents) if not folder.exists()]
             check_name(out, "--out")
             out.mkdir(parents=True, exist_ok=True)
-            # What a start that was killed leaves behind is nobody's work.
+            # A killed start may leave a partial file.
             if not {path.name for path in out.iterdir()} <= {partial(out / CONFIG).name}:
                 raise _taken(out)
         except OSError as error:
@@ -138,15 +135,15 @@ def claimed(out: Path, config: dict[str, Any], held: ExitStack) -> Iterator[None
         for name in (IDS, TEXT, CONFIG) if begun else ():
             (out / name).unlink(missing_ok=True)
         for folder in made:
-            with suppress(OSError):  # not empty, for another run stands beside it
+            with suppress(OSError):  # not empty: another run is in it
                 folder.rmdir()
         raise
 
 
 def _begin(out: Path, config: dict[str, Any], held: ExitStack) -> bool:
-    """Write config.json, locked before it has its name; False to be tried again.
+    """Write config.json, locking it before it gets its name; False to try again.
 
-    Of those who begin at once one makes the unfinished file; what a killed one left is not locked.
+    Of several processes one creates the temporary file; one left by a killed process is not locked.
     """
     path, new = out / CONFIG, partial(out / CONFIG)
     with writing(path), ExitStack() as undo, suppress(FileNotFoundError):
@@ -157,7 +154,7 @@ def _begin(out: Path, config: dict[str, Any], held: ExitStack) -> bool:
             file = undo.enter_context(new.open("xb" if made else "r+b"))
             ours = _lock(file)
             if not _is_at(file, new):
-                return False  # it has got its name, or is gone
+                return False  # renamed or removed meanwhile
             if not (ours or (made and ours is None)):
                 raise _taken(out, f", where another process begins a run; if none does, rm {new}")
             undo.callback(new.unlink, missing_ok=True)
@@ -182,13 +179,12 @@ def _taken(out, why=""):
 
 
 def check_name(out: Path, argument: str = "RUN") -> None:
-    """Refuse a name that orbax does not take."""
+    """Refuse a name that orbax does not support."""
     if any("\ud800" <= character <= "\udfff" for character in str(out.absolute())):
         bad_input(argument, "a name that is UTF-8", out)
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a directory is that of a run, one that has just been claimed included."""
     try:
         values = json.loads((folder / CONFIG).read_bytes())
     except (OSError, ValueError):
@@ -197,17 +193,16 @@ def is_run(folder: Path) -> bool:
 
 
 def _as_text(value) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()  # in ASCII: a name may be no UTF-8
+    return (json.dumps(value, indent=2) + "\n").encode()  # ASCII, since names may not be UTF-8
 
 
 def write(path: Path, content: Any, mark: str = "") -> None:
-    """Write a file whole or not at all: bytes, or else as JSON."""
     with whole_file(path, mark) as file, writing(path):
         file.write(content if isinstance(content, bytes) else _as_text(content))
 
 
 def read_json(path: Path, parse: Callable[[Any], Any], what: str) -> Any:
-    """What `parse` makes of a JSON file of a run; an InputError if it is not what it should be."""
+    """`parse` of a JSON file; an InputError if that fails."""
     try:
         return parse(json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError):
@@ -219,7 +214,6 @@ def read_json(path: Path, parse: Callable[[Any], Any], what: str) -> Any:
 
 
 def append_metrics(out: Path, row: dict[str, Any]) -> None:
-    """Add one line to the metrics, on the disk before any checkpoint that is past it."""
     with (out / METRICS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
         file.flush()
@@ -227,7 +221,7 @@ def append_metrics(out: Path, row: dict[str, Any]) -> None:
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """All rows of the metrics; one that was cut short, which can only be the last, is none."""
+    """All rows of the metrics, without an incomplete last line."""
     path, rows = out / METRICS, []
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -249,14 +243,13 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
 
 
 def trim_metrics(out: Path, step: int) -> None:
-    """Drop the rows past a step."""
     rows = [row for row in read_metrics(out) if row["step"] <= step]
     write(out / METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 @contextmanager
 def marked(out: Path) -> Iterator[None]:
-    """A file in a run directory by which several processes know that they see the same one."""
+    """Write a file by which several processes check that they see the same directory."""
     write(out / MARK, secrets.token_hex().encode())
     try:
         yield
@@ -266,14 +259,12 @@ def marked(out: Path) -> Iterator[None]:
 
 
 def read_mark(out: Path) -> str | None:
-    """What `marked` has put in the directory that this process sees."""
     with suppress(OSError):
         return (out / MARK).read_text()
     return None
 
 
 def checkpoint_steps(out: Path) -> list[int]:
-    """The steps of the finished checkpoints, in order."""
     try:
         names = os.listdir(out / CHECKPOINTS)
     except (FileNotFoundError, NotADirectoryError):
@@ -284,13 +275,13 @@ def checkpoint_steps(out: Path) -> list[int]:
 
 
 def best_checkpoint(out: Path) -> tuple[int, float] | None:
-    """Step and bits of the least held-out loss; None where none was measured."""
-    found, steps = [], checkpoint_steps(out)
-    for step, name in product(steps, ("about/metadata", "metrics/metrics")):  # of older runs
+    """(step, bits) of the checkpoint of least held-out loss, or None."""
+    measured, steps = [], checkpoint_steps(out)
+    for step, name in product(steps, ("about/metadata", "metrics/metrics")):  # the latter: old runs
         with suppress(OSError, ValueError, TypeError, KeyError):
             about = json.loads((out / CHECKPOINTS / str(step) / name).read_bytes())
-            found.append((float(about["held_out_bits"]), step))
+            measured.append((float(about["held_out_bits"]), step))
     if steps != checkpoint_steps(out):  # one may have been dropped before it was read
         return best_checkpoint(out)
-    bits, step = min(found, default=(math.inf, 0))
+    bits, step = min(measured, default=(math.inf, 0))
     return (step, bits) if math.isfinite(bits) else None

@@ -1,4 +1,4 @@
-"""`jaxrnn example`: each number that the source prints beside the computed one, and a plot."""
+"""`jaxrnn example`: the numbers that the source prints beside the computed ones, and a plot."""
 
 from importlib import import_module
 from itertools import groupby
@@ -22,24 +22,19 @@ IRREPRODUCIBLE = TOTALS[EPOCHS]
 
 
 def example(args: Any) -> int:
-    """Run the command: args.plot; 1 where a number disagrees."""
     return 0 if report(Console(), plot=args.plot) else 1
 
 
 def report(
     console: Console, members: int = 512, plot: Any = None, start: Params | None = None
 ) -> bool:
-    """Print the whole comparison and the ensemble of so many runs; plot it, where asked, to a file.
-
-    Returns:
-      Whether every number agrees that can: all but the total loss of epoch 1000.
-    """
+    """Print the comparison and the ensemble, and plot the latter; return whether all agree."""
     if plot is not None:
         try:
-            import_module("matplotlib.figure")  # missed now, not after all has been computed
+            import_module("matplotlib.figure")  # fails now, before anything is computed
         except ModuleNotFoundError:
             raise
-        except Exception as error:  # whatever a library for pictures fails with
+        except Exception as error:  # of many types
             raise InputError(f"--plot: cannot be drawn: {first_line(error)}") from error
         if Path(plot).is_dir() or not Path(plot).parent.is_dir():
             raise InputError(f"--plot: expected a file in a folder that exists, got {plot}")
@@ -64,7 +59,7 @@ def report(
 
 
 def _table(comparisons: list[Comparison]) -> Table:
-    """A row for each vector or total; a number that disagrees has its own mark."""
+    """A row for each vector or total; numbers that disagree are marked."""
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for name, width in (("", 3), ("", 7), ("printed", 31), ("computed", 34), ("", 1)):
         table.add_column(name, width=width)
@@ -85,7 +80,6 @@ def _table(comparisons: list[Comparison]) -> Table:
 
 
 def print_ensemble(console: Console, losses: np.ndarray) -> None:
-    """Print what can be said of epoch 1000, from losses `[1001, members]` of the ensemble."""
     quantiles, members = worked_example.end_quantiles(losses), losses.shape[1]
     title = f"\nEpoch {EPOCHS}: total loss of {members} runs whose starts round to the printed one"
     console.print(title, style="bold")
@@ -106,7 +100,7 @@ def print_ensemble(console: Console, losses: np.ndarray) -> None:
 
 
 def plot_ensemble(losses: np.ndarray, path: Path) -> None:
-    """Draw the ensemble's losses and the source's four totals: all epochs, and the last ones."""
+    """Draw the ensemble's losses and the source's four totals: all epochs, and the last 400."""
     figure, epochs = new_figure(10, 5), np.arange(EPOCHS + 1)
     whole, end = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
     bands = np.quantile(losses, (0.05, 0.95), axis=1).T

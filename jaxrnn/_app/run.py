@@ -1,4 +1,4 @@
-"""One training run: its options, and its way from the beginning or a checkpoint to its end."""
+"""One training run: its options, and training from the start or a checkpoint to the end."""
 
 import math
 import time
@@ -22,23 +22,21 @@ from jaxrnn._app.devices import Placement
 from jaxrnn.text import Vocabulary, streams
 
 REPORT_EVERY = 25
-# Characters of held-out text that are read at once, so that memory does not grow with it.
-EVALUATED_AT_ONCE = 2**13
-FREE = ("checkpoint_every", "skip_nonfinite")  # these change no number of a run
-# What an option may be that is one of a few names.
+EVALUATED_AT_ONCE = 2**13  # characters of held-out text, which bounds memory
+FREE = ("checkpoint_every", "skip_nonfinite")  # options that do not change a run's numbers
 CHOICES = {
     "level": tuple(UNITS),
     "optimizer": ("adam", "adamw", "nadam", "rmsprop", "adagrad", "sgd"),
     "activation": ("tanh", "relu", "sigmoid", "identity"),
     "recurrent": ("orthogonal", "identity", "normal", "uniform"),
 }
-LEAST = {"seed": 0, "eval_length": 2}  # other whole numbers are at least 1
-PRNG = "threefry2x32"  # whatever JAX's default is
+LEAST = {"seed": 0, "eval_length": 2}  # 1 for other whole numbers
+PRNG = "threefry2x32"  # independent of JAX's default
 
 
 @dataclass(frozen=True)
 class Config:
-    """What a run is made of; its fields are the options of `jaxrnn train`."""
+    """The options of `jaxrnn train`."""
 
     level: str = "char"
     hidden_size: int = 256
@@ -60,12 +58,11 @@ class Config:
 
 
 def flag(name: str) -> str:
-    """How a field is called on the command line."""
     return "--" + name.replace("_", "-")
 
 
 def read_begun(out: Path) -> tuple[Config, list[str]]:
-    """The options that a run was begun with, and the files and directories of its text."""
+    """The options of a run, and the files and directories of its text."""
 
     def parse(values):
         config = Config(**values["options"])
@@ -83,24 +80,23 @@ def read_begun(out: Path) -> tuple[Config, list[str]]:
 
 
 def read_text(out: Path) -> tuple[Text, dict[str, float]]:
-    """What there is to know of the text of a run, and what counting predicts of it."""
+    """The `Text` of a run, and the reference losses of counting."""
 
     def parse(values):
         text = Text(**{**values["text"], "characters": tuple(values["text"]["characters"])})
         checks.one_of("level", text.level, CHOICES["level"])
-        Vocabulary(text.characters)  # which says what is wrong with them
+        Vocabulary(text.characters)  # raises if they are invalid
         return text, {str(name): float(bits) for name, bits in values["references"].items()}
 
     return directory.read_json(out / directory.TEXT, parse, "the text of a run")
 
 
 def text_as_json(text: Text) -> dict[str, Any]:
-    """What text.json holds, and every checkpoint."""
     return {**asdict(text), "characters": "".join(text.characters)}
 
 
 def go_on_with(begun: Config, given: Mapping[str, Any], out: Path) -> Config:
-    """The options of a run that goes on; some may be given again, but not to change its numbers."""
+    """The options of a resumed run: an InputError if any would change its numbers."""
     for name, value in given.items():
         if name not in FREE and value != (before := getattr(begun, name)):
             bad_input(flag(name), f"{before}, as {out} was begun with", value)
@@ -108,7 +104,6 @@ def go_on_with(begun: Config, given: Mapping[str, Any], out: Path) -> Config:
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """The optax optimiser, its learning rate decaying to 0 as a cosine, gradients clipped."""
     rate = optax.cosine_decay_schedule(config.learning_rate, config.steps)
     optimizer = getattr(optax, config.optimizer)(rate)
     if config.grad_clip > 0:
@@ -117,31 +112,30 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
 
 def initial_state(config: Config, size: int) -> train.TrainState:
-    """The state of a run before its first update, for |A| characters."""
     key = jax.random.key(config.seed, impl=PRNG)
     params = init_params(
         key, size, config.hidden_size, size, dtype=jnp.float32,
         layers=config.layers, recurrent=config.recurrent, activation=config.activation,
     )  # fmt: skip
     state = train.init_state(params, make_optimizer(config), config.batch_size)
-    # Raw, which every way of saving and placing takes as the array that it is.
+    # A raw key, which is saved and placed like any array.
     return replace(state, key=jax.random.key_data(key))
 
 
 def identity(config: Config, text: Text) -> dict[str, Any]:
-    """What every checkpoint of a run agrees in, as JSON gives it back."""
+    """What all checkpoints of a run have in common, as JSON values."""
     options = {name: value for name, value in asdict(config).items() if name not in FREE}
-    known = text_as_json(text)
-    del known["name"]  # the same file may be called otherwise
-    return {"options": options, "text": known}
+    content = text_as_json(text)
+    del content["name"]  # the same text may have another name
+    return {"options": options, "text": content}
 
 
 def check_identity(checkpoints: Checkpoints, step: int, config: Config, text: Text) -> None:
     """Refuse a checkpoint that is damaged or of another run."""
-    theirs = checkpoints.about(step)
+    about = checkpoints.about(step)
     for part, values in identity(config, text).items():
-        found = theirs.get(part)
-        saved = found if isinstance(found, dict) else {}
+        entry = about.get(part)
+        saved = entry if isinstance(entry, dict) else {}
         for name, value in values.items():
             if saved.get(name) != value:
                 detail = "" if name == "characters" else f", {saved.get(name)} instead of {value}"
@@ -152,7 +146,6 @@ def check_identity(checkpoints: Checkpoints, step: int, config: Config, text: Te
 def load_state(
     checkpoints: Checkpoints, step: int, config: Config, text: Text, placement: Placement
 ) -> train.TrainState:
-    """The state of a checkpoint of this run, split as the placement says."""
     shapes: Any = jax.eval_shape(lambda: initial_state(config, len(text.characters)))
     shapes = jax.tree.map(
         lambda x, how: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=how),
@@ -166,13 +159,13 @@ def load_state(
 
 
 def load(out: Path, best: bool = False) -> tuple[train.TrainState, Text, Config]:
-    """The newest or the best checkpoint of a run, on one device; beside who trains it too."""
+    """Load the newest or the best checkpoint of a run, which may be training, on one device."""
     (config, _), (text, _) = read_begun(out), read_text(out)
     placement = Placement(1, config.hidden_size)
     checkpoints = Checkpoints(out)
     while True:
-        steps, found = directory.checkpoint_steps(out), directory.best_checkpoint(out)
-        step = (found[0] if found else None) if best else max(steps, default=None)
+        steps, least = directory.checkpoint_steps(out), directory.best_checkpoint(out)
+        step = (least[0] if least else None) if best else max(steps, default=None)
         if step is None:
             which = "none whose held-out loss was measured" if steps else "none yet"
             bad_input(out, "a run with a checkpoint", which)
@@ -180,14 +173,11 @@ def load(out: Path, best: bool = False) -> tuple[train.TrainState, Text, Config]
             check_identity(checkpoints, step, config, text)
             return load_state(checkpoints, step, config, text, placement), text, config
         except GoneError:
-            continue  # there is a newer or a better one
+            continue  # dropped for a newer or better one
 
 
 class Run:
-    """A run that is about to begin or to go on, in its directory.
-
-    It knows its `step`, the last `bits` per held-out character, or NaN, and its `seconds`.
-    """
+    """A new or resumed run: its `step`, its last held-out `bits` or NaN, and its `seconds`."""
 
     def __init__(self, out: Path, config: Config, corpus: Corpus, placement: Placement):
         self.out, self.config, self.corpus, self.placement = out, config, corpus, placement
@@ -203,7 +193,7 @@ class Run:
         self._least = min((each for each in bits if each is not None), default=math.inf)
 
     def go(self, report: Callable[[dict[str, Any]], None]) -> int:
-        """Train to the end, or until the signal returned, leaving checkpoints and metrics."""
+        """Train to the end, and return 0, or until a signal, and return that."""
         try:
             return self._go(report)
         except train.DivergedError as error:
@@ -211,7 +201,7 @@ class Run:
             raise FailedError(f"{error}; {way}, or go on with --skip-nonfinite") from error
         except jax.errors.JaxRuntimeError as error:
             if devices.are_several():
-                # What is gone breaks whatever the others do with it next.
+                # A lost process breaks the next collective.
                 raise devices.LostError(error) from error
             raise FailedError(directory.first_line(error)) from error
         except OSError as error:
@@ -239,7 +229,7 @@ class Run:
 
             def stop(step):
                 nonlocal signal
-                # Several processes must stop at one step, and so ask each other now and then.
+                # All processes must stop at the same step.
                 if not devices.are_several() or step % REPORT_EVERY == 0:
                     signal = devices.largest(asked())
                 return signal > 0
@@ -270,7 +260,7 @@ class Run:
                     save(now, measured)
                 try:
                     report(row)
-                except OSError as error:  # nobody reads it any more
+                except OSError as error:  # the output was closed
                     if not (due or devices.are_several()):
                         save(now, None)
                     if not signal:

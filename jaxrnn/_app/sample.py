@@ -1,4 +1,4 @@
-"""`jaxrnn sample`: text of a trained network, character by character as it comes."""
+"""`jaxrnn sample`: text from a trained network, printed as it is drawn."""
 
 import codecs
 import re
@@ -21,11 +21,10 @@ TEMPERATURE = 0.8
 
 
 def sample(args: Any) -> int:
-    """Run the command: args.directory, prompt, length, temperature, seed, best."""
     devices.start()
     state, text, _ = load(Path(args.directory), args.best)
     vocabulary = Vocabulary(text.characters)
-    # Without a prompt from somewhere a text can begin: after a line break, if it has any.
+    # Without a prompt, begin after a line break, if the text has any.
     prompt = args.prompt or ("\n" if "\n" in text.characters else text.characters[0])
     try:
         ids = to_ids(vocabulary, text.level, prompt)
@@ -43,9 +42,9 @@ def stream(
     params: Any, vocabulary: Vocabulary, level: str, ids: np.ndarray, length: int,
     temperature: float, seed: int, *, before: Iterable[int] = (), raw: bool = False,
 ) -> None:  # fmt: skip
-    """Print what is before, what a network draws after it has read these ids, and a new line.
+    """Print `before`, then what the network draws after reading `ids`, and a new line.
 
-    As it comes; `raw` prints ids as the bytes that they are, and nothing else.
+    With `raw`, print ids as bytes and nothing else.
     """
     key = jax.random.key(seed, impl=PRNG)
     drawn = stream_ids(params, key, jnp.asarray(ids, jnp.int32), length, temperature)
@@ -59,12 +58,12 @@ def stream(
         for text in decoded(vocabulary, level, chain([before], drawn)):
             print(shown(text), end="", flush=True)
     finally:
-        # After Ctrl-C too, so that the prompt of the shell stands on a line of its own.
+        # After Ctrl-C too, so that the shell's prompt is on its own line.
         print(flush=True)
 
 
 def decoded(vocabulary: Vocabulary, level: str, blocks: Iterable[Iterable[int]]) -> Iterator[str]:
-    r"""The text of ids that come piece by piece; bytes that are no UTF-8 become \xNN."""
+    r"""The text of blocks of ids; bytes that are not UTF-8 become \xNN."""
     texts = map(vocabulary.decode, blocks)
     if level == "char":
         return texts
@@ -73,7 +72,7 @@ def decoded(vocabulary: Vocabulary, level: str, blocks: Iterable[Iterable[int]])
 
 
 def to_ids(vocabulary: Vocabulary, level: str, prompt: str) -> np.ndarray:
-    """The ids of a prompt, int32 `[length]`; bytes that are no UTF-8 are surrogates in it."""
+    """The ids of a prompt, int32 `[length]`; surrogates stand for bytes that are not UTF-8."""
     if level == "char":
         return vocabulary.encode(prompt)
     try:
@@ -85,5 +84,5 @@ def to_ids(vocabulary: Vocabulary, level: str, prompt: str) -> np.ndarray:
 
 
 def visible(text: str) -> str:
-    r"""A text as a terminal may show it: the control characters that it would obey are \xNN."""
+    r"""A text for a terminal, with control characters as \xNN."""
     return re.sub(r"[\0-\x08\v\f\x0e-\x1f\x7f-\x9f]", lambda c: f"\\x{ord(c[0]):02x}", text)

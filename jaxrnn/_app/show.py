@@ -1,4 +1,4 @@
-"""`jaxrnn show`: what a run is, where it stands and how it came there, from its files alone."""
+"""`jaxrnn show`: the options, progress and curves of a run, from its files alone."""
 
 import shlex
 from dataclasses import fields
@@ -12,14 +12,14 @@ from jaxrnn._app.corpus import UNITS, Text
 from jaxrnn._app.run import Config
 from jaxrnn._app.terminal import Console, plot_run, text_plot
 
-SHOWN, CUT = 120, 60  # of an alphabet so many characters, in lines of so many
+SHOWN, CUT = 120, 60  # characters of an alphabet to show, and characters in a line
 
 
 def show(args: Any) -> int:
-    """Run the command: args.directory. Of the run it changes nothing but its picture."""
+    """Run the command, which changes only the picture of a run."""
     out = Path(args.directory)
     (config, _), rows = run.read_begun(out), directory.read_metrics(out)
-    # A start that was cut short while the text was read has left none.
+    # A run that was stopped while reading its text has no text.json.
     encoded = (out / directory.TEXT).exists()
     text, references = run.read_text(out) if encoded else (None, {})
     console, unit = Console(), UNITS[config.level]
@@ -37,7 +37,7 @@ def show(args: Any) -> int:
 
 
 def _standing(out: Path, config: Config, rows: list[dict[str, Any]]) -> str:
-    training = directory.is_locked(out)  # before one looks where it has come to
+    training = directory.is_locked(out)  # before its progress is read
     newest = max(directory.checkpoint_steps(out), default=None)
     if newest == config.steps:
         return f"finished, {newest} updates"
@@ -83,11 +83,11 @@ def _facts(out: Path, text: Text | None, references: dict[str, float], unit: str
 def _alphabet(text: Text) -> str:
     if text.level == "byte":
         return "256 bytes"
-    # With escapes instead of line breaks and of what no terminal shows.
+    # repr escapes line breaks and what terminals do not show.
     shown = repr("".join(text.characters[:SHOWN]))
     more = " …" if len(text.characters) > SHOWN else ""
     said = f"{len(text.characters)} distinct: {shown}{more}"
-    # Cut here, for rich would at spaces, and leave them out.
+    # rich would break lines at spaces, and drop them.
     return "\n".join(said[n : n + CUT] for n in range(0, len(said), CUT))
 
 
@@ -103,11 +103,11 @@ def _latest(rows: list[dict[str, Any]]) -> str:
 
 
 def picture(out: Path, rows: list[dict[str, Any]], references: dict[str, float], unit: str) -> str:
-    """Draw the curves of a run, and say where; or why not, for that ends nothing."""
+    """Draw the curves of a run; say where, or why that failed."""
     path = out / "loss.png"
     try:
         plot_run(rows, references, path, unit)
-    except Exception as error:  # whatever a library for pictures fails with
+    except Exception as error:  # of many types
         if isinstance(error, ModuleNotFoundError) and str(error.name).startswith("matplotlib"):
             return "no picture: matplotlib is missing; pip install 'jaxrnn[plot]'"
         return f"no picture: {directory.first_line(error)}"

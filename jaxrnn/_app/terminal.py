@@ -1,4 +1,4 @@
-"""What a command shows: lines, a bar, curves as text and as a picture."""
+"""Output of the commands: lines, a progress bar, curves as text and as a picture."""
 
 import io
 import math
@@ -15,27 +15,27 @@ from rich.console import Console as RichConsole
 
 from jaxrnn._app.directory import write
 
-# The curves of a run: what they are called in the metrics, in pictures, and their mark in text.
+# Name in the metrics -> (name in pictures, mark in text plots).
 CURVES = {"bits": ("training", "."), "held_out_bits": ("held-out", "o")}
-MARGIN = 10  # characters left of curves in text
+MARGIN = 10  # characters left of a text plot
 
 
 class Console(RichConsole):
-    """rich's, in plain words: it neither colours what it is given nor reads markup in it."""
+    """rich's console without highlighting and markup."""
 
     def __init__(self, **options: Any):
         super().__init__(**{"highlight": False, "markup": False, **options})
 
     def on_broken_pipe(self) -> None:
-        """Raise what it is: rich would end the process without a word."""
-        raise  # the BrokenPipeError that is being handled
+        """Re-raise the BrokenPipeError, where rich would exit silently."""
+        raise
 
 
 @contextmanager
 def reporter(
     console: Console, steps: int, begun: int, unit: str
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A function that shows a row of metrics: in a bar, or as a line if held-out loss is in it."""
+    """A function that shows a row of metrics, in a bar, or as a line if it has a held-out loss."""
     held_out, printed, at = "–", begun, time.perf_counter()
 
     def words(row):
@@ -54,7 +54,7 @@ def reporter(
         nonlocal printed, at
         said, step, now = words(row), row["step"], time.perf_counter()
         if "held_out_bits" in row:
-            # By a clock that evaluation and checkpoints count for too.
+            # This pace includes evaluation and checkpoints.
             seconds = (now - at) / (step - printed) * (steps - step)
             printed, at = step, now
             said = f"step {step:>{len(str(steps))}}/{steps}  {said}"
@@ -73,15 +73,15 @@ def reporter(
 
 
 def _curve(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Steps and figures, where they were measured; NaN where no update of a row counted."""
-    found = [(row["step"], row[name]) for row in rows if name in row]
-    return [step for step, _ in found], [math.nan if y is None else y for _, y in found]
+    """Steps and values of a metric, in rows that have it; None becomes NaN."""
+    points = [(row["step"], row[name]) for row in rows if name in row]
+    return [step for step, _ in points], [math.nan if y is None else y for _, y in points]
 
 
 def text_plot(
     rows: list[dict[str, Any]], width: int, unit: str = "character", height: int = 16
 ) -> list[str]:
-    """The curves of a run as lines of so many characters, which every terminal has; or none."""
+    """The curves of a run as lines of text; an empty list without data."""
     points = [
         (step, bits, mark)
         for name, (_, mark) in CURVES.items()
@@ -109,14 +109,13 @@ def text_plot(
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty figure, in inches; not pyplot's, which would keep it alive."""
+    """An empty figure, in inches; not pyplot's, which would not be freed."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def save_png(figure: Any, path: Path) -> None:
-    """Write a figure whole or not at all; an InputError where it cannot be written."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=150)
     write(path, content.getvalue(), f".{os.getpid()}")
@@ -125,10 +124,9 @@ def save_png(figure: Any, path: Path) -> None:
 def plot_run(
     rows: list[dict[str, Any]], references: dict[str, float], path: Path, unit: str
 ) -> None:
-    """Draw bits per character by step, and those of other predictors as lines, as a PNG file."""
     figure = new_figure(8, 5)
     axes = figure.subplots()
-    # Of a few rows a line is hardly there.
+    # With few rows, mark the points.
     axes.plot(*_curve(rows, "bits"), "-" if len(rows) > 20 else ".-", label="training")
     steps, held_out = _curve(rows, "held_out_bits")
     if steps:

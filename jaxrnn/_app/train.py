@@ -1,4 +1,4 @@
-"""`jaxrnn train`: prepare a run directory, say what will be done, do it, show what came of it."""
+"""`jaxrnn train`: prepare a run directory, print the plan, train, and show the results."""
 
 import math
 import shlex
@@ -31,9 +31,9 @@ SAMPLE_CONTEXT = 100  # characters of held-out text that the closing sample read
 
 
 def train(args: Any) -> int:
-    """Run the command; bad input changes nothing, but where another of several processes has it."""
+    """Run the command. Bad input leaves no files, unless only another process has it."""
     several = devices.check_processes(args)
-    import_module("orbax.checkpoint")  # missed now, not when the first checkpoint is saved
+    import_module("orbax.checkpoint")  # fails now, not at the first checkpoint
     devices.use_cores()
     if several:
         number = None if args.processes == "auto" else args.processes
@@ -65,7 +65,7 @@ def train(args: Any) -> int:
 
 
 def _end_of_one(error):
-    """The exit code of one of several processes, where the others know nothing of its error."""
+    """The exit code of one of several processes after an error that the others do not have."""
     if isinstance(error, InputError):
         complain(error)
         return EXIT_BAD_INPUT
@@ -81,7 +81,7 @@ def _end_of_one(error):
 
 
 def _make_ready(args: Any, console: Console, held: ExitStack) -> Any:
-    """What a `Run` takes, prepared by the first process and read by all; what counting predicts."""
+    """(the arguments of `Run`, reference losses): prepared by the first process, read by all."""
     problem, ready, alike = None, None, {}
     with ExitStack() as marked:
         try:
@@ -103,14 +103,14 @@ def _make_ready(args: Any, console: Console, held: ExitStack) -> Any:
 
 
 def _prepare(args, console, held):
-    """Make the directory of a run, or lock it, and the ids of its text."""
+    """Create or lock the run directory, and encode its text."""
     if args.resume:
         if args.files:
             raise InputError("--resume: expected no text beside it, the run has its own")
         config, sources = runs.read_begun(args.out)
         runs.go_on_with(config, args.given, args.out)
         held.enter_context(directory.locked(args.out))
-        # Where there are checkpoints the text is what they were made of, and not to be replaced.
+        # With checkpoints, the text is the one they were trained on, and must not be replaced.
         has_text = (args.out / directory.TEXT).exists()
         if not has_text and not directory.checkpoint_steps(args.out):
             if STANDARD_INPUT in sources:
@@ -121,7 +121,7 @@ def _prepare(args, console, held):
     config = Config(**args.given)
     sources = [f if f == STANDARD_INPUT else str(Path(f).absolute()) for f in args.files]
     about = {"sources": sources, "options": asdict(config)}
-    # What cannot be split shall leave no directory behind.
+    # Before the directory exists, check that the run can be split.
     Placement(config.batch_size, config.hidden_size, args.model_devices)
     name = time.strftime("runs/%Y%m%d-%H%M%S")
     for n in count(1):
@@ -131,7 +131,7 @@ def _prepare(args, console, held):
                 args.out = out
                 _encode(config, out, console, args.files)
             return
-        except directory.TakenError:  # by one that began in the same second
+        except directory.TakenError:  # by a run that began in the same second
             if args.out is not None:
                 raise
 
@@ -144,11 +144,11 @@ def _encode(config, out, console, names):
 
 
 def _read(args):
-    """That, and what all processes must have alike, by what is said where they have not."""
+    """The result of `_make_ready`, and what all processes must have alike, by error message."""
     out = args.out
     config = runs.go_on_with(runs.read_begun(out)[0], args.given, out)
     text, references = runs.read_text(out)
-    # Whoever goes on has not written the text just now.
+    # Only a resumed run can find another text than it wrote.
     corpus = _open(out, config, text, verify=args.resume and devices.is_first())
     placement = Placement(config.batch_size, config.hidden_size, args.model_devices)
     alike = {
@@ -168,7 +168,6 @@ def _open(out, config, text, verify=False):
 
 
 def _plan(args: Any, run: Run, references: dict[str, float]) -> Iterator[str]:
-    """What will be done, line by line, before anything is compiled."""
     config, corpus, text = run.config, run.corpus, run.corpus.text
     unit, length = UNITS[text.level], len(corpus.train)
     alphabet = "" if text.level == "byte" else f", {len(text.characters)} distinct"
@@ -230,7 +229,6 @@ def _show(run, references, console, sample_length):
 
 
 def _go_on(args):
-    """How to go on with the same numbers."""
     words = ["jaxrnn", "train", "--resume", str(args.out)]
     if args.model_devices > 1:
         words += ["--model-devices", str(args.model_devices)]
