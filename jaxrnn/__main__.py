@@ -9,16 +9,16 @@ EXTRAS = {"rich": "cli", "orbax": "cli", "shtab": "cli", "matplotlib": "plot"}
 
 
 def main() -> int:
-    """Run the command line, on any terminal or none; name the extra that is missing.
+    """Run the command line, on any terminal or none, and name an extra that is missing.
 
     Returns:
-      The exit code: that of the command, 1 where output cannot be written, 2 for a missing extra,
-      130 after Ctrl-C.
+      The exit code: that of the command, 1 if output cannot be written, 2 for a missing extra, 130
+      after Ctrl-C.
     """
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever has begun this
+        if getattr(sys, name) is None:  # closed by the parent process
             setattr(sys, name, open(os.devnull, "w"))
-        # A terminal that cannot show a character shows its number, not a traceback.
+        # Escape characters that the terminal cannot encode, instead of raising.
         if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     code = 0
@@ -40,9 +40,9 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        # Python would complain once more at its end.
+        # Otherwise Python reports the error again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):  # whoever read the output has had enough
+        if isinstance(error, BrokenPipeError):  # the reader has closed the pipe
             return code
         where = error.filename or "standard output"
         with suppress(OSError):  # the same terminal

@@ -300,7 +300,7 @@ def compare(params: Params) -> list[Comparison]:
         values = jax.device_get(_follow(_check_example(params)))
     return [
         Comparison(section, quantity, i if np.size(computed) > 1 else None, p, float(q), group)
-        for group, section, quantity, printed, computed in _side_by_side(*values)
+        for group, section, quantity, printed, computed in _compared(*values)
         for i, (p, q) in enumerate(zip(printed, np.ravel(computed), strict=True), start=1)
     ]
 
@@ -325,7 +325,7 @@ def agreeing(comparisons: Iterable[Comparison], group: str) -> tuple[int, int]:
 
 @jax.jit
 def _follow(params):
-    """The arguments of `_side_by_side`: a pass, its gradients, the update, another pass, losses."""
+    """The arguments of `_compared`: a pass, its gradients, the update, another pass, losses."""
 
     def steps(params):
         _, hs = unroll(params.cell, XS)
@@ -337,7 +337,7 @@ def _follow(params):
     return steps(params), gradients, updated, steps(updated), _run(params, 100)
 
 
-def _side_by_side(first, gradients, updated, second, losses):
+def _compared(first, gradients, updated, second, losses):
     """(group, section, quantity, printed, computed), vector by vector in the source's order."""
     symbols = {"h": "h", "omega": "Ω", "yhat": "ŷ", "L": "L"}
     for t, step in enumerate(PRINTED["steps"]):

@@ -1,1 +1,1 @@
-"""Kernels that run a whole loop over time on the chip, W resident there. Imported where used."""
+"""Kernels that run a whole loop over time with W resident on the chip. Imported on first use."""

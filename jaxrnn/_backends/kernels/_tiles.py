@@ -1,7 +1,7 @@
-"""What the kernels for NVIDIA GPUs share: one warpgroup's tile, and the loop over time on it.
+"""Shared by the kernels for NVIDIA GPUs: a warpgroup's tile, and the loop over time on it.
 
-A warpgroup keeps its tile of c in registers from step to step, computes its tile of p on the
-tensor cores, and hands its tile of v to the others. How v travels is the kernel's: an `Exchange`.
+A warpgroup keeps its tile of c in registers, computes its tile of p on the tensor cores, and passes
+its tile of v to the other warpgroups, by the `Exchange` of the kernel.
 """
 
 from collections.abc import Callable
@@ -20,12 +20,12 @@ LAYOUT = plgpu.Layout.WGMMA
 
 
 class Tile(NamedTuple):
-    """Which part of the arrays is a warpgroup's own.
+    """The part of the arrays that belongs to a warpgroup.
 
     Args:
       network: index among the M.
       rows, columns: the slices of the last two axes.
-      hidden_axis: 0 where arrays lie as `[..., H, B]`, 1 where as `[..., B, H]`.
+      hidden_axis: 0 for the layout `[..., H, B]`, 1 for `[..., B, H]`.
     """
 
     network: jax.Array
@@ -35,11 +35,11 @@ class Tile(NamedTuple):
 
     @property
     def shape(self) -> tuple[Any, Any]:
-        """The tile's own shape."""
+        """The shape of the tile."""
         return self.rows.size, self.columns.size
 
     def of(self, ref, *step):
-        """The part of `[T, M, ., .]`, given a step, or of `[M, ., .]`."""
+        """The tile of `[T, M, ., .]` at a step, or of `[M, ., .]`."""
         return ref.at[(*step, self.network, self.rows, self.columns)]
 
     def read(self, ref, *step) -> jax.Array:
@@ -53,17 +53,17 @@ class Tile(NamedTuple):
         return _load(ref.at[(*step, self.network, part)], layout)
 
     def spread(self, axis: int, vector: jax.Array) -> jax.Array:
-        """Repeat a vector of `read_along` over the tile; costs no registers."""
+        """Broadcast a vector of `read_along` over the tile; this takes no registers."""
         return lax.broadcast_in_dim(vector, self.shape, (axis,))
 
 
 class Exchange(NamedTuple):
-    """How what is multiplied gets from warpgroup to warpgroup; j counts steps as they run.
+    """How v gets from warpgroup to warpgroup; j counts steps in scan order.
 
     Args:
-      product: `product(j) -> p`, the own tile of M v, from what step j−1 published.
-      publish: `publish(j, v)`, hands the own tile of v over.
-      collect: `collect(j)`, returns when what step j published can be multiplied.
+      product: `product(j) -> p`, the warpgroup's tile of M v, with v published in step j−1.
+      publish: `publish(j, v)` publishes the warpgroup's tile of v.
+      collect: `collect(j)` returns when the v of step j can be multiplied.
     """
 
     product: Callable[[Any], jax.Array]
@@ -72,7 +72,7 @@ class Exchange(NamedTuple):
 
 
 def multiply(a, b) -> jax.Array:
-    """The product of two matrices in shared memory, in registers."""
+    """The product of two matrices in shared memory, as a value in registers."""
 
     def scoped(accumulator):
         plgpu.wgmma(accumulator, a, b)
@@ -100,17 +100,17 @@ def iterate(loop: Loop, arrays: Arrays, out, end, tile: Tile, exchange: Exchange
         return streams, flags
 
     def step(j, carry):
-        # 64 bits wide under jax_enable_x64, whatever the bounds are.
+        # fori_loop makes j 64 bits wide under jax_enable_x64.
         j = j.astype(jnp.int32)
         c, (streams, flags) = carry
-        # A step is shorter than a load from memory: what the next one reads is asked for now.
+        # A step is shorter than a load from memory, so loads are issued one step ahead.
         ahead = read(jnp.minimum(j + 1, steps - 1))
         p = exchange.product(j)
         streams = tuple(stream.astype(jnp.float32) for stream in streams)
         flags = jax.tree.map(lambda flag: tile.spread(across, flag), flags)
         value, v, c = loop.step(p, c, streams, flags, leak)
         exchange.publish(j, v)
-        # Nobody waits for out: it is stored while v is on its way.
+        # out is stored while v is in transit.
         store(tile.of(out, time(j)), value, optimized=False)
         exchange.collect(j)
         return c, ahead
@@ -121,7 +121,7 @@ def iterate(loop: Loop, arrays: Arrays, out, end, tile: Tile, exchange: Exchange
         store(tile.of(end), loop.finish(exchange.product(np.int32(steps)), c), optimized=False)
 
 
-# Written for jax 0.11, and checked against older types where the linters run.
+# Written for jax 0.11; the linters run with an older one.
 def _load(ref, layout):
     return plgpu.load(ref, layout=layout, optimized=False)  # pyright: ignore[reportCallIssue]
 
@@ -135,7 +135,7 @@ def store(ref, value: jax.Array, *, optimized: bool = True) -> None:
     if hasattr(plgpu, "store"):
         plgpu.store(ref, value, optimized=optimized)  # pyright: ignore[reportAttributeAccessIssue]
     else:
-        # jax 0.11 stores to device memory in whatever pieces there are.
+        # In jax 0.11 any store to device memory works.
         ref[...] = value
 
 
@@ -152,7 +152,7 @@ def call(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Launch `kernel(arrays, out, end, *spare, **scratch)`, all of them references.
 
-    `spare` are arrays in device memory for the kernel's own use.
+    `spare` are work arrays in device memory.
     """
     inputs, tree = jax.tree.flatten(arrays)
     out_type = [jax.ShapeDtypeStruct(arrays.streams[0].shape, out_dtype), *spare]
@@ -179,14 +179,14 @@ def call(
 
 
 def round_up(size: int, multiple: int) -> int:
-    """The least multiple that is not below size."""
+    """The least multiple of `multiple` that is at least `size`."""
     return -(-size // multiple) * multiple
 
 
 def padded(arrays: Arrays, batch: int, hidden: int, *, swap: bool) -> Arrays:
-    """Every array with B and H padded with zeros, and `[..., B, H]` as `[..., H, B]` if `swap`.
+    """Pad B and H with zeros, and transpose `[..., B, H]` to `[..., H, B]` if `swap`.
 
-    Zero rows of M and zero columns keep the padding to itself.
+    Zero rows and columns of M keep the padding out of the results.
     """
 
     def matrix(x):

@@ -1,10 +1,10 @@
-"""The three loops over time as kernels run them: one product a step, and elementwise work after it.
+"""The three loops over time as kernels run them: in each step a product, then elementwise work.
 
-    p = M v_{j−1},     (out_j, v_j, c_j) = step(p, c_{j−1}, what step j reads),     j = 1 … T
+    p = M v_{j−1},     (out_j, v_j, c_j) = step(p, c_{j−1}, inputs of step j),     j = 1 … T
 
-M is W (the states, the tangent) or Wᵀ (the adjoint). v is what is multiplied, in the dtype of M;
-c is what else goes from step to step, in float32. A kernel chooses where M, v and c live and in
-which orientation a tile lies: here every value is a tile of one shape.
+M is W (for the states and the tangent) or Wᵀ (for the adjoint). The carry is v, the factor of M, in
+its dtype, and c, in float32. A kernel chooses the memory of M, v and c and the orientation of
+tiles; here all values are tiles of one shape.
 """
 
 from collections.abc import Callable
@@ -17,10 +17,10 @@ Slope = Callable[[jax.Array], jax.Array]
 
 
 class Loop(NamedTuple):
-    """What a kernel does in a step.
+    """The computation of a kernel in each step.
 
     Args:
-      name: how the kernel is called in a compiled program.
+      name: of the kernel in a compiled program.
       step: `step(p, c, streams, flags, leak) -> (out, v, c)`.
       finish: `finish(p, c) -> end`, float32, from a last product after the loop; or None.
     """
@@ -31,11 +31,11 @@ class Loop(NamedTuple):
 
 
 class Flags(NamedTuple):
-    """Per step and sequence, 1 or 0 in float32; None where it is 1, 0 throughout.
+    """1 or 0 for each step and sequence, in float32.
 
     Args:
-      valid: 0 where the step is frozen.
-      cut: 1 where nothing passes through the product.
+      valid: 0 where the step is frozen; None for 1 everywhere.
+      cut: 1 where nothing passes through the product; None for 0 everywhere.
     """
 
     valid: Any
@@ -43,11 +43,11 @@ class Flags(NamedTuple):
 
 
 class Arrays(NamedTuple):
-    """What a kernel is given, M networks side by side.
+    """The inputs of a kernel, for M networks.
 
     Args:
-      matrix: `[M, H, H]`, multiplied with column vectors.
-      v0: `[M, B, H]`, of the matrix's dtype.
+      matrix: `[M, H, H]`, the left factor of column vectors.
+      v0: `[M, B, H]`, in the matrix's dtype.
       c0: `[M, B, H]`, float32.
       streams: arrays `[T, M, B, H]`, float32 or the matrix's dtype, read a step at a time.
       flags: `Flags` of arrays `[T, M, B]`, float32.
@@ -93,7 +93,7 @@ def tangent(slope_of: Slope, dtype: jnp.dtype) -> Loop:
 def adjoint(slope_of: Slope, dtype: jnp.dtype, as_delta: bool) -> Loop:
     """λ_t = g_t + J_{t+1}ᵀ λ_{t+1}, from streams (basis, g) or (basis,), g = 0.
 
-    v is δ_t as it goes through Wᵀ; c is what λ_t passes on beside it. The end is J_1ᵀ λ_1.
+    v is δ_t, 0 where cut; c is what λ_t passes on beside W. The end is J_1ᵀ λ_1.
     """
 
     def step(p, kept, streams, flags, leak):

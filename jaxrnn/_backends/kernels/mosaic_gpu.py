@@ -1,9 +1,9 @@
-"""The loops on an NVIDIA GPU of the Hopper generation, in bfloat16 and float16.
+"""The loops on an NVIDIA Hopper GPU, in bfloat16 and float16.
 
-One launch runs all steps. A tile of sequences is a block's: M lies in its shared memory from the
-first step to the last, each warpgroup multiplies 64 rows of it (the M side of the tensor cores'
-product) with v of the whole tile (the N side), and one barrier a step keeps the warpgroups
-together. Where M does not fit, a cluster of blocks shares it: `mosaic_gpu_cluster`.
+One launch runs all steps. Each block has a tile of sequences and holds M in shared memory. Each of
+its warpgroups multiplies 64 rows of M (the M side of the tensor cores' product) with v of the whole
+tile (the N side); one barrier per step synchronises them. If M does not fit, a cluster of blocks
+shares it: `mosaic_gpu_cluster`.
 """
 
 import jax
@@ -26,9 +26,9 @@ from jaxrnn._backends.kernels._tiles import (
 )
 from jaxrnn._backends.kernels.loops import Arrays, Loop
 
-# Rows that a warpgroup's product has.
+# Rows of a warpgroup's product.
 ROWS = 64
-# Sequences in a tile: what shared memory has room for beside the largest M.
+# Sequences in a tile: all that fit into shared memory beside the largest M.
 BATCH_TILE = 16
 # The largest hidden sizes, of one block and of a cluster.
 MAX_HIDDEN_BLOCK = 320
@@ -48,13 +48,13 @@ def run(
     """Run a loop.
 
     Args:
-      loop: what a step does.
-      arrays: what it reads; the matrix in bfloat16 or float16, H at most MAX_HIDDEN.
-      out_dtype: of what `loop.step` gives first.
-      reverse: from the last step to the first.
-      interpret: on the CPU, in Pallas' interpreter.
+      loop: the computation of a step.
+      arrays: its inputs; the matrix in bfloat16 or float16, H at most MAX_HIDDEN.
+      out_dtype: of the first result of `loop.step`.
+      reverse: run from the last step to the first.
+      interpret: run in Pallas' interpreter, on the CPU.
       tile: sequences in a tile, a multiple of 16.
-      slots: places for v; tests show that one is too few.
+      slots: buffers for v; tests show that one is too few.
 
     Returns:
       out `[T, M, B, H]`, and end `[M, B, H]` in float32, or None without `loop.finish`.
@@ -79,7 +79,7 @@ def run(
 def one_block(
     loop: Loop, arrays: Arrays, out_dtype, sequences: int, *, reverse, interpret, slots
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Launch a block per network and tile, on arrays that lie as `[..., H, B]`, padded."""
+    """Launch a block per network and tile, on padded arrays of layout `[..., H, B]`."""
     networks, hidden, batch = arrays.c0.shape
     dtype = arrays.matrix.dtype
     warpgroups = hidden // ROWS
@@ -103,8 +103,8 @@ def one_block(
             return multiply(m_s.at[rows], v_s.at[slot(j)])
 
         def publish(j, v):
-            # With two slots no one still reads this one: its readers were the products of step
-            # j−1, each of which had ended before its warpgroup arrived at that step's barrier.
+            # With two slots nothing reads this one: its readers were the products of step j−1,
+            # which ended before their warpgroups arrived at the barrier of that step.
             store(v_s.at[slot(j + 1), rows], v)
             plgpu.commit_smem()
             plgpu.barrier_arrive(published)

@@ -1,7 +1,7 @@
-"""The same loops where M is too large for one block: a cluster of blocks shares it.
+"""The loops of `mosaic_gpu` for an M that is too large for one block, on a cluster of blocks.
 
-Each block holds 64 rows of M. Every step it puts its rows of v into device memory, where they stay
-in the L2 cache, waits for the cluster, and copies the whole of v into its shared memory.
+Each block holds 64 rows of M. In every step it writes its rows of v to device memory, where they
+stay in the L2 cache, waits for the cluster, and copies all of v into its shared memory.
 """
 
 import jax
@@ -15,14 +15,14 @@ from jaxrnn._backends.kernels.loops import Arrays, Loop
 
 # Rows of M in a block.
 ROWS = 64
-# A cluster has at most 16 blocks; above 8 the size is one that not every GPU offers.
+# A cluster has at most 16 blocks; more than 8 are not portable to every GPU.
 MAX_HIDDEN = 16 * ROWS
 
 
 def cluster(
     loop: Loop, arrays: Arrays, out_dtype, sequences: int, *, reverse, interpret, slots
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Launch a cluster per network and tile, on arrays that lie as `[..., H, B]`, padded."""
+    """Launch a cluster per network and tile, on padded arrays of layout `[..., H, B]`."""
     networks, hidden, batch = arrays.c0.shape
     dtype = arrays.matrix.dtype
 
@@ -43,8 +43,8 @@ def cluster(
             return multiply(m_s, v_s)
 
         def publish(j, v):
-            # Two slots: the copies out of this one are of step j−2, and each had ended before its
-            # block arrived at the barrier of step j−1. own_s is free: the wait below saw to it.
+            # With two slots, the last copies out of this one were in step j−2, and ended before
+            # their blocks arrived at the barrier of step j−1. The wait below frees own_s.
             store(own_s, v)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(own_s, tile.of(shared, slot(j)))

@@ -1,11 +1,12 @@
-"""The loops on an NVIDIA GPU of the Hopper generation, in float32 by way of TF32.
+"""The loops on an NVIDIA Hopper GPU, in float32 by way of TF32.
 
-As in `mosaic_gpu`, with the sides of the product exchanged: 64 sequences are the M side and the
-hidden units, split over the warpgroups, the N side. The tensor cores read TF32 only as it lies, so
-v and the matrix must both lie with the summed axis last, as `[B, H]` and `[out, in]`. They ignore
-the last 13 bits of a float32, which makes every product too small: with an orthogonal W a state
-would lose half its norm in 1,024 steps. So both factors are rounded before, and it loses 0.7 % at
-most (H = 64 to 160, simulated).
+As in `mosaic_gpu`, with the sides of the product exchanged: 64 sequences are the M side, and the
+hidden units, split over the warpgroups, the N side. The tensor cores cannot transpose TF32, so v
+and the matrix both have the summed axis last, as `[B, H]` and `[out, in]`. They ignore the last 13
+bits of a float32, which makes every product too small: with an orthogonal W a state would lose half
+its norm in 1,024 steps. So both factors are rounded before, and it loses 0.7 % at most (H = 64 to
+160, simulated), for 5 to 10 % more static cycles per step. U x is XLA's product, in the precision
+of the options.
 """
 
 import jax
@@ -27,11 +28,11 @@ from jaxrnn._backends.kernels._tiles import (
 )
 from jaxrnn._backends.kernels.loops import Arrays, Loop
 
-# Sequences in a tile: the rows that a warpgroup's product has.
+# Sequences in a tile: the rows of a warpgroup's product.
 BATCH_TILE = 64
-# Hidden units of a warpgroup: a row of the swizzled layout that v has in shared memory.
+# Hidden units of a warpgroup: a row of v in its swizzled layout in shared memory.
 COLUMNS = 32
-# The largest hidden size: beyond, M and two of v leave shared memory.
+# The largest hidden size for which M and two buffers of v fit into shared memory.
 MAX_HIDDEN = 160
 
 
@@ -70,7 +71,7 @@ def run(
             return multiply(v_s.at[slot(j)], m_s.at[columns].T)
 
         def publish(j, v):
-            # Why two slots and one barrier are enough: see `mosaic_gpu`.
+            # `mosaic_gpu` says why two slots and one barrier are enough.
             store(v_s.at[slot(j + 1), :, columns], rounded_in_kernel(v))
             plgpu.commit_smem()
             plgpu.barrier_arrive(published)
@@ -105,14 +106,14 @@ def run(
 
 
 def rounded(x: jax.Array) -> jax.Array:
-    """The nearest TF32: 10 bits of mantissa."""
+    """Round to TF32, which has 10 bits of mantissa."""
     return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=10)
 
 
 def rounded_in_kernel(v: jax.Array) -> jax.Array:
-    """The same where there is no `reduce_precision`; NaN beyond 2^114.
+    """`rounded` without `reduce_precision`, which kernels lack; NaN beyond 2^114.
 
-    Veltkamp's splitting: in v + 2^13 v the last 13 bits of v are rounded away.
+    By Veltkamp's splitting: v + 2^13 v rounds the last 13 bits of v away.
     """
     above = v * (2.0**13 + 1)
     return above - (above - v)

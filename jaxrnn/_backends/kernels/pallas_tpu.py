@@ -1,8 +1,8 @@
-"""The loops over time as one Pallas kernel for TPU: M stays in VMEM, the streams come in chunks.
+"""The loops over time as one Pallas kernel for TPU: M stays in VMEM, streams are read in chunks.
 
-The grid is (networks, tiles of the batch, chunks of time), the last of them in order. A program
-runs the steps of one chunk for one tile `[rows, H]`. v and c pass from chunk to chunk in scratch
-memory, while Pallas fetches the next chunk of the streams and writes back the last of the output.
+The grid is (networks, tiles of the batch, chunks of time), with chunks in order. A program runs the
+steps of one chunk for one tile `[rows, H]`. Scratch memory carries v and c from chunk to chunk,
+while Pallas fetches the next chunk of the streams and writes back the last one of the output.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,20 +18,19 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxrnn._backends.kernels.loops import Arrays, Loop
 
-# For blocks and scratch memory, of the 16 MiB that a kernel has by default: the rest is for what
-# the compiler spills.
+# For blocks and scratch memory, of the 16 MiB of a kernel; the rest is for the compiler's spills.
 VMEM_BYTES = 12 * 2**20
 LANES = 128
-# The most sequences of a tile, tried in turn. A matrix unit takes about as long to load a
-# 128 × 128 tile of M as to let 128 rows pass: fewer do not shorten a step by much.
+# The most sequences of a tile, tried in this order. A matrix unit loads a 128 × 128 tile of M in
+# about the time of 128 rows, so fewer rows do not shorten a step by much.
 MOST_ROWS = (128, 64, 32, 16, 8)
-# The steps of a chunk. The first fetch and the last write overlap with nothing, so a chunk is to
-# be short; LEAST_STEPS goes before more rows.
+# The steps of a chunk. It should be short, since the first fetch and the last write are not
+# overlapped; rows are reduced to allow LEAST_STEPS.
 MOST_STEPS, LEAST_STEPS = 64, 2
 
 
 def fits(hidden: int, dtype: Any) -> bool:
-    """Whether M and the smallest blocks of any loop find room: H ≤ 1664, in bfloat16 2304."""
+    """Whether M and the smallest blocks of any loop fit: H ≤ 1664, in bfloat16 2304."""
     dtype, f32 = jnp.dtype(dtype), jnp.dtype(jnp.float32)
     return _room(_sublanes(dtype), _up(hidden, LANES), dtype, [f32] * 3, flags=2) >= 1
 
@@ -49,12 +48,12 @@ def run(
     """Run a loop, of one step or more, where `fits`.
 
     Args:
-      loop: what a step does.
-      arrays: what the steps read; the matrix in float32 or bfloat16.
+      loop: the computation of a step.
+      arrays: its inputs; the matrix in float32 or bfloat16.
       out_dtype: of out.
-      reverse: whether to go from the last step to the first.
+      reverse: run from the last step to the first.
       precision: of products in float32, "default" or "highest".
-      interpret: whether to simulate a TPU's memories on the CPU, filled with NaN at first.
+      interpret: simulate a TPU on the CPU, with memory that is initially NaN.
       _blocks: the sequences and the steps of a block, for tests.
 
     Returns:
@@ -73,9 +72,9 @@ def run(
     def when(t):
         return chunks - 1 - t if reverse else t
 
-    # A plain 0 is 64 bits wide under jax_enable_x64, and Mosaic compiles no such index.
+    # A Python 0 is 64 bits wide under jax_enable_x64, which Mosaic does not support as an index.
     zero = np.int32(0)
-    # One buffer of what stays: a second one would only hide its fetch at the next tile or network.
+    # A second buffer would only hide fetches at the next tile or network.
     once = pl.Buffered(1)
     matrix = pl.BlockSpec(
         (None, columns, columns), lambda m, b, t: (m, zero, zero), pipeline_mode=once
@@ -101,7 +100,7 @@ def run(
 
     streams, flags = each(stream, arrays.streams), each(flag, arrays.flags)
     specs = Arrays._make((matrix, state, state, streams, flags, each(leak, arrays.leak)))
-    # Types of arrays, not ShapeDtypeStruct: inside shard_map that asks over which axes they vary.
+    # Not ShapeDtypeStruct, which inside shard_map needs the axes that arrays vary over.
     out_shape = [ShapedArray((T, M, total, columns), out_dtype)]
     out_specs = [stream]
     if loop.finish is not None:
@@ -128,14 +127,14 @@ def run(
 
 
 def _kernel(loop: Loop, T: int, H: int, reverse: bool, precision: Any) -> Callable[..., None]:
-    """What one program does; `read` is Arrays of references."""
+    """The body of one program; `read` is `Arrays` of references."""
 
     def kernel(read, out, *refs):
         *ends, v, c = refs
         steps, shape = out.shape[0], c.shape
         t, chunks = pl.program_id(2), pl.num_programs(2)
         chunk = chunks - 1 - t if reverse else t
-        # The last block may reach beyond T, where nothing was written.
+        # The last block may extend beyond T, where memory is uninitialised.
         count = jnp.minimum(steps, T - chunk * steps)
 
         @pl.when(t == 0)
@@ -154,7 +153,7 @@ def _kernel(loop: Loop, T: int, H: int, reverse: bool, precision: Any) -> Callab
             leak = None if read.leak is None else jnp.broadcast_to(read.leak[...], shape)
             value, v_next, c_next = loop.step(product(), c[...], streams, flags, leak)
             if shape[1] > H:
-                # An activation may be infinite at the zeros of the padding, and ∞ · 0 is NaN.
+                # An activation may be infinite at the zeros of the padding, where ∞ · 0 is NaN.
                 real = lax.broadcasted_iota(jnp.int32, shape, 1) < H
                 v_next = jnp.where(real, v_next.astype(jnp.float32), 0.0)
             out[i] = value.astype(out.dtype)
@@ -175,7 +174,7 @@ def _kernel(loop: Loop, T: int, H: int, reverse: bool, precision: Any) -> Callab
 def _choose(
     T: int, B: int, columns: int, dtype: Any, moved: Sequence[Any], flags: int
 ) -> tuple[int, int]:
-    """(sequences, steps) of a block: the fewest tiles and chunks, each as small as they allow."""
+    """(sequences, steps) of a block: the fewest tiles and chunks, then the smallest blocks."""
     rows = steps = 1
     for most in MOST_ROWS:
         rows = _up(pl.cdiv(B, pl.cdiv(B, most)), _sublanes(dtype))
@@ -186,18 +185,18 @@ def _choose(
 
 
 def _room(rows: int, columns: int, dtype: Any, moved: Sequence[Any], flags: int) -> int:
-    """How many steps of a tile find room in VMEM beside what stays there."""
+    """How many steps of a tile fit into VMEM beside the arrays that stay there."""
     tile = rows * columns
-    # M; v and c, each as it was given and as it is now; the two buffers of an end; 8 rows of leak.
+    # M; v and c, initial and current; two buffers of the end; 8 rows of the leak.
     stays = columns**2 * dtype.itemsize + 2 * tile * (dtype.itemsize + 4) + 2 * tile * 4
     stays += 8 * columns * 4
-    # Two buffers. One flag of a sequence takes up a row of lanes.
+    # Two buffers. The flag of a sequence takes a row of lanes.
     step = 2 * (tile * sum(d.itemsize for d in moved) + flags * rows * LANES * 4)
     return (VMEM_BYTES - stays) // step
 
 
 def _sublanes(dtype: Any) -> int:
-    """The rows of a tile of memory: 8 of 32 bits, 16 of 16."""
+    """The rows of a tile of memory: 8 for 32 bits, 16 for 16 bits."""
     return 32 // dtype.itemsize
 
 

@@ -1,6 +1,6 @@
-"""The loops as kernels run them: arrays brought into their form, and back.
+"""Calls of the kernels: conversion of arrays to their layout, and back.
 
-A kernel is imported where it runs, Pallas with it.
+A kernel, and Pallas with it, is imported on first use.
 """
 
 from collections.abc import Callable
@@ -30,10 +30,10 @@ def states(
     mask: jax.Array | None,
     h0: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """(the last h_t in scan order, h_t of every step), frozen where the mask is False.
+    """(the last h_t in scan order, hs), frozen where the mask is False.
 
     Args:
-      name: the kernel.
+      name: of the kernel.
       options: how the loops are run.
       W: recurrent weights, `[H, H]`.
       leak: α, scalar or `[H]`, or None.
@@ -43,8 +43,8 @@ def states(
       h0: h_0, `[*batch, H]`.
     """
     if activation is jax.nn.relu:
-        # Pallas for GPUs takes no function that has a derivative rule of its own in jax 0.11, and
-        # derivatives do not pass here.
+        # Pallas for GPUs does not support functions with custom derivatives in jax 0.11, and this
+        # one is not differentiated.
         activation = lambda a: jnp.maximum(a, 0)  # noqa: E731
     loop = kernel_loops.states(activation, h0.dtype)
     hs, _ = _run(name, options, loop, W, leak, h0, h0, (a,), (mask, None), h0.dtype)
@@ -52,7 +52,7 @@ def states(
 
 
 def tangent_states(J: Any, e: jax.Array, y0: jax.Array, *, name: str) -> tuple[Any, jax.Array]:
-    """As in `jaxrnn._core.linear`, of `Jacobians` of the rate form: (None, y of every step)."""
+    """(None, y of every step), as in `jaxrnn._core.linear`, for the rate form."""
     loop, flags = kernel_loops.tangent(J.slope_of, J.W.dtype), (J.mask, J.cut)
     return None, _run(name, J.options, loop, J.W, J.leak, y0, y0, (J.p, e), flags, e.dtype)[0]
 
@@ -91,7 +91,7 @@ def _run(name, options, loop, matrix, leak, v0, c0, streams, flags, out_dtype) -
         flags=Flags(*map(flag, flags)),
         leak=leak,
     )
-    out, end = _side_by_side(_kernel(name, options, matrix.dtype), loop, arrays, out_dtype)
+    out, end = _bind(_kernel(name, options, matrix.dtype), loop, arrays, out_dtype)
     out = out.reshape(time, *batch, hidden_size)
     return out, None if end is None else end.reshape(c0.shape)
 
@@ -106,16 +106,16 @@ def _kernel(name: str, options: Options, dtype: jnp.dtype) -> Callable[..., Any]
     return partial(import_module(f"jaxrnn._backends.kernels.{name}").run, **how)
 
 
-# Where networks stand side by side: in each of the `Arrays`, and in (out, end).
+# The axis of networks in each of the `Arrays`, and in (out, end).
 _M_OF_ARRAYS, _M_OF_RESULTS = (0, 0, 0, 1, 1, 0), (1, 0)
 
 _kernel_p = make_primitive("kernel")
 
 
-def _side_by_side(kernel: Callable[..., Any], loop: Loop, arrays: Arrays, out_dtype: Any) -> Any:
-    """Run a kernel; members that are mapped over, each with weights of its own, join its axis M.
+def _bind(kernel: Callable[..., Any], loop: Loop, arrays: Arrays, out_dtype: Any) -> Any:
+    """Run a kernel; under vmap over weights, members join its axis M.
 
-    Derivatives do not pass here: those of a loop are the library's own.
+    It is not differentiated: the loops have their own derivative rules.
     """
     leaves, tree = jax.tree.flatten(arrays)
 
@@ -123,11 +123,11 @@ def _side_by_side(kernel: Callable[..., Any], loop: Loop, arrays: Arrays, out_dt
         out, end = kernel(loop, jax.tree.unflatten(tree, leaves), out_dtype)
         return [out] if end is None else [out, end]
 
-    # Traced as if outside shard_map, whose types of arrays kernels do not know.
+    # Traced as if outside shard_map, whose array types kernels do not support.
     call = jax.make_jaxpr(run)(*[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves])
 
     def again(leaves):
-        return _side_by_side(kernel, loop, jax.tree.unflatten(tree, leaves), out_dtype)
+        return _bind(kernel, loop, jax.tree.unflatten(tree, leaves), out_dtype)
 
     found = _kernel_p.bind(*leaves, call=call, again=again, tree=tree)
     out, end = (*found, None)[:2]
@@ -135,7 +135,7 @@ def _side_by_side(kernel: Callable[..., Any], loop: Loop, arrays: Arrays, out_dt
 
 
 def _join(leaves, axes, *, call, again, tree):
-    del call  # of the shapes before
+    del call  # of the unbatched shapes
     (size,) = {x.shape[a] for x, a in zip(leaves, axes, strict=True) if a is not None}
     parts = zip(jax.tree.unflatten(tree, leaves), _M_OF_ARRAYS, strict=True)
     places = [place for part, place in parts for _ in jax.tree.leaves(part)]
