@@ -33,9 +33,9 @@ def main() -> int:
         if name not in EXTRAS:
             raise
         missing = isinstance(error, ModuleNotFoundError)
-        said = "is missing" if missing else f"cannot be imported: {str(error).splitlines()[0]}"
+        problem = "is missing" if missing else f"cannot be imported: {str(error).splitlines()[0]}"
         needs = f"pip install 'jaxrnn[{EXTRAS[name]}]'"
-        print(f"jaxrnn: error: {name} {said}; {needs}", file=sys.stderr)
+        print(f"jaxrnn: error: {name} {problem}; {needs}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -69,8 +69,8 @@ def from_torch(module: Any, activation: Phi | None = None) -> Cells:
     ends = [[f"_l{n}{turn}" for turn in turns] for n in range(depth)]
     ends = [[""]] if set(TORCH_KINDS) & set(state) else ends
     kinds = TORCH_KINDS[: 4 if any(key.startswith("bias_") for key in state) else 2]
-    wanted = [kind + end for layer in ends for end in layer for kind in kinds]
-    _require("module", state, wanted, hint=_torch_hint(state))
+    expected_keys = [kind + end for layer in ends for end in layer for kind in kinds]
+    _require("module", state, expected_keys, hint=_torch_hint(state))
     stack = [tuple(_torch_cell(state, end, kinds, phi) for end in layer) for layer in ends]
     cells: Any = tuple(layer if len(layer) == 2 else layer[0] for layer in stack)
     return check_cells("module", cells if len(ends) > 1 or len(turns) > 1 else cells[0])
@@ -234,8 +234,8 @@ def _torch_cell(state: Mapping[str, Any], end: str, kinds: tuple, phi: Phi) -> C
         half = str(getattr(value, "dtype", "")) == "torch.bfloat16"
         if _kind(value, "torch", "Tensor"):
             try:
-                held = value.detach().cpu()
-                value = (held.float() if half else held).numpy()
+                tensor = value.detach().cpu()
+                value = (tensor.float() if half else tensor).numpy()
             except (TypeError, RuntimeError):
                 got = f"{value.dtype}, {value.layout}, on {value.device}"
                 checks.bad_type(name, "a tensor that NumPy can hold", got)
@@ -259,21 +259,21 @@ def _each(name: str, value: Any, convert: Callable, *how: Any) -> Any:
 def _flax(name: str, value: Any, phi: Phi | None, turned: bool = False) -> Any:
     if phi is None:
         phi = _named(value.activation_fn) if _kind(value, "flax.nnx", "SimpleCell") else None
-    found = _nnx_parts(name, value, turned, "SimpleCell", "RNN", "Bidirectional")
-    found = {key: part for key, part in found.items() if key != "rngs"}
+    parameters = _nnx_parts(name, value, turned, "SimpleCell", "RNN", "Bidirectional")
+    parameters = {key: part for key, part in parameters.items() if key != "rngs"}
     for keys in (("i", "h"), NNX_PARTS["SimpleCell"], NNX_PARTS["Bidirectional"]):
-        if not set(keys) & set(found):
+        if not set(keys) & set(parameters):
             continue
-        _require(name, found, keys)
+        _require(name, parameters, keys)
         where = {key: f"{name}[{key!r}]" for key in keys}
         if keys[0] == "forward_rnn":
-            return (tuple(_flax(where[key], found[key], phi, True) for key in keys),)
-        parts = {key: _nnx_parts(where[key], found[key], turned, "Linear") for key in keys}
+            return (tuple(_flax(where[key], parameters[key], phi, True) for key in keys),)
+        parts = {key: _nnx_parts(where[key], parameters[key], turned, "Linear") for key in keys}
         return _cell(name, _linears(name, parts), "tanh" if phi is None else phi)
     # A cell is under "params", under its RNN's attribute, or alone under a name.
-    if len(found) != 1:
-        checks.bad_value(name, "the parameters of one SimpleCell, with i and h", _keys(found))
-    [(key, inner)] = found.items()
+    if len(parameters) != 1:
+        checks.bad_value(name, "the parameters of one SimpleCell, with i and h", _keys(parameters))
+    [(key, inner)] = parameters.items()
     return _flax(f"{name}[{key!r}]", inner, phi, turned)
 
 
@@ -295,9 +295,9 @@ def _nnx_parts(name: str, value: Any, turned: bool, *kinds: str) -> Mapping:
     return {key: part for key, part in parts.items() if part is not None}
 
 
-def _one_dtype(name: str, computing: Any, held: Any) -> None:
-    if computing is not None and jax.dtypes.canonicalize_dtype(computing) != held:
-        checks.bad_value(name, f"the weights' dtype, {held}", jnp.dtype(computing))
+def _one_dtype(name: str, computing: Any, weights: Any) -> None:
+    if computing is not None and jax.dtypes.canonicalize_dtype(computing) != weights:
+        checks.bad_value(name, f"the weights' dtype, {weights}", jnp.dtype(computing))
 
 
 def _keras(name: str, layer: Any) -> Any:
@@ -348,18 +348,18 @@ def _cell(name: str, values: list[tuple[str, Any]], phi: Any, transposed: bool =
     return check_cell(name, Cell(U, W, total, activation=phi))
 
 
-def _require(name: str, found: Mapping, keys: Collection[str], hint: str = "") -> None:
+def _require(name: str, mapping: Mapping, keys: Collection[str], hint: str = "") -> None:
     for key in keys:
-        if key not in found:
-            checks.bad_value(name, f"the key {key!r}", _keys(found) + hint)
-    if len(found) > len(keys):
-        others = [key for key in found if key not in keys]
+        if key not in mapping:
+            checks.bad_value(name, f"the key {key!r}", _keys(mapping) + hint)
+    if len(mapping) > len(keys):
+        others = [key for key in mapping if key not in keys]
         checks.bad_value(name, f"no keys but {_keys(keys)}", _keys(others))
 
 
-def _keys(found: Collection) -> str:
-    more = [f"and {len(found) - 8} more"] if len(found) > 8 else []
-    return ", ".join([*map(str, found)][:8] + more) or "no keys"
+def _keys(keys: Collection) -> str:
+    more = [f"and {len(keys) - 8} more"] if len(keys) > 8 else []
+    return ", ".join([*map(str, keys)][:8] + more) or "no keys"
 
 
 def _describe(value: Any) -> str:

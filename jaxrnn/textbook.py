@@ -181,9 +181,9 @@ def _double_sum(params, xs, hs, error, options, kept):
         through_a = jnp.where(cut[:, None, None, None], 0, through_a)
     jacobians = jnp.einsum("tbi,ij->tbij", k, jnp.eye(size, dtype=dtype)) + through_a
 
-    def multiply(products, now):
+    def multiply(products, inputs):
         # Row t is (ŷ_t − y_t)ᵀ V Π_{j=k}^{t−1} ∂h_{j+1}/∂h_j; row k begins with this step.
-        k, jacobian, error, q = now
+        k, jacobian, error, q = inputs
         products = jnp.einsum("tbi,bij->tbj", products, jacobian)
         own = (jnp.einsum("bo,oi->bi", error, V) * q)[None]
         products = jnp.where((steps == k)[:, None, None], own, products)

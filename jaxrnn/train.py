@@ -97,8 +97,8 @@ def init_state(
         checks.random_key("key", key)
     params = jax.tree.map(jnp.asarray, params)
     copy, optimizer = partial(jax.tree.map, jnp.array), _check_optimizer(optimizer)
-    kept = _ask(lambda: copy(optimizer.init(params)))
-    return TrainState(copy(params), kept, copy(h), jnp.zeros((), jnp.int32), copy(key))
+    optimizer_state = _call(lambda: copy(optimizer.init(params)))
+    return TrainState(copy(params), optimizer_state, copy(h), jnp.zeros((), jnp.int32), copy(key))
 
 
 def _check_optimizer(optimizer):
@@ -113,7 +113,7 @@ def _check_optimizer(optimizer):
     return optax.with_extra_args_support(optimizer)
 
 
-def _ask(function, *args, extras=({},)):
+def _call(function, *args, extras=({},)):
     """Call a function of an optimiser with the first `extras` it accepts, or raise a TypeError."""
     failed = None
     for extra in extras:
@@ -184,10 +184,10 @@ def make_update(
     def update(state: TrainState, inputs: jax.Array, targets: jax.Array):
         return whole(state, inputs, targets)[:2]
 
-    return _called(update, loss)
+    return _guarded(update, loss)
 
 
-def _called(update, loss) -> Any:
+def _guarded(update, loss) -> Any:
     """The public function of an update: it is jitted, checks ids, and limits updates in flight."""
     jitted: Any = jax.jit(update, donate_argnums=0)
     under_way = deque()
@@ -198,13 +198,13 @@ def _called(update, loss) -> Any:
         if loss is None and isinstance(state.params, Params):
             inputs = _known_ids("inputs", inputs, first_cell(state.params.cell).U.shape[1])
             targets = _known_ids("targets", targets, state.params.readout.V.shape[0])
-        state, said = jitted(state, inputs, targets)
-        value = said.loss if isinstance(said, Figures) else said
+        state, result = jitted(state, inputs, targets)
+        value = result.loss if isinstance(result, Figures) else result
         if not isinstance(value, Tracer):
             under_way.append(value)
             if len(under_way) > AHEAD and not (oldest := under_way.popleft()).is_deleted():
                 oldest.block_until_ready()
-        return state, said
+        return state, result
 
     for name in ("lower", "trace", "eval_shape", "clear_cache", "_cache_size"):
         setattr(call, name, getattr(jitted, name))
@@ -256,12 +256,12 @@ def _update(optimizer, loss, mesh):
         common = {"value": value, "grad": mean, "value_fn": value_fn}
         grad_fn = {"grad_fn": lambda params, *_: jax.grad(value_fn)(params)}
         extras = {**common, **grad_fn, "obj_fn": value_fn}, common, grad_fn, {}
-        old = state.optimizer_state
-        updates, kept = _ask(optimizer.update, mean, old, params, extras=extras)
-        for what, (a, b) in {"updates": (updates, params), "a state": (kept, old)}.items():
+        before = state.optimizer_state
+        updates, after = _call(optimizer.update, mean, before, params, extras=extras)
+        for what, (a, b) in {"updates": (updates, params), "a state": (after, before)}.items():
             if jax.tree.map(jnp.shape, a) != jax.tree.map(jnp.shape, b):
                 checks.bad_value("optimizer", f"{what} of the same shapes", "others")
-        new = TrainState(optax.apply_updates(params, updates), kept, h, state.step + 1, state.key)
+        new = TrainState(optax.apply_updates(params, updates), after, h, state.step + 1, state.key)
         return new, value, mean, wrong == 0
 
     return update
@@ -371,11 +371,11 @@ def make_checked_update(
         finite = jnp.all(jnp.stack([finite, *map(jnp.all, good)]))
         squares = [jax.tree.map(_square, tree) for tree in (gradient, state.params)]
         norms = [jnp.sqrt(sum(map(jnp.sum, jax.tree.leaves(tree)))) for tree in squares]
-        kept = replace(start_over(state), step=new.step)
+        unchanged = replace(start_over(state), step=new.step)
         keep = lambda a, b: a if _is_key(a) else jnp.where(finite, a, b)  # noqa: E731
-        return jax.tree.map(keep, new, kept), Figures(mean, norms[0], norms[1], finite)
+        return jax.tree.map(keep, new, unchanged), Figures(mean, norms[0], norms[1], finite)
 
-    return _called(update, loss)
+    return _guarded(update, loss)
 
 
 def _square(x):
@@ -466,8 +466,8 @@ def fit(
         norms = float(figures[-1].gradient_norm), float(figures[-1].parameter_norm)
         return Report(state, step, loss, *norms, len(figures) - len(finite), pace)
 
-    wanted = islice(windows, max(steps - begun, 0))
-    for step, (inputs, targets, first) in enumerate(wanted, begun + 1):
+    remaining = islice(windows, max(steps - begun, 0))
+    for step, (inputs, targets, first) in enumerate(remaining, begun + 1):
         state, figures = update(start_over(state) if first else state, inputs, targets)
         if not isinstance(figures, Figures):
             checks.bad_type("update", "that of make_checked_update", "another function")

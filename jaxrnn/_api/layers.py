@@ -87,8 +87,8 @@ def unroll_layers(
     if dropout:
         checks.random_key("key", key)
     how = reverse, checkpoint_every, truncate, window, implementation, precision
-    given = dict(options=check_options(args, *how), dropout=dropout, residual=bool(residual))
-    return layers.unroll(*args, None, key, **given)
+    static = dict(options=check_options(args, *how), dropout=dropout, residual=bool(residual))
+    return layers.unroll(*args, None, key, **static)
 
 
 def bidirectional(

@@ -33,20 +33,20 @@ def check_options(
         # A divisor of T between √T and 2 √T, if there is one.
         least = math.isqrt(max(time - 1, 0)) + 1
         checkpoint_every = next((n for n in range(least, 2 * least) if time % n == 0), least)
-    given = {"checkpoint_every": checkpoint_every, "truncate": truncate, "window": window}
-    given = {name: value for name, value in given.items() if value is not None}
+    reach = {"checkpoint_every": checkpoint_every, "truncate": truncate, "window": window}
+    reach = {name: value for name, value in reach.items() if value is not None}
     # All k ≥ T mean the same, except that a window of T + 1 reaches h_0.
     most = 1 + (time if isinstance(time, int) else 2**30)
-    for name, value in given.items():
+    for name, value in reach.items():
         checks.positive(name, value)
-        given[name] = min(int(value), most)
+        reach[name] = min(int(value), most)
     for other in ("truncate", "checkpoint_every"):
-        if "window" in given and other in given:
+        if "window" in reach and other in reach:
             checks.bad_value(f"{other} and window", "at most one of them", "both")
     reverse = checks.boolean("reverse", reverse)
     checks.one_of("implementation", implementation, IMPLEMENTATIONS)
     checks.precision(precision)
-    options = with_device(Options(reverse, implementation, precision, None, **given), time)
+    options = with_device(Options(reverse, implementation, precision, None, **reach), time)
     if implementation in KERNELS:
         for cell in jax.tree.leaves(cells, is_leaf=lambda leaf: isinstance(leaf, Cell)):
             W = jax.ShapeDtypeStruct(cell.W.shape, result_dtype(args))

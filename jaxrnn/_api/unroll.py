@@ -160,8 +160,8 @@ def step(cell: Cell, x: jax.Array | Ids, h: jax.Array, *, precision: Any = None)
     return _step(cell, x, h, precision=precision)
 
 
-def _check_step(given: tuple) -> tuple:
-    cell, x, h = given
+def _check_step(arguments: tuple) -> tuple:
+    cell, x, h = arguments
     checks.not_swapped("cell", cell, "x", x, Cell)
     cell = check_cell("cell", cell)
     hidden_size, input_size = cell.U.shape

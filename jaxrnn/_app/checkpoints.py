@@ -123,8 +123,8 @@ def fingerprint(tree: Any) -> jax.Array:
 
 
 def _line(error):
-    said = getattr(error, "strerror", None) or directory.first_line(error)
-    return re.split(r" \[|\. See full", said)[0]
+    text = getattr(error, "strerror", None) or directory.first_line(error)
+    return re.split(r" \[|\. See full", text)[0]
 
 
 @contextmanager

@@ -309,11 +309,11 @@ def open_corpus(
     if not any(np.any(chunk != first) for chunk in chunks(ids)):
         only = f"0x{first:02x}" if text.level == "byte" else repr(text.characters[first])
         bad_input(text.name, f"two distinct {unit}", f"only {only}")
-    kept = max(2, round(text.length * held_out))
-    needed, left = batch_size * seq_length + 1, max(0, text.length - kept)
+    held_count = max(2, round(text.length * held_out))
+    needed, left = batch_size * seq_length + 1, max(0, text.length - held_count)
     if left < needed:
         why = f"{batch_size} streams of one window of {seq_length}"
         got = f"{left:,}; lower --batch-size, --seq-length or --held-out"
         bad_input(text.name, f"at least {needed:,} {unit} for training, {why}", got)
     vocabulary = Vocabulary(text.characters)
-    return Corpus(text, vocabulary, ids[:-kept], ids[-kept:][:evaluated])
+    return Corpus(text, vocabulary, ids[:-held_count], ids[-held_count:][:evaluated])

@@ -108,12 +108,12 @@ class Placement:
 
     def __str__(self) -> str:
         count, processes = self.devices, jax.process_count()
-        said = f"{count} {jax.devices()[0].platform} device{'s' * (count > 1)}"
-        said += f" in {processes} processes" if processes > 1 else ""
+        text = f"{count} {jax.devices()[0].platform} device{'s' * (count > 1)}"
+        text += f" in {processes} processes" if processes > 1 else ""
         for axis, what in ((DATA, "the batch"), (MODEL, "hidden units")):
             if self.mesh.shape[axis] > 1:
-                said += f", {what} over {self.mesh.shape[axis]}"
-        return said
+                text += f", {what} over {self.mesh.shape[axis]}"
+        return text
 
     def of_state(self, state: Any) -> Any:
         def sharding(path, x):
@@ -191,8 +191,8 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
                 shutdown_timeout_seconds=HEARTBEAT,
             )  # fmt: skip
     except (RuntimeError, ValueError) as error:
-        said = f"cannot join the others by {where}: {first_line(error)}"
-        raise InputError(f"--coordinator: {said}") from error
+        problem = f"cannot join the others by {where}: {first_line(error)}"
+        raise InputError(f"--coordinator: {problem}") from error
     finally:
         alarm.cancel()
     start()
@@ -261,10 +261,10 @@ def agree(error: Exception | None, alike: Mapping[str, object]) -> None:
         raise RefusedError(error) from error
     if failed:
         raise RefusedError("--process: another process cannot begin this run, and says why")
-    for said, value in alike.items():
+    for message, value in alike.items():
         mark = zlib.crc32(repr(value).encode()) >> 1
         if largest(mark) != -largest(-mark):
-            raise RefusedError(f"{said}, got {value} here")
+            raise RefusedError(f"{message}, got {value} here")
 
 
 def leave(code: int) -> NoReturn:

@@ -95,12 +95,12 @@ def text_as_json(text: Text) -> dict[str, Any]:
     return {**asdict(text), "characters": "".join(text.characters)}
 
 
-def go_on_with(begun: Config, given: Mapping[str, Any], out: Path) -> Config:
+def go_on_with(begun: Config, options: Mapping[str, Any], out: Path) -> Config:
     """The options of a resumed run: an InputError if any would change its numbers."""
-    for name, value in given.items():
+    for name, value in options.items():
         if name not in FREE and value != (before := getattr(begun, name)):
             bad_input(flag(name), f"{before}, as {out} was begun with", value)
-    return replace(begun, **given)
+    return replace(begun, **options)
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
@@ -234,62 +234,62 @@ class Run:
                     signal = devices.largest(asked())
                 return signal > 0
 
-            def save(now, measured):
-                self._checkpoints.save(now.step, now.state, identity(config, text), measured)
+            def save(last, measured):
+                self._checkpoints.save(last.step, last.state, identity(config, text), measured)
 
             devices.wait_for_all("training")
-            for now in train.fit(
+            for last in train.fit(
                 state, update, placed, config.steps,
                 every=(REPORT_EVERY, config.eval_every, config.checkpoint_every),
                 skip_nonfinite=config.skip_nonfinite, stop=stop,
             ):  # fmt: skip
-                self.step, ended = now.step, now.step == config.steps
+                self.step, ended = last.step, last.step == config.steps
                 release(self.corpus.train)
-                row = self._row(now, begun)
+                row = self._row(last, begun)
                 measured, best = None, False
-                if ended or now.step % config.eval_every == 0:
-                    nats = train.evaluate(now.state.params, *held_out, seq_length=at_once, put=put)
-                    measured = row["held_out_bits"] = self._measured(nats, now)
+                if ended or last.step % config.eval_every == 0:
+                    nats = train.evaluate(last.state.params, *held_out, seq_length=at_once, put=put)
+                    measured = row["held_out_bits"] = self._measured(nats, last)
                     self.bits = math.nan if measured is None else measured
                     best = self.bits < self._least
                     self._least = self.bits if best else self._least
                 if devices.is_first():
                     directory.append_metrics(self.out, row)
-                due = ended or signal or best or now.step % config.checkpoint_every == 0
+                due = ended or signal or best or last.step % config.checkpoint_every == 0
                 if due:
-                    save(now, measured)
+                    save(last, measured)
                 try:
                     report(row)
                 except OSError as error:  # the output was closed
                     if not (due or devices.are_several()):
-                        save(now, None)
+                        save(last, None)
                     if not signal:
                         said = f"standard output: cannot be written: {error.strerror}"
                         raise FailedError(said) from error
         return 0 if self.step == config.steps else signal
 
-    def _row(self, now, begun):
+    def _row(self, last, begun):
         self.seconds = round(time.perf_counter() - begun, 3)
-        finite, pace = math.isfinite(now.loss), now.updates_per_second
+        finite, pace = math.isfinite(last.loss), last.updates_per_second
         window = self.config.batch_size * self.config.seq_length
         row = {
-            "step": now.step,
-            "loss": now.loss if finite else None,
-            "bits": now.loss / math.log(2) if finite else None,
+            "step": last.step,
+            "loss": last.loss if finite else None,
+            "bits": last.loss / math.log(2) if finite else None,
             "characters_per_second": round(pace * window) if math.isfinite(pace) else None,
             "seconds": self.seconds,
         }
-        self._skipped += now.skipped
+        self._skipped += last.skipped
         if self._skipped:
             row["skipped"] = self._skipped
         return row
 
-    def _measured(self, nats, now):
+    def _measured(self, nats, last):
         if math.isfinite(nats):
             return nats / math.log(2)
         if self.config.skip_nonfinite:
             return None
         raise train.DivergedError(
-            f"the held-out loss became {nats} at step {now.step} (gradient norm "
-            f"{now.gradient_norm:.4g}, parameter norm {now.parameter_norm:.4g})"
+            f"the held-out loss became {nats} at step {last.step} (gradient norm "
+            f"{last.gradient_norm:.4g}, parameter norm {last.parameter_norm:.4g})"
         )

@@ -73,10 +73,10 @@ def _facts(out: Path, text: Text | None, references: dict[str, float], unit: str
         counted = ", ".join(f"{name} {bits:.2f}" for name, bits in references.items())
         table.add_row("reference", f"{counted} bits per held-out {unit}")
     steps, best = directory.checkpoint_steps(out), directory.best_checkpoint(out)
-    said = "at step " + ", ".join(map(str, steps)) if steps else "none yet"
+    listed = "at step " + ", ".join(map(str, steps)) if steps else "none yet"
     if best is not None:
-        said += f"; the best is {best[0]}, with {best[1]:.3f} held-out bits per {unit}"
-    table.add_row("checkpoints", said)
+        listed += f"; the best is {best[0]}, with {best[1]:.3f} held-out bits per {unit}"
+    table.add_row("checkpoints", listed)
     return table
 
 
@@ -86,20 +86,20 @@ def _alphabet(text: Text) -> str:
     # repr escapes line breaks and what terminals do not show.
     shown = repr("".join(text.characters[:SHOWN]))
     more = " …" if len(text.characters) > SHOWN else ""
-    said = f"{len(text.characters)} distinct: {shown}{more}"
+    shown_text = f"{len(text.characters)} distinct: {shown}{more}"
     # rich would break lines at spaces, and drop them.
-    return "\n".join(said[n : n + CUT] for n in range(0, len(said), CUT))
+    return "\n".join(shown_text[n : n + CUT] for n in range(0, len(shown_text), CUT))
 
 
 def _latest(rows: list[dict[str, Any]]) -> str:
     last = rows[-1]
-    said = f"step {last['step']}: training " + (f"{b:.3f}" if (b := last["bits"]) else "–")
+    summary = f"step {last['step']}: training " + (f"{b:.3f}" if (b := last["bits"]) else "–")
     held_out = [row for row in rows if row.get("held_out_bits") is not None]
     if held_out:
-        said += f", held-out {held_out[-1]['held_out_bits']:.3f}"
-        said += "" if held_out[-1] is last else f" at step {held_out[-1]['step']}"
+        summary += f", held-out {held_out[-1]['held_out_bits']:.3f}"
+        summary += "" if held_out[-1] is last else f" at step {held_out[-1]['step']}"
     skipped = last.get("skipped", 0)
-    return f"{said}; {skipped} updates skipped" if skipped else said
+    return f"{summary}; {skipped} updates skipped" if skipped else summary
 
 
 def picture(out: Path, rows: list[dict[str, Any]], references: dict[str, float], unit: str) -> str:

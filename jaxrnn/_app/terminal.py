@@ -52,13 +52,13 @@ def reporter(
 
     def line(row):
         nonlocal printed, at
-        said, step, now = words(row), row["step"], time.perf_counter()
+        text, step, clock = words(row), row["step"], time.perf_counter()
         if "held_out_bits" in row:
             # This pace includes evaluation and checkpoints.
-            seconds = (now - at) / (step - printed) * (steps - step)
-            printed, at = step, now
-            said = f"step {step:>{len(str(steps))}}/{steps}  {said}"
-            console.print(f"{said}  {timedelta(seconds=round(seconds))} left", soft_wrap=True)
+            seconds = (clock - at) / (step - printed) * (steps - step)
+            printed, at = step, clock
+            text = f"step {step:>{len(str(steps))}}/{steps}  {text}"
+            console.print(f"{text}  {timedelta(seconds=round(seconds))} left", soft_wrap=True)
 
     if not console.is_terminal or console.is_dumb_terminal or console.quiet:
         yield line

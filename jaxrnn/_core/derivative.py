@@ -91,11 +91,11 @@ def _checkpointed(options, cell, sequences, carry):
     dtype, wide = h0.dtype, accumulation_dtype(h0.dtype)
     cell = cast(cell, wide)
 
-    def segment(h, now, first):
+    def segment(h, part, first):
         if lengths is not None:
-            size = leading_shape(now.xs)[0]
-            now = now._replace(mask=valid_steps(lengths, None, size, first))
-        h, hs = _valid_states(cast(cell, dtype), now, h.astype(dtype), options)
+            size = leading_shape(part.xs)[0]
+            part = part._replace(mask=valid_steps(lengths, None, size, first))
+        h, hs = _valid_states(cast(cell, dtype), part, h.astype(dtype), options)
         return h.astype(wide), hs
 
     every, reverse = options.checkpoint_every, options.reverse
@@ -141,8 +141,8 @@ def _tangent(options, arguments, results, tangents):
     dxs = None if isinstance(moved.xs, Ids) else moved.xs
     h_last, (hs, kept) = results
     known = cell, sequences._replace(hs=hs, kept=kept), h0
-    given = Tangents(dcell, dxs, moved.drive, dh0)
-    dh_last, dhs = derivative(options, cell)(known, given, like=(h_last, hs))
+    moving = Tangents(dcell, dxs, moved.drive, dh0)
+    dh_last, dhs = derivative(options, cell)(known, moving, like=(h_last, hs))
     # Derivatives of higher order do not use the residuals.
     return dh_last, (dhs, jax.tree.map(lambda _: None, kept))
 
@@ -290,8 +290,8 @@ def _push_forward(options, known, tangents):
     dtype = steps.hs.dtype
     wide = accumulation_dtype(dtype)
 
-    def segment(dh_before, now, start):
-        steps, dxs, ddrive, dstate = now
+    def segment(dh_before, part, start):
+        steps, dxs, ddrive, dstate = part
         at = linearised(options, cell, steps, state_before(options, known, start, steps))
         moved = cast(Tangents(tangents.cell, dxs, ddrive, None, dstate), wide)
         dhs = linear.tangent_states(at.J, _sources(at, moved), dh_before)
@@ -299,8 +299,8 @@ def _push_forward(options, known, tangents):
 
     dh0 = jnp.zeros_like(h0, wide) if tangents.h0 is None else tangents.h0.astype(wide)
     length = segment_length(options, cell, steps.hs, h0)
-    now = steps, tangents.xs, tangents.drive, tangents.state
-    over = partial(remat.over_segments, segment, dh0, now, length, steps.hs)
+    part = steps, tangents.xs, tangents.drive, tangents.state
+    over = partial(remat.over_segments, segment, dh0, part, length, steps.hs)
     dh_last, dhs = over(reverse=options.reverse)
     return dh_last.astype(dtype), dhs
 
@@ -326,8 +326,8 @@ def _pull_back(options, known, cotangents, wanted):
     (cell, steps, h0), (g_last, g) = known, cotangents
     wide = accumulation_dtype(h0.dtype)
 
-    def segment(carry, now, start):
-        (steps, g), (from_later, sums) = now, carry
+    def segment(carry, part, start):
+        (steps, g), (from_later, sums) = part, carry
         h_before = state_before(options, known, start, steps)
         g = None if g is None else g.astype(wide)
         share = segment_gradient(options, cell, steps, h_before, g, from_later, wanted)
@@ -341,8 +341,8 @@ def _pull_back(options, known, cotangents, wanted):
     (dh0, sums), (dxs, ddrive, dstate) = remat.over_segments(
         segment, carry, (steps, g), length, per_step, reverse=not options.reverse
     )
-    found = Tangents(sums, dxs, ddrive, None if wanted.h0 is None else dh0, dstate)
-    return cast_like(found, wanted)
+    grads = Tangents(sums, dxs, ddrive, None if wanted.h0 is None else dh0, dstate)
+    return cast_like(grads, wanted)
 
 
 def segment_gradient(options, cell, steps, h_before, g, from_later, wanted) -> Tangents:
@@ -368,15 +368,15 @@ def segment_gradient(options, cell, steps, h_before, g, from_later, wanted) -> T
         dcell = jax.tree.map(lambda x: like(cell.leak, x.T).T * x, G)
         dcell = replace(dcell, leak=_voltage_leak_gradient(at, G, adjoint))
         rest = moving._replace(cell=jax.tree.map(lambda _: None, cell))
-        found = _transposed(of_a, rest, delta)
-        found = found._replace(cell=_only(wanted.cell, dcell))
+        grads = _transposed(of_a, rest, delta)
+        grads = grads._replace(cell=_only(wanted.cell, dcell))
     else:
-        found = _transposed(of_a, moving, delta)
+        grads = _transposed(of_a, moving, delta)
         if jax.tree.leaves(theta := _theta(moving.cell)):
             of_f = _transposed(partial(_along, at.by_f), theta, adjoint)
-            leak, parameters = jax.tree.map(jnp.add, of_f, _theta(found.cell))
-            found = found._replace(cell=replace(found.cell, leak=leak, parameters=parameters))
-    return found._replace(h0=dh_before, state=_only(wanted.state, adjoint))
+            leak, parameters = jax.tree.map(jnp.add, of_f, _theta(grads.cell))
+            grads = grads._replace(cell=replace(grads.cell, leak=leak, parameters=parameters))
+    return grads._replace(h0=dh_before, state=_only(wanted.state, adjoint))
 
 
 def _transposed(tangent, moving, cotangent):
@@ -442,10 +442,10 @@ def _pull_in_window(options, known, cotangents, wanted):
 
 def _plain_in_window(options, known, tangents):
     cell, (xs, drive, mask, _, hs, _), h0 = known
-    held = lax.stop_gradient((hs, h0))
+    constants = lax.stop_gradient((hs, h0))
 
     def recomputed(cell, xs, drive, h0, state):
-        hs = window.recomputed(options, cell, (xs, drive, mask, state), h0, held)
+        hs = window.recomputed(options, cell, (xs, drive, mask, state), h0, constants)
         return hs[options.last], hs
 
     if drive is None and tangents.drive is not None:
@@ -461,26 +461,26 @@ def _plain_in_window(options, known, tangents):
 @partial(jax.jit, static_argnames="options")
 def bptt(cell, xs, h0, hs, dhs, dh_last, lengths, mask, drive, *, options: Options):
     """`CellGradients` for checked arguments."""
-    given = Tangents(cell, None if isinstance(xs, Ids) else xs, drive, h0)
+    arguments = Tangents(cell, None if isinstance(xs, Ids) else xs, drive, h0)
     cell, sequences, h0 = prepared(cell, xs, h0, lengths, mask, drive, options)
     sequences = clean(sequences, cell.U.shape[1])
     g = without_padding(dhs, sequences.mask).astype(h0.dtype)
     dh_last = jnp.zeros_like(h0) if dh_last is None else dh_last.astype(h0.dtype)
     if hs.shape[0] == 0:
-        nothing = jax.tree.map(jnp.zeros_like, given)
+        nothing = jax.tree.map(jnp.zeros_like, arguments)
         return CellGradients(nothing.cell, nothing.xs, dh_last, g, g)
     hs = masking.frozen_states(hs.astype(h0.dtype), h0, sequences.mask, options.reverse)
-    given_here = cell, sequences, h0, hs, g, sharding.laid_out_like(dh_last, h0)
-    cell, sequences, h0, hs, g, dh_last = sharding.varying_like(given_here, ())
+    values = cell, sequences, h0, hs, g, sharding.laid_out_like(dh_last, h0)
+    cell, sequences, h0, hs, g, dh_last = sharding.varying_like(values, ())
     # δ is the gradient of a drive, even without one, and λ that of an addition to the states.
     dxs = None if isinstance(xs, Ids) else sequences.xs
     wanted = Tangents(cell, dxs, jnp.zeros_like(g), h0, jnp.zeros_like(g))
     push = partial(derivative(options, cell), (cell, sequences._replace(hs=hs), h0), like=(h0, g))
-    (found,) = jax.linear_transpose(push, wanted)((dh_last, g))
+    (grads,) = jax.linear_transpose(push, wanted)((dh_last, g))
     return CellGradients(
-        cell=cast_like(found.cell, given.cell),
-        xs=cast_like(found.xs, given.xs),
-        h0=found.h0 if given.h0 is None else found.h0.astype(given.h0.dtype),
-        delta=found.drive if given.drive is None else found.drive.astype(given.drive.dtype),
-        adjoint=found.state,
+        cell=cast_like(grads.cell, arguments.cell),
+        xs=cast_like(grads.xs, arguments.xs),
+        h0=grads.h0 if arguments.h0 is None else grads.h0.astype(arguments.h0.dtype),
+        delta=grads.drive if arguments.drive is None else grads.drive.astype(arguments.drive.dtype),
+        adjoint=grads.state,
     )

@@ -45,8 +45,8 @@ class Sequences(NamedTuple):
 
 def clean(sequences: Sequences, input_size: int) -> Sequences:
     """Set inputs and drive to 0 on invalid steps, before any product, and make ids safe."""
-    given = sequences.xs, sequences.drive
-    xs, drive = jax.tree.map(lambda x: without_padding(x, sequences.mask), given)
+    arrays = sequences.xs, sequences.drive
+    xs, drive = jax.tree.map(lambda x: without_padding(x, sequences.mask), arrays)
     xs = safe_ids(xs.ids, input_size) if isinstance(xs, Ids) else xs
     return sequences._replace(xs=xs, drive=drive)
 
@@ -73,8 +73,8 @@ def _scan(options, keep, cell, sequences, h0):
     left = schedule.puts_weights_left(batch, cell.W.shape[0])
     W_times = repeated_product(weights.W_T, options.precision, left)
 
-    def step(h_prev, now):
-        x, drive, mask = now
+    def step(h_prev, inputs):
+        x, drive, mask = inputs
         s_prev = output(cell, h_prev)
         a = W_times(s_prev) + of_x(x, drive)
         moved = inner(cell, a)

@@ -21,12 +21,12 @@ def outputs(cell: Cell, hs: jax.Array) -> jax.Array:
     return output(cell, hs).astype(hs.dtype)
 
 
-def first_states(cells: Any, batch: tuple[int, ...], given: Any = None) -> Any:
+def first_states(cells: Any, batch: tuple[int, ...], h0: Any = None) -> Any:
     """First states `[*batch, H]`, in the structure of the cells; zeros in place of None."""
     if isinstance(cells, Cell):
-        return jnp.zeros((*batch, cells.W.shape[0]), cells.W.dtype) if given is None else given
-    given = (None,) * len(cells) if given is None else given
-    return tuple(first_states(cell, batch, h) for cell, h in zip(cells, given, strict=True))
+        return jnp.zeros((*batch, cells.W.shape[0]), cells.W.dtype) if h0 is None else h0
+    h0 = (None,) * len(cells) if h0 is None else h0
+    return tuple(first_states(cell, batch, h) for cell, h in zip(cells, h0, strict=True))
 
 
 @partial(jax.jit, static_argnames=("options", "dropout", "residual"))
@@ -60,8 +60,8 @@ def unroll_both(pair, xs, h0, lengths, mask, drive, *, options: Options):
     """((h_last, h_last), concatenated outputs) of two networks, one for each direction."""
     none = None, None
     each = zip(pair, h0 or none, drive or none, (options, options.turned()), strict=True)
-    found = [unroll(cells, xs, h, lengths, mask, a, options=how) for cells, h, a, how in each]
-    h_last, ys = zip(*found, strict=True)
+    results = [unroll(cells, xs, h, lengths, mask, a, options=how) for cells, h, a, how in each]
+    h_last, ys = zip(*results, strict=True)
     dtype = result_dtype(ys)
     return h_last, jnp.concatenate([y.astype(dtype) for y in ys], axis=-1)
 

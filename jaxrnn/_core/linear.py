@@ -101,8 +101,8 @@ def tangent_states(J: Jacobians, e: jax.Array, y0: jax.Array) -> jax.Array:
 def _forward(J, e, y0):
     W_times = _repeated(J.W.T, y0, J.options)
 
-    def step(y, now):
-        steps, e = now
+    def step(y, inputs):
+        steps, e = inputs
         y = e + times(J.at(steps), y, W_times)
         return y, y
 
@@ -127,8 +127,8 @@ def adjoint_states(
 def _backward(J, g, from_later, *, as_delta):
     W_T_times = _repeated(J.W, from_later, J.options)
 
-    def step(from_later, now):
-        steps, g = now
+    def step(from_later, inputs):
+        steps, g = inputs
         J_t = J.at(steps)
         adjoint = from_later if g is None else g + from_later
         delta = J_t.after_W(adjoint)

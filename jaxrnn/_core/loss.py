@@ -22,8 +22,8 @@ def logits(readout: Readout, s: jax.Array, precision=None) -> jax.Array:
     """Ω = V s + c, in the result dtype."""
     dtype = result_dtype(readout, s)
     readout, s = cast((readout, s), dtype)
-    found = product(s, readout.V.T, precision)
-    return (found + arithmetic.like(readout.c, found)).astype(dtype)
+    Omega = product(s, readout.V.T, precision)
+    return (Omega + arithmetic.like(readout.c, Omega)).astype(dtype)
 
 
 def cross_entropy(logits, targets, where=None):
@@ -81,7 +81,7 @@ def loss_and_grads(params, targets, xs, h0, lengths, mask, drive, *, options: Op
 @partial(jax.jit, static_argnames="options")
 def _by_hand(params, targets, xs, h0, lengths, mask, drive, *, options):
     """For one cell: loss and backpropagation, one segment after the other."""
-    given_h0, precision = h0, options.precision
+    h0_arg, precision = h0, options.precision
     cell, sequences, h0 = derivative.prepared(params.cell, xs, h0, lengths, mask, drive, options)
     cell, h0 = sharding.varying_like((cell, h0), targets)
     wide, readout = accumulation_dtype(h0.dtype), params.readout
@@ -98,20 +98,20 @@ def _by_hand(params, targets, xs, h0, lengths, mask, drive, *, options):
         known = cell, sequences, h0
         length = derivative.segment_length(options, cell, hs, h0, params.readout.V.shape[0])
 
-        def segment(carry, now, start):
-            (now, targets), (from_later, sums, loss) = now, carry
-            h_before = derivative.state_before(options, known, start, now)
-            s = output(cell, now.hs)
+        def segment(carry, part, start):
+            (part, targets), (from_later, sums, loss) = part, carry
+            h_before = derivative.state_before(options, known, start, part)
+            s = output(cell, part.hs)
             Omega = logits(params.readout, s.astype(h0.dtype), precision)
-            loss += jnp.sum(cross_entropy(Omega, targets, now.mask))
-            error = output_error(Omega, targets, now.mask)  # ŷ_t − y_t (3.1)
+            loss += jnp.sum(cross_entropy(Omega, targets, part.mask))
+            error = output_error(Omega, targets, part.mask)  # ŷ_t − y_t (3.1)
             # dL/dV = Σ error s_tᵀ, dL/dc = Σ error (3.2)
             V = arithmetic.sum_outer(error, s, precision)
             c = jnp.sum(error, tuple(range(error.ndim - 1)))
             g = product(error, params.readout.V, precision).astype(wide)  # Vᵀ error (3.3)
             q, by_theta = jax.tree.map(
-                partial(without_padding, mask=now.mask),
-                output_derivatives(cell, now.hs.astype(wide)),
+                partial(without_padding, mask=part.mask),
+                output_derivatives(cell, part.hs.astype(wide)),
             )
             if by_theta is not None:
                 parameters = jax.tree.map(
@@ -121,15 +121,15 @@ def _by_hand(params, targets, xs, h0, lengths, mask, drive, *, options):
                 sums = replace(sums, cell=replace(sums.cell, parameters=parameters))
             g = g if q is None else g * q
             wanted = derivative.Tangents(sums.cell, None, None, h0)
-            found = derivative.segment_gradient(options, cell, now, h_before, g, from_later, wanted)
-            share = Params(found.cell, Readout(V, c))
-            return (found.h0, jax.tree.map(jnp.add, sums, share), loss), ()
+            grad = derivative.segment_gradient(options, cell, part, h_before, g, from_later, wanted)
+            share = Params(grad.cell, Readout(V, c))
+            return (grad.h0, jax.tree.map(jnp.add, sums, share), loss), ()
 
         steps = known[1], targets
         back = not options.reverse
         carry, _ = remat.over_segments(segment, carry, steps, length, (), reverse=back)
     dh0, sums, loss = carry
-    dh0 = dh0.astype(h0.dtype if given_h0 is None else given_h0.dtype)
+    dh0 = dh0.astype(h0.dtype if h0_arg is None else h0_arg.dtype)
     return loss, Gradients(cast_like(sums, params), dh0, h_last)
 
 
@@ -139,7 +139,7 @@ def _by_layers(params, targets, xs, h0, lengths, mask, drive, *, options):
 
     With `checkpoint_every` = k, layers, readout and loss are computed for k steps at a time.
     """
-    cells, time, given_h0, length = params.cell, leading_shape(xs)[0], h0, options.checkpoint_every
+    cells, time, h0_arg, length = params.cell, leading_shape(xs)[0], h0, options.checkpoint_every
     mask, cut = valid_steps(lengths, mask, time), None
     pairs = not isinstance(cells, Cell) and tuple in map(type, cells)  # read from both ends
     if length is None or pairs:
@@ -149,14 +149,14 @@ def _by_layers(params, targets, xs, h0, lengths, mask, drive, *, options):
             cut = cut_steps(mask, leading_shape(xs), options.truncate, options.reverse)
         options = options._replace(checkpoint_every=None, truncate=None)
 
-    def run(cells, h, now):
-        xs, mask, drive, cut = now
+    def run(cells, h, part):
+        xs, mask, drive, cut = part
         return layers.unroll(cells, xs, h, None, mask, drive, cut, options=options)
 
     h0 = layers.first_states(cells, leading_shape(xs)[1:], h0)
-    now = xs, mask, drive, cut
-    params, h0 = sharding.varying_like((params, h0), (now, targets))
-    first = jax.tree.map(lambda s: s[:1], now)
+    part = xs, mask, drive, cut
+    params, h0 = sharding.varying_like((params, h0), (part, targets))
+    first = jax.tree.map(lambda s: s[:1], part)
     traced, (after, ys) = jax.make_jaxpr(run, return_shape=True)(cells, h0, first)
     types = jax.tree.unflatten(jax.tree.structure((after, ys)), traced.out_avals)
     dtype = accumulation_dtype(result_dtype(params.readout, ys))
@@ -164,17 +164,17 @@ def _by_layers(params, targets, xs, h0, lengths, mask, drive, *, options):
         # A scan's carry keeps its type, so h_0 gets that of the states.
         h0 = jax.tree.map(sharding.laid_out_like, cast_like(h0, after), types[0])
 
-    def segment(params, carry, now, first=0):
+    def segment(params, carry, part, first=0):
         del first
-        (h, loss), (now, targets) = carry, now
-        h, ys = run(cast_like(params.cell, cells), cast_like(h, after), now)
-        Omega = logits(cast_like(params.readout, given.readout), ys, options.precision)
-        loss += jnp.sum(cross_entropy(Omega, targets, now[1])).astype(dtype)
+        (h, loss), (part, targets) = carry, part
+        h, ys = run(cast_like(params.cell, cells), cast_like(h, after), part)
+        Omega = logits(cast_like(params.readout, original.readout), ys, options.precision)
+        loss += jnp.sum(cross_entropy(Omega, targets, part[1])).astype(dtype)
         return (_wide(h), loss), ()
 
     def total(params, h):
         carry = h, sharding.varying_like(jnp.zeros((), dtype), (h, targets))
-        of_params, every = partial(segment, params), (now, targets)
+        of_params, every = partial(segment, params), (part, targets)
         if length >= time:
             (h, loss), _ = of_params(carry, every)
         else:
@@ -183,17 +183,17 @@ def _by_layers(params, targets, xs, h0, lengths, mask, drive, *, options):
         return loss, cast_like(h, after)
 
     # In the dtype of sums, so that the gradients of segments accumulate in it.
-    given = params
+    original = params
     loss, pull, h_last = jax.vjp(total, _wide(params), _wide(h0), has_aux=True)
     dparams, dh0 = pull(jnp.ones_like(loss))
-    dh0 = cast_like(dh0, _given_or(given_h0, after))
+    dh0 = cast_like(dh0, _with_default(h0_arg, after))
     return loss, Gradients(cast_like(dparams, params), dh0, h_last)
 
 
-def _given_or(given, default):
-    if isinstance(default, tuple) and given is not None:
-        return tuple(map(_given_or, given, default))
-    return default if given is None else given
+def _with_default(tree, default):
+    if isinstance(default, tuple) and tree is not None:
+        return tuple(map(_with_default, tree, default))
+    return default if tree is None else tree
 
 
 def _wide(tree):

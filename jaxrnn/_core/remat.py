@@ -65,8 +65,8 @@ def over_segments(
     count, rest = divmod(time, length)
 
     def run(carry, start, size):
-        now = jax.tree.map(lambda s: lax.dynamic_slice_in_dim(s, start, size), steps)
-        return segment(carry, now, start)
+        part = jax.tree.map(lambda s: lax.dynamic_slice_in_dim(s, start, size), steps)
+        return segment(carry, part, start)
 
     def write(state, start, size):
         carry, y = run(state[0], start, size)

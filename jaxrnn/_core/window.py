@@ -29,7 +29,7 @@ def tangent_states(J: Jacobians, e: jax.Array, y0: jax.Array) -> jax.Array:
 
 
 def recomputed(
-    options: Options, cell: Cell, steps, h0: jax.Array, held: tuple[Any, Any]
+    options: Options, cell: Cell, steps, h0: jax.Array, constants: tuple[Any, Any]
 ) -> jax.Array:
     """The states, by the same sweeps in operations that JAX differentiates.
 
@@ -43,7 +43,7 @@ def recomputed(
         h = update(cell, a, h_prev)
         return h if added is None else h + added.astype(h.dtype)
 
-    return _sweeps(again(previous(*held, options.reverse)), again, h0, mask, options)
+    return _sweeps(again(previous(*constants, options.reverse)), again, h0, mask, options)
 
 
 def _sweeps(first: jax.Array, again: Callable, h0, mask, options: Options):

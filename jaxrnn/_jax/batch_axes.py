@@ -89,9 +89,9 @@ def _differentiate(primals, tangents, *, call, loop, tangent, tree, out_tree, me
         jax.tree.unflatten(out_tree, out),
         jax.tree.unflatten(tree, moved),
     )
-    found = out_tree.flatten_up_to(of_results)
+    out_tangents = out_tree.flatten_up_to(of_results)
     zero = [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in out]
-    return out, [z if t is None else t for t, z in zip(found, zero, strict=True)]
+    return out, [z if t is None else t for t, z in zip(out_tangents, zero, strict=True)]
 
 
 ad.primitive_jvps[_loop_p] = _differentiate

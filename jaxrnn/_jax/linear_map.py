@@ -22,9 +22,9 @@ class LinearMap(NamedTuple):
     """A map that is linear in its second argument.
 
     Args:
-      forward: `forward(known, x) -> y`, on pytrees of arrays.
-      transpose: `transpose(known, y, wanted) -> x`, its transpose. `wanted` has the shapes and
-        dtypes of x. Leaves of y that are 0 may be None, and so may those of x in `forward`.
+      forward: `forward(known, args) -> out`, on pytrees of arrays.
+      transpose: `transpose(known, out, wanted) -> args`, its transpose. `wanted` has the shapes and
+        dtypes of args. Leaves that are 0 may be None, here in out and in `forward` in args.
       plain: the same map as `forward`, in operations that JAX differentiates. It runs if `known`
         has tangents, that is from the second order on.
       effectful: whether the map has effects; it is then traced when it is applied.
@@ -35,28 +35,28 @@ class LinearMap(NamedTuple):
     plain: Callable[[Any, Any], Any]
     effectful: bool = False
 
-    def __call__(self, known, given, like):
+    def __call__(self, known, args, like):
         """Apply the map; results have the types of the arrays `like`."""
         # The primitive takes and returns flat lists.
         known, known_tree = jax.tree.flatten(known)
-        given, given_tree = jax.tree.flatten(given)
+        args, args_tree = jax.tree.flatten(args)
         like, out_tree = jax.tree.flatten(like)
 
         def flat(f):
-            def run(known, given):
+            def run(known, args):
                 known = jax.tree.unflatten(known_tree, known)
-                return out_tree.flatten_up_to(f(known, jax.tree.unflatten(given_tree, given)))
+                return out_tree.flatten_up_to(f(known, jax.tree.unflatten(args_tree, args)))
 
             return run
 
         def transpose(known, out, wanted):
             known = jax.tree.unflatten(known_tree, known)
             out = jax.tree.unflatten(out_tree, out)
-            found = self.transpose(known, out, jax.tree.unflatten(given_tree, wanted))
-            return given_tree.flatten_up_to(found)
+            args = self.transpose(known, out, jax.tree.unflatten(args_tree, wanted))
+            return args_tree.flatten_up_to(args)
 
         linear = LinearMap(flat(self.forward), transpose, flat(self.plain), self.effectful)
-        out = _bind(linear, known, given, [jax.typeof(x) for x in like])
+        out = _bind(linear, known, args, [jax.typeof(x) for x in like])
         return jax.tree.unflatten(out_tree, out)
 
 
@@ -64,11 +64,11 @@ _map_p = Primitive("linear_map")
 _map_p.multiple_results = True
 
 
-def _bind(linear, known, given, types):
-    known, given = list(known), list(given)
-    effects = jax.make_jaxpr(linear.forward)(known, given).effects if linear.effectful else ()
+def _bind(linear, known, args, types):
+    known, args = list(known), list(args)
+    effects = jax.make_jaxpr(linear.forward)(known, args).effects if linear.effectful else ()
     how = dict(split=len(known), types=tuple(types), call_effects=frozenset(effects))
-    return _map_p.bind(*known, *given, linear=linear, **how)
+    return _map_p.bind(*known, *args, linear=linear, **how)
 
 
 # Traced at lowering, not when applied: a gradient applies the map only to transpose it.
@@ -87,8 +87,8 @@ def _unchecked(*leaves, linear, split, types, **_):
         return of_out(known, out)
 
     forward, plain = without_checks(linear.forward), without_checks(linear.plain)
-    found = LinearMap(forward, transpose, plain, linear.effectful)
-    return _bind(found, leaves[:split], leaves[split:], types)
+    unchecked = LinearMap(forward, transpose, plain, linear.effectful)
+    return _bind(unchecked, leaves[:split], leaves[split:], types)
 
 
 look_into(_map_p, lambda *leaves, **how: jax.make_jaxpr(partial(_run, **how))(*leaves), _unchecked)
@@ -97,9 +97,9 @@ look_into(_map_p, lambda *leaves, **how: jax.make_jaxpr(partial(_run, **how))(*l
 def _differentiate(primals, tangents, *, linear, split, types, call_effects):
     del call_effects
     if all(isinstance(t, ad.Zero) for t in tangents[:split]):
-        known, given = primals[:split], primals[split:]
+        known, args = primals[:split], primals[split:]
         moved = [ad.instantiate_zeros(t) for t in tangents[split:]]
-        return tuple(_bind(linear, known, now, types) for now in (given, moved))
+        return tuple(_bind(linear, known, values, types) for values in (args, moved))
     return jvp_of(lambda *x: linear.plain(list(x[:split]), list(x[split:])), primals, tangents)
 
 
@@ -110,12 +110,12 @@ def _transposed(linear, wanted, present):
     """The transpose as a linear map of the outputs that are present; the others are 0."""
 
     def chosen(f):
-        return lambda known, given: [y for y, p in zip(f(known, given), present, strict=True) if p]
+        return lambda known, args: [y for y, p in zip(f(known, args), present, strict=True) if p]
 
     def plain(known, out):
-        of_given = partial(chosen(linear.plain), known)
-        (given,) = jax.linear_transpose(of_given, wanted)(out)
-        return given
+        of_args = partial(chosen(linear.plain), known)
+        (args,) = jax.linear_transpose(of_args, wanted)(out)
+        return args
 
     def forward(known, out):
         out = iter(out)
@@ -123,20 +123,20 @@ def _transposed(linear, wanted, present):
 
     return LinearMap(
         forward=forward,
-        transpose=lambda known, given, _: chosen(linear.forward)(known, given),
+        transpose=lambda known, args, _: chosen(linear.forward)(known, args),
         plain=plain,
         effectful=linear.effectful,
     )
 
 
 def _transpose(cotangents, *leaves, linear, split, **_):
-    known, given = leaves[:split], leaves[split:]
-    undefined = [ad.is_undefined_primal(x) for x in given]
-    wanted = [x.aval if u else jax.typeof(x) for x, u in zip(given, undefined, strict=True)]
+    known, args = leaves[:split], leaves[split:]
+    undefined = [ad.is_undefined_primal(x) for x in args]
+    wanted = [x.aval if u else jax.typeof(x) for x, u in zip(args, undefined, strict=True)]
     present = [not isinstance(c, ad.Zero) for c in cotangents]
     cotangents = [c for c, p in zip(cotangents, present, strict=True) if p]
-    found = _bind(_transposed(linear, wanted, present), known, cotangents, wanted)
-    return [None] * split + [x if u else None for x, u in zip(found, undefined, strict=True)]
+    results = _bind(_transposed(linear, wanted, present), known, cotangents, wanted)
+    return [None] * split + [x if u else None for x, u in zip(results, undefined, strict=True)]
 
 
 ad.primitive_transposes[_map_p] = _transpose
@@ -145,13 +145,13 @@ ad.primitive_transposes[_map_p] = _transpose
 def _batch(leaves, axes, *, linear, split, types, call_effects):
     del call_effects
     (size,) = {x.shape[a] for x, a in zip(leaves, axes, strict=True) if a is not None}
-    known, given = list(leaves[:split]), list(leaves[split:])
-    known_axes, given_axes = list(axes[:split]), list(axes[split:])
-    if any(a is None for a in given_axes):
+    known, args = list(leaves[:split]), list(leaves[split:])
+    known_axes, args_axes = list(axes[:split]), list(axes[split:])
+    if any(a is None for a in args_axes):
         # The hand-written map would copy shared arguments, and form sums over the batch per member.
-        out = jax.vmap(linear.plain, (known_axes, given_axes), axis_size=size)(known, given)
+        out = jax.vmap(linear.plain, (known_axes, args_axes), axis_size=size)(known, args)
         return out, [0] * len(out)
-    given = [jnp.moveaxis(x, a, 0) for x, a in zip(given, given_axes, strict=True)]
+    args = [jnp.moveaxis(x, a, 0) for x, a in zip(args, args_axes, strict=True)]
 
     def each(f):
         return jax.vmap(f, (known_axes, 0), axis_size=size)
@@ -164,8 +164,8 @@ def _batch(leaves, axes, *, linear, split, types, call_effects):
     if all(t.sharding.mesh.empty for t in types):
         types = [ShapedArray((size, *t.shape), t.dtype) for t in types]
     else:  # inside shard_map and under explicit sharding a type is more than shape and dtype
-        types = jax.make_jaxpr(of_all.forward)(known, given).out_avals
-    out = _bind(of_all, known, given, types)
+        types = jax.make_jaxpr(of_all.forward)(known, args).out_avals
+    out = _bind(of_all, known, args, types)
     return out, [0] * len(out)
 
 

@@ -129,8 +129,8 @@ def _bind(kernel: Callable[..., Any], loop: Loop, arrays: Arrays, out_dtype: Any
     def again(leaves):
         return _bind(kernel, loop, jax.tree.unflatten(tree, leaves), out_dtype)
 
-    found = _kernel_p.bind(*leaves, call=call, again=again, tree=tree)
-    out, end = (*found, None)[:2]
+    results = _kernel_p.bind(*leaves, call=call, again=again, tree=tree)
+    out, end = (*results, None)[:2]
     return sharding.varying_like((out, end), arrays)
 
 
@@ -150,9 +150,9 @@ def _join(leaves, axes, *, call, again, tree):
         shape = (*x.shape[:place], size, -1, *x.shape[place + 1 :])
         return jnp.moveaxis(x.reshape(shape), place, 0)
 
-    found = again([join(*each) for each in zip(leaves, axes, places, strict=True)])
-    found = [part(x, n) for x, n in zip(found, _M_OF_RESULTS, strict=True) if x is not None]
-    return found, [0] * len(found)
+    results = again([join(*each) for each in zip(leaves, axes, places, strict=True)])
+    results = [part(x, n) for x, n in zip(results, _M_OF_RESULTS, strict=True) if x is not None]
+    return results, [0] * len(results)
 
 
 batching.primitive_batchers[_kernel_p] = _join
