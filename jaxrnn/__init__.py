@@ -12,8 +12,8 @@ any batch axes between: inputs `[T, *batch, D]`, states `[T, *batch, H]`. The fi
 first, as in `lax.scan`.
 
 Four files lead from a call to its gradient: `_api/unroll.py` (what `unroll` promises),
-`_core/derivative.py` (the derivation and the derivative rule: where the derivative of a step is
-formed), `_core/forward.py` (loop 1, the states) and `_core/linear.py` (loop 2, the linear
+`_core/derivative.py` (the derivation and the derivative rule; `linearised` forms the derivative of
+a step), `_core/forward.py` (loop 1, the states) and `_core/linear.py` (loop 2, the linear
 recurrence whose transpose is BPTT). Memory is bounded by `checkpoint_every`, see `help(unroll)` and
 `_core/remat.py`. A custom equation is a `Form`; the built-in ones are in `_base/forms.py`.
 

@@ -216,7 +216,6 @@ class Gradients(Record):
 
 
 def directions(layer: Cell | tuple[Cell, ...]) -> tuple[Cell, ...]:
-    """The cells of one layer."""
     return (layer,) if isinstance(layer, Cell) else layer
 
 

@@ -203,7 +203,6 @@ def parting_epoch(losses: np.ndarray, spread: float = 0.01) -> int | None:
 
 
 def _check_example(params: Params) -> Params:
-    """Check that params have the example's shapes, and return them in float64."""
     params = check_params(params)
     checks.shaped("params.cell.U", params.cell.U, (1, 4))
     checks.shaped("params.readout.V", params.readout.V, (4, 1))

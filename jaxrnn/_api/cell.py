@@ -150,7 +150,7 @@ def check_form(prefix: str, cell: Cell) -> Cell:
     form, leak, parameters, size = cell.form, cell.leak, cell.parameters, cell.W.shape[0]
     if isinstance(form, Form):
         if leak is not None:
-            expected = "None with a custom form, which has parameters"
+            expected = "None with a custom form, which has parameters instead"
             checks.bad_value(f"{prefix}leak", expected, checks.describe(leak))
     elif not isinstance(form, str) or form not in FORMS:
         expected = "one of " + ", ".join(map(repr, FORMS)) + ", or a jaxrnn.Form"

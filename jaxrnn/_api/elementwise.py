@@ -70,7 +70,7 @@ def _check(name, function, *how) -> None:
     try:
         hash(function)
     except TypeError:
-        got = f"a {type(function).__name__} that has no hash; a Form takes arrays as parameters"
+        got = f"a {type(function).__name__}, not hashable; arrays are parameters of a Form"
         checks.bad_type(name, "a callable that can be static under jit", got)
     _probe(name, function, *how)
 
@@ -130,7 +130,7 @@ def _fault(run: Callable, states: int, of_theta: int, size: int, dtype) -> str |
             leaves = arrays(x[:, rows])
             quiet = _quiet(run, leaves)
             if not _agree(quiet(*leaves), y[rows]):
-                return "in which a unit depends on the shape: noise, say, for which there is drive"
+                return "in which a unit depends on the shape; for noise there is drive"
         # The vjp of an elementwise function multiplies cotangents by slopes: exactly, if they are
         # powers of two, here of both signs and in the range of narrow dtypes.
         few = re.search(r"\bf(16\[|[468]_)", str(traced.jaxpr))

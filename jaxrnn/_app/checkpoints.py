@@ -79,14 +79,14 @@ class Checkpoints:
     def about(self, step: int) -> dict[str, Any]:
         about = self._read(step, about=self._args.JsonRestore())["about"]
         if not isinstance(about, dict):
-            raise self._damaged(step, f"expected what it is of, got {about!r:.40}")
+            raise self._damaged(step, f"expected its description, got {about!r:.40}")
         return about
 
     def state(self, step: int, shapes: Any) -> Any:
         """The arrays, for a tree of `jax.ShapeDtypeStruct` with shardings."""
         state = self._read(step, state=self._args.StandardRestore(shapes))["state"]
         if int(fingerprint(state)) != self.about(step).get("fingerprint"):
-            raise self._damaged(step, "it holds other numbers than were saved")
+            raise self._damaged(step, "its numbers are not those that were saved")
         return state
 
     def _read(self, step, **items):

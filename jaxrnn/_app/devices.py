@@ -99,7 +99,7 @@ class Placement:
         if processes == 1:
             data = math.gcd(batch_size, data)
         elif batch_size % data:
-            expected = f"a multiple of {data}, over so many devices it is split"
+            expected = f"a multiple of {data}, the number of devices that share it"
             bad_input("--batch-size", expected, batch_size)
         self.devices = data * model
         self.mesh = jax.make_mesh(
@@ -170,7 +170,7 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
         _check_address(coordinator, listens=process == 0)
     # The service would handle SIGTERM itself, and report every lost process.
     jax.config.update("jax_enable_preemption_service", False)
-    where = coordinator or "what JAX knows of this cluster"
+    where = coordinator or "the address that JAX has detected"
     expected = f"all processes at {where} within {PATIENCE} s"
 
     def give_up():
@@ -191,7 +191,7 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
                 shutdown_timeout_seconds=HEARTBEAT,
             )  # fmt: skip
     except (RuntimeError, ValueError) as error:
-        problem = f"cannot join the others by {where}: {first_line(error)}"
+        problem = f"cannot join the other processes at {where}: {first_line(error)}"
         raise InputError(f"--coordinator: {problem}") from error
     finally:
         alarm.cancel()

@@ -114,7 +114,7 @@ def _prepare(args, console, held):
         has_text = (args.out / directory.TEXT).exists()
         if not has_text and not directory.checkpoint_steps(args.out):
             if STANDARD_INPUT in sources:
-                gone = "standard input, which is gone; begin again in another place"
+                gone = "standard input, which is gone; start a new run"
                 raise InputError(f"{args.out}: its text came from {gone}")
             _encode(config, args.out, console, sources)
         return
@@ -225,7 +225,7 @@ def _show(run, references, console, sample_length):
         )  # fmt: skip
     console.print(picture(out, directory.read_metrics(out), references, UNITS[text.level]))
     sample = shlex.join(["jaxrnn", "sample", str(out), "--prompt", "TEXT"])
-    console.print(f"run directory: {out}; go on with: {sample}")
+    console.print(f"run directory: {out}; to sample from it: {sample}")
 
 
 def _go_on(args):

@@ -152,7 +152,7 @@ def _unsupported(name, options, W, batch, function, form) -> str | None:
     if isinstance(W, jax.Array):
         meshes.append(jax.typeof(W).sharding.mesh)
     if any(AxisType.Explicit in mesh.axis_types for mesh in meshes):
-        return "it does not run under explicit sharding (shard_map will do)"
+        return "it does not run under explicit sharding; use shard_map"
     if canonical_precision(options.precision) not in _multiplies(name, dtype):
         return f"its products of {dtype} are {_PRODUCTS[name]}, not of {options.precision!r}"
     return None

@@ -203,7 +203,7 @@ def moving(options, cell, steps, h0):
 
 
 def linearised(options: Options, cell: Cell, steps: Sequences, h_before: jax.Array) -> At:
-    """The Jacobians of these steps, and the factors of the parameters' tangents."""
+    """The Jacobians J_t of these steps, and the factors of the parameters' tangents in e_t."""
     xs, drive, mask, cut, hs, kept = steps
     h_prev, seen = _before(options, cell, steps, h_before)
     slope_of, wide = forms.slope_of(cell), accumulation_dtype(hs.dtype)
@@ -276,7 +276,6 @@ def _along(slopes: Any, dtheta: Any) -> Any:
 
 
 def _sources(at: At, tangents: Tangents) -> jax.Array:
-    """e of these steps."""
     e = at.J.after_W(_tangent_of_a(at, tangents))
     if (moved := _along(at.by_f, _theta(tangents.cell))) is not None:
         e += moved

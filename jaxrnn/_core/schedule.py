@@ -4,6 +4,10 @@ No choice changes the result. Times are milliseconds on two cores of a Xeon with
 jax 0.10.2, 2026-11-28): of the answer, and of the alternatives in parentheses. The table is for
 CPUs. On accelerators a step should be few kernels and caches are no limit: U x is computed before
 the loop, W is the right factor, and time is not cut into segments.
+
+Two more choices are the user's. A batch sharded over JAX_NUM_CPU_DEVICES=2 devices runs one loop
+per core. Where steps are tiny, XLA compiles the loop to one kernel with
+XLA_FLAGS=--xla_backend_extra_options=xla_cpu_small_while_loop_byte_threshold=1000000000.
 """
 
 from collections.abc import Callable

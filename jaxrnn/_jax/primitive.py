@@ -18,7 +18,6 @@ def make_primitive(name: str) -> Primitive:
 
 
 def run(*leaves, call, **_):
-    """Evaluate the jaxpr `call`."""
     return jaxpr_as_fun(call)(*leaves)
 
 
