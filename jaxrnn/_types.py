@@ -28,8 +28,8 @@ class Activation:
         at a, which is recomputed.
 
     Both are static under jit: Activations are equal if their functions are, so a new lambda in
-    every call compiles in every call. Neither may close over a traced value. Values that it closes
-    over are constants; what is to be learned belongs to the `parameters` of a `Form`.
+    every call compiles in every call. Neither may close over a traced value (a ValueError); other
+    values are read once. What is to be learned belongs to the `parameters` of a `Form`.
     """
 
     function: Elementwise

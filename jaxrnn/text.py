@@ -176,7 +176,7 @@ def streams(ids: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
 def generate(
     params: Params, key: jax.Array, prompt: jax.Array, length: int, temperature: float = 1.0
 ) -> jax.Array:
-    """Sample ids from a network of text, each conditioned on the prompt and all ids before it.
+    """Sample ids one by one, each conditioned on the prompt and on all ids before it.
 
     For long samples, as they are drawn, use `stream_ids`.
 

@@ -158,8 +158,8 @@ def make_update(
 
     Args:
       optimizer: any optimiser of optax; `optax.sgd(η)` is the source's θ ← θ − η ∂L/∂θ, of the mean
-        loss. If it accepts them it gets `value`, the mean loss, `grad`, its gradient, and as
-        functions of the parameters `value_fn` (also as `obj_fn`) and `grad_fn`.
+        loss. If it accepts them it gets `value`, the mean loss, `grad`, its gradient, and the same
+        as functions of the parameters, `value_fn` (also as `obj_fn`) and `grad_fn`.
       loss: a custom `Loss`; by default `jaxrnn.loss_and_grads`, which needs no key.
       mesh: a mesh with an axis "data", over which the batch is split (axis 0 of each array of h); B
         is a multiple of it. Each device computes the gradients of its own sequences, and one

@@ -165,7 +165,7 @@ def _numpy(name, value, dtype):
 
 
 def _why_not(value, error):
-    """A value that is no array in words, with the reason if its type does not say it."""
+    """Describe a value that is not an array, with the reason if its type does not say it."""
     reason = str(error).split("\n")[0].rstrip(".")
     if isinstance(value, list | tuple):
         if re.search("inhomogeneous|different number|shapes that differ|same shape", reason):

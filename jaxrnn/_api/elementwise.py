@@ -70,7 +70,7 @@ def _check(name, function, *how) -> None:
     try:
         hash(function)
     except TypeError:
-        got = f"a {type(function).__name__}, not hashable; arrays are parameters of a Form"
+        got = f"an unhashable {type(function).__name__}; a Form takes arrays as parameters"
         checks.bad_type(name, "a callable that can be static under jit", got)
     _probe(name, function, *how)
 

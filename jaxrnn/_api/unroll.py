@@ -60,8 +60,8 @@ def unroll(
       truncate: truncated BPTT: no derivative passes from a_{mk+1} to h_{mk}, m ≥ 1, k ≥ 1; the
         leak and h_0 stay connected. Steps count in scan order, without invalid ones.
       window: derivatives of h_t reach a_{t−k+1} … a_t, k ≥ 1, as if h_t were recomputed by k
-        steps, with the leak, from a constant h_{t−k}: the sum of 3.3 with its last k terms. Steps
-        count as for `truncate`, which excludes it.
+        steps, with the leak, from a constant h_{t−k}: the last k terms of the sum of 3.3. Steps
+        count as for `truncate`, which it excludes.
       implementation: how the loops over time run, forward and in all derivatives. "scan":
         `jax.lax.scan`. "mosaic_gpu" (Hopper GPUs), "pallas_tpu": one kernel for all steps, with W
         on the chip; tanh, relu, sigmoid, identity in the rate form; see `_backends/select.py`.

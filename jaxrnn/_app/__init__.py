@@ -1,1 +1,1 @@
-"""The program `jaxrnn`: its commands, and the training run that they begin, read and show."""
+"""The program `jaxrnn`: its commands and its training runs."""

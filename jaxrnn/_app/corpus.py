@@ -286,7 +286,7 @@ def _counts(ids: np.ndarray, size: int, n: int = 1) -> np.ndarray:
 
 
 def _bits(counts: np.ndarray, times: np.ndarray) -> float:
-    """Bits per character of predicting by the frequencies in counts what occurs `times`."""
+    """Bits per character of a text with counts `times`, by the frequencies in `counts`."""
     seen = np.nonzero(times)
     every = np.sum(counts, axis=-1) + counts.shape[-1] * PSEUDO_COUNT
     frequencies = (counts[seen] + PSEUDO_COUNT) / every[seen[:-1]]

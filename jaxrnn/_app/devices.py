@@ -56,7 +56,7 @@ MODEL = "model"
 SPLIT = {"U": P(MODEL, None), "W": P(MODEL, None), "b": P(MODEL), "leak": P(MODEL),
          "V": P(None, MODEL)}  # fmt: skip
 # Seconds: without a heartbeat before a process is lost; to wait for all processes to start, and for
-# the first to read the text; that the first outlives the others, whom JAX aborts when it ends.
+# the first to read the text; that the first outlives the others, which JAX aborts when it ends.
 HEARTBEAT, PATIENCE, PREPARATION, LAST = 30, 300, 24 * 3600, 5
 
 _HANG_UP = getattr(signal, "SIGHUP", None)  # not everywhere

@@ -80,7 +80,7 @@ def read_begun(out: Path) -> tuple[Config, list[str]]:
 
 
 def read_text(out: Path) -> tuple[Text, dict[str, float]]:
-    """The `Text` of a run, and the reference losses of counting."""
+    """The `Text` of a run, and its reference losses."""
 
     def parse(values):
         text = Text(**{**values["text"], "characters": tuple(values["text"]["characters"])})

@@ -200,7 +200,7 @@ def _run(args, run, references, console):
     try:
         with terminal.reporter(console, config.steps, run.step, config.level) as report:
             ended = run.go(report)
-    except OSError:  # of the bar, whose terminal may be what has gone
+    except OSError:  # of the progress bar, if its terminal has closed
         if not ended:
             raise
     if ended:
@@ -232,7 +232,7 @@ def _go_on(args):
     words = ["jaxrnn", "train", "--resume", str(args.out)]
     if args.model_devices > 1:
         words += ["--model-devices", str(args.model_devices)]
-    if args.resume:  # else the run has them
+    if args.resume:  # a new run has saved its options
         for name, value in args.given.items():
             words += [runs.flag(name)] if value is True else [runs.flag(name), str(value)]
     return f"to go on: {shlex.join(words)}"
