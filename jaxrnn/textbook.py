@@ -13,7 +13,7 @@ inputs x_t, states h_t, logits Ω_t, probabilities ŷ_t and targets y_t, t = 1 �
     3.2  dL/dV = Σ (ŷ_t − y_t) h_tᵀ,  dL/dc = Σ (ŷ_t − y_t)     `loss_and_grads`
     3.3  dL/dW = Σ_t Σ_{k≤t} (ŷ_t − y_t)ᵀ V (Π_{j=k}^{t−1} ∂h_{j+1}/∂h_j) ∂h_k/∂W
          term by term                                           `textbook.loss_and_grads`
-         linear in T, for any cell                              `bptt`
+         in time linear in T, for any cell                      `bptt`
          θ ← θ − η ∂L/∂θ                                        `optax.sgd`
 
 Errata, corrected here:

@@ -94,7 +94,7 @@ def print_ensemble(console: Console, losses: np.ndarray) -> None:
     console.print(
         f"{worked_example.fraction_below(losses):.0%} of them end below the printed "
         f"{IRREPRODUCIBLE}.\nThey stay within 0.01 of each other{until}.\n"
-        f"{IRREPRODUCIBLE} cannot be reproduced, because training is chaotic by then; it lies "
+        f"Nobody can reproduce {IRREPRODUCIBLE}, because training is chaotic there: it lies "
         f"{inside} this spread."
     )
 
