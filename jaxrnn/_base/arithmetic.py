@@ -139,7 +139,7 @@ def preactivation(
     return product(s_prev, weights.W_T, weights.precision) + from_inputs(weights, x, drive)
 
 
-def from_moving_weights(dU: jax.Array, xs: jax.Array | Ids, precision: Any) -> jax.Array:
+def tangent_from_U(dU: jax.Array, xs: jax.Array | Ids, precision: Any) -> jax.Array:
     """dU x. Its transpose is Σ δ xᵀ; for ids, the sum of δ over the steps of each id."""
     if isinstance(xs, Ids):
         laid_out = sharding.of_rows(dU.T, xs.ids)

@@ -182,7 +182,7 @@ def _before(options, cell, steps, h_before):
     return h_prev, seen
 
 
-def moving(options, cell, steps, h0):
+def residuals(options, cell, steps, h0):
     """The residuals, with their dependence on the other arguments, for differentiating again."""
 
     def again(cell, steps, h0):
@@ -247,7 +247,7 @@ def _tangent_of_a(at: At, tangents: Tangents) -> jax.Array:
     dcell, precision = tangents.cell, at.J.options.precision
     da = jnp.zeros_like(at.steps.hs, accumulation_dtype(at.steps.hs.dtype))
     if dcell.U is not None:
-        da += arithmetic.from_moving_weights(dcell.U, at.steps.xs, precision)
+        da += arithmetic.tangent_from_U(dcell.U, at.steps.xs, precision)
     if dcell.W is not None:
         da += product(at.s_prev, dcell.W.T, precision)
     if (ds := _along(at.by_g, _theta(dcell))) is not None:

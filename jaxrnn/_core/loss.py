@@ -94,7 +94,7 @@ def _by_hand(params, targets, xs, h0, lengths, mask, drive, *, options):
         h_last, (hs, kept) = derivative.states(cell, sequences, h0, options)
         sequences = sequences._replace(hs=hs, kept=kept)
         if kept is not None:
-            sequences = sequences._replace(kept=derivative.moving(options, cell, sequences, h0))
+            sequences = sequences._replace(kept=derivative.residuals(options, cell, sequences, h0))
         known = cell, sequences, h0
         length = derivative.segment_length(options, cell, hs, h0, params.readout.V.shape[0])
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxrnn._jax.batch_axes import members_now
+from jaxrnn._jax.batch_axes import member_count
 
 
 class Line(NamedTuple):
@@ -72,7 +72,7 @@ def _answer(choice: str, elsewhere: Any, *shape: Any) -> Any:
 
 def hoists_inputs(time: int, batch: tuple[int, ...], input_size: int, hidden_size: int) -> bool:
     """Whether U x of all steps is one product before the loop, not one in each step."""
-    steps = members_now.get() * time
+    steps = member_count.get() * time
     return _answer("hoists_inputs", True, steps, prod(batch), input_size, hidden_size)
 
 

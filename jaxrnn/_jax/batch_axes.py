@@ -22,7 +22,7 @@ from jaxrnn._jax.primitive import is_zero, jvp_of, make_primitive, run
 _loop_p = make_primitive("recurrence")
 
 # How many members with their own weights are batched in the loop that is being traced.
-members_now: ContextVar[int] = ContextVar("members_now", default=1)
+member_count: ContextVar[int] = ContextVar("member_count", default=1)
 
 
 def run_loop(
@@ -131,11 +131,11 @@ def _fold(leaves, axes, *, call, loop, tangent, tree, out_tree, members):
 
 
 def _as_member(size, loop, *arguments):
-    token = members_now.set(size * members_now.get())
+    token = member_count.set(size * member_count.get())
     try:
         return loop(*arguments)
     finally:
-        members_now.reset(token)
+        member_count.reset(token)
 
 
 batching.primitive_batchers[_loop_p] = _fold
