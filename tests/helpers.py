@@ -10,6 +10,14 @@ import jaxrnn
 FUNCTIONS = {"tanh": jnp.tanh, "relu": jax.nn.relu, "sigmoid": jax.nn.sigmoid,
              "identity": lambda a: a}  # fmt: skip
 
+# What conftest.py sets in XLA_FLAGS to compile faster, set back to what a user has.
+AS_A_USER = {
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+    "xla_backend_extra_options": "",
+    "xla_cpu_parallel_codegen_split_count": 32,
+}
+
 # Errors are relative to the largest entry of each array. A sum of n rounded terms errs by at
 # most n·eps of that, and the cases here sum up to T·B·H ≈ 1,000 terms, through T ≤ 50
 # Jacobians of norm ≤ 1: 4,500 eps in float64 is 1e-12; float32 likewise, with √n for n.
@@ -48,6 +56,17 @@ def random_case(seed=0, T=6, batch=(3,), D=4, H=5, K=3, dtype=jnp.float64, **cel
 
 def weights(shape, seed=9, dtype=jnp.float64):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def compile_as_user(lowered):
+    """A lowered program, compiled with XLA's own options: for claims about memory and HLO."""
+    return lowered.compile(compiler_options=AS_A_USER)
+
+
+def temporaries(f, *args):
+    """Bytes that a program compiled for these arguments, or their shapes, needs beside them."""
+    lowered = jax.jit(f).lower(*args)
+    return compile_as_user(lowered).memory_analysis().temp_size_in_bytes
 
 
 def error(actual, expected):

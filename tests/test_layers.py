@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, naive_unroll, random_case, weights
+from helpers import assert_close, naive_unroll, random_case, temporaries, weights
 
 import jaxrnn
 from jaxrnn import train
@@ -223,9 +223,13 @@ def test_temporaries_of_a_stack_grow_like_the_square_root_of_time():
 
     def used(time):
         ids = shape(time, 8, dtype=jnp.int32)
-        run = jax.jit(lambda params, ids: jaxrnn.loss_and_grads(
-            params, jaxrnn.Ids(ids), ids, checkpoint_every="sqrt"))  # fmt: skip
-        return run.lower(params, ids).compile().memory_analysis().temp_size_in_bytes
+        return temporaries(
+            lambda params, ids: jaxrnn.loss_and_grads(
+                params, jaxrnn.Ids(ids), ids, checkpoint_every="sqrt"
+            ),
+            params,
+            ids,
+        )
 
     # A hundredfold T is ten times the states and the steps of a segment, weights aside.
     assert used(100_000) <= 10 * used(1_000)

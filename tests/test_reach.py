@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, naive_unroll, random_case, weights
+from helpers import assert_close, naive_unroll, random_case, temporaries, weights
 from jax import lax
 
 import jaxrnn
@@ -363,10 +363,6 @@ def test_checkpoints_of_ids():
         return jax.grad(loss, (0, 1))(params.cell, h0)
 
     assert_close(gradient(2), gradient(None))
-
-
-def temporaries(f, *shapes):
-    return jax.jit(f).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
 
 def growing(every, of):

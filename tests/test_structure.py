@@ -4,12 +4,16 @@ import dataclasses
 import functools
 import itertools
 import math
+import os
+import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import naive_unroll, random_case
+from helpers import compile_as_user, naive_unroll, random_case, temporaries
 
 import jaxrnn
 from jaxrnn import textbook
@@ -54,17 +58,25 @@ def equations(jaxpr):
     return list(walk(jaxpr.jaxpr, ()))
 
 
+def shape(*sizes, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
 def lowered(f, *args):
     """The program in StableHLO, before XLA removes anything."""
     return jax.jit(f).lower(*args).as_text()
 
 
 def optimised(f, *args):
-    return jax.jit(f).lower(*args).compile().as_text()
+    """The program in HLO, as XLA compiles it for a user."""
+    return compile_as_user(jax.jit(f).lower(*args)).as_text()
 
 
-def compiled_products(f, *args):
-    """Products in the optimised HLO, following fusions and calls: (outside loops, in each loop)."""
+def compiled_loops(f, *args):
+    """Of the optimised HLO: (products outside loops, (steps, products in one) of each loop).
+
+    Fusions and calls are followed.
+    """
     text = optimised(f, *args)
     bodies = {}
     for block in re.split(r"\n\n", text):
@@ -72,24 +84,21 @@ def compiled_products(f, *args):
         if head:
             bodies[head[1]] = block
 
-    def count(name):
+    def products(name):
         block = bodies[name]
         here = len(re.findall(r"= \S+ dot\(", block)) + block.count("matmul")
         called = re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", block)
-        return here + sum(count(n) for n in called if n in bodies)
+        return here + sum(products(n) for n in called if n in bodies)
 
     entry = re.search(r"ENTRY %?([\w.\-]+) \(", text)[1]
-    return count(entry), sorted(count(name) for name in re.findall(r"body=%?([\w.\-]+)", text))
-
-
-def products_per_loop(f, *args):
-    return compiled_products(f, *args)[1]
+    loops = re.findall(r" while\(.*body=%?([\w.\-]+).*known_trip_count\D+(\d+)", text)
+    assert len(loops) == text.count(" while(")
+    return products(entry), sorted((int(steps), products(body)) for body, steps in loops)
 
 
 def trip_counts(f, *args):
     """How many steps each loop of the compiled program has."""
-    found = re.findall(r" while\(.*known_trip_count\D+(\d+)", optimised(f, *args))
-    return sorted(map(int, found))
+    return [steps for steps, _ in compiled_loops(f, *args)[1]]
 
 
 def shapes(text):
@@ -110,29 +119,47 @@ def carried(f, *args):
     return sorted(found)
 
 
+AS_A_USER = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_structure import gradient_and_shapes, instructions, jax, jaxrnn
+jax.config.update("jax_enable_x64", True)
+f, *args = gradient_and_shapes(jaxrnn.unroll, 4, 2, 3, 5)
+print(*instructions(jax.jit(f).lower(*args).compile().as_text()), sep="\\n")
+"""
+
+
+def instructions(text):
+    """Those of an HLO text, without the places in Python that they come from."""
+    return [re.sub(r", metadata={[^}]*}", "", x) for x in text.splitlines() if " = " in x]
+
+
+def test_compile_as_user_gives_the_program_of_a_process_without_flags():
+    code = AS_A_USER.format(tests=str(pathlib.Path(__file__).parent))
+    env = {**os.environ, "XLA_FLAGS": ""}
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env
+    )
+    found = instructions(optimised(*gradient_and_shapes(jaxrnn.unroll, 4, 2, 3, 5)))
+    assert found and found == run.stdout.splitlines()
+
+
 def test_the_readers_see_the_naive_backward(case):
     # A plain scan's backward recomputes nothing here but forms dW, dU and two products back.
     gradient = jax.grad(loss(naive_unroll), (0, 1, 2))
-    assert products_per_loop(gradient, *case)[-1] >= 3
-    assert trip_counts(gradient, *case) == [T, T]
+    (forward, _), (backward, products) = compiled_loops(gradient, *case)[1]
+    assert forward == backward == T and products >= 3
     assert (H, H) in carried(gradient, *case)
 
 
-def test_loops_of_the_gradient(case):
-    """Each loop has one product; none accumulates a gradient."""
-    gradient = jax.grad(loss(jaxrnn.unroll), (0, 1, 2))
-    assert products_per_loop(gradient, *case) == [1, 1]
-    assert trip_counts(gradient, *case) == [T, T]
-
-
-def test_loops_of_bptt(case):
+def test_bptt_has_one_loop_of_one_product(case):
     cell, xs, h0 = case
     hs = jnp.ones((T, B, H), jnp.float32)
-    assert products_per_loop(jaxrnn.bptt, cell, xs, h0, hs, hs) == [1]
+    assert compiled_loops(jaxrnn.bptt, cell, xs, h0, hs, hs)[1] == [(T, 1)]
 
 
 @pytest.mark.parametrize("mixture", ["forward over reverse", "reverse over forward"])
-def test_second_order_needs_four_loops_and_no_more(case, mixture):
+def test_second_order_has_four_loops_of_one_product(case, mixture):
     f = loss(jaxrnn.unroll)
     if mixture == "forward over reverse":
 
@@ -143,8 +170,7 @@ def test_second_order_needs_four_loops_and_no_more(case, mixture):
         def product(*args):
             return jax.grad(lambda *a: jax.jvp(f, a, args)[1], (0, 1, 2))(*args)
 
-    assert products_per_loop(product, *case) == [1, 1, 1, 1]
-    assert trip_counts(product, *case) == [T] * 4
+    assert compiled_loops(product, *case)[1] == [(T, 1)] * 4
 
 
 def test_no_carry_holds_a_gradient_of_the_weights(case):
@@ -172,23 +198,29 @@ def test_vmap_runs_the_same_loops_as_the_batch(case):
 
     args = cell, jnp.moveaxis(xs, 1, 0), h0
     of_batch, gradient = (jax.grad(loss(f), (0, 1, 2)) for f in (jaxrnn.unroll, vmapped))
-    assert products_per_loop(gradient, *args) == [1, 1]
+    assert compiled_loops(gradient, *args)[1] == [(T, 1)] * 2
     assert carried(gradient, *args) == carried(of_batch, *case)
 
 
-def test_the_compiled_program_has_no_gradient_that_nobody_asked_for(case):
-    def outside(*wanted):
-        count, loops = compiled_products(jax.grad(loss(jaxrnn.unroll), wanted), *case)
-        assert loops == [1, 1]
-        return count
-
+@pytest.mark.parametrize(("wanted", "outside"), [
     # U x is one product, dU and dW are one each, so is dx; dh_0 is what the loop ends with.
-    assert [outside(0), outside(0, 1), outside(0, 1, 2), outside(1), outside(2)] == [3, 4, 4, 2, 1]
+    (("cell",), 3), (("cell", "xs", "h0"), 4), (("xs",), 2), (("h0",), 1), (("b",), 1),
+], ids=str)  # fmt: skip
+def test_only_the_gradients_that_are_used_are_computed(case, wanted, outside):
+    cell, xs, h0 = case
 
-    def of_bias(b, cell, xs, h0):
-        return loss(jaxrnn.unroll)(dataclasses.replace(cell, b=b), xs, h0)
+    def gradient(cell, xs, h0):
+        def of_some(arrays):
+            given = {"cell": cell, "xs": xs, "h0": h0} | arrays
+            b = given.pop("b", None)
+            whole = given["cell"] if b is None else dataclasses.replace(cell, b=b)
+            return loss(jaxrnn.unroll)(**given | {"cell": whole})
 
-    assert compiled_products(jax.grad(of_bias), case[0].b, *case)[0] == 1
+        values = {"cell": cell, "xs": xs, "h0": h0, "b": cell.b}
+        return jax.grad(of_some)({name: values[name] for name in wanted})
+
+    # Each loop has one product, and none accumulates a gradient.
+    assert compiled_loops(gradient, cell, xs, h0) == (outside, [(T, 1)] * 2)
 
 
 NETWORKS = {
@@ -211,15 +243,12 @@ def test_no_preactivation_is_formed_again(case, network):
     cell = dataclasses.replace(cell, **network)
     weights = {"U": cell.U, "W": cell.W, "b": cell.b}
     # As of tanh without a leak: U x, dU and dW.
-    assert compiled_products(jax.grad(of_weights), weights, cell, xs, h0) == (3, [1, 1])
+    assert compiled_loops(jax.grad(of_weights), weights, cell, xs, h0) == (3, [(T, 1)] * 2)
 
 
 def test_arrays_of_all_steps():
     """Beyond inputs and outputs, of which the states are one, at most two of [T, B, H]."""
     T, B, D, H = 100, 16, 64, 64
-
-    def shape(*sizes):
-        return jax.ShapeDtypeStruct(sizes, jnp.float32)
 
     def both(cell, xs, h0, g):
         hs, pull = jax.vjp(lambda *args: jaxrnn.unroll(*args)[1], cell, xs, h0)
@@ -227,15 +256,11 @@ def test_arrays_of_all_steps():
 
     cell = jaxrnn.Cell(shape(H, D), shape(H, H), shape(H))
     args = cell, shape(T, B, D), shape(B, H), shape(T, B, H)
-    used = jax.jit(both).lower(*args).compile().memory_analysis().temp_size_in_bytes
-    assert used <= 2 * 4 * T * B * H + 4 * 8 * H * (H + D)
+    assert temporaries(both, *args) <= 2 * 4 * T * B * H + 4 * 8 * H * (H + D)
 
 
-def compiled(unroll, T, B, D, H, axis=1):
-    """The gradient of everything, compiled for these sizes, of which no array need exist."""
-
-    def shape(*sizes):
-        return jax.ShapeDtypeStruct(sizes, jnp.float32)
+def gradient_and_shapes(unroll, T, B, D, H, axis=1):
+    """The gradient of everything, and the shapes of its arguments for these sizes."""
 
     def of_batch(cell, xs, h0):
         if axis == 1:
@@ -247,40 +272,54 @@ def compiled(unroll, T, B, D, H, axis=1):
 
     cell = jaxrnn.Cell(shape(H, D), shape(H, H), shape(H))
     time_and_batch = (T, B) if axis else (B, T)
-    args = cell, shape(*time_and_batch, D), shape(B, H), shape(*time_and_batch, H)
-    return jax.jit(gradient).lower(*args).compile()
+    return gradient, cell, shape(*time_and_batch, D), shape(B, H), shape(*time_and_batch, H)
 
 
-def temporaries(*args, **how):
-    return compiled(*args, **how).memory_analysis().temp_size_in_bytes
+def temporaries_of(*args, **how):
+    return temporaries(*gradient_and_shapes(*args, **how))
 
 
-# (T, B, D, H), how many arrays of states the gradient may have beside one segment, and whether
-# that is less than the naive scan's, which has 2.1 arrays from jax 0.11 on, and 3.1 before.
+# (T, B, D, H), and how many arrays of states the gradient may have beside one segment.
 SIZES = {
-    "in one piece": ((100, 16, 8, 64), 3, False),
-    "in segments": ((784, 128, 1, 128), 1, True),
-    "in segments, wide": ((100, 128, 512, 512), 1, False),
-    "in segments, long": ((50_000, 1, 8, 32), 1, True),
+    "in one piece": ((100, 16, 8, 64), 3),
+    "in segments": ((784, 128, 1, 128), 1),
+    "in segments, wide": ((100, 128, 512, 512), 1),
+    "in segments, long": ((50_000, 1, 8, 32), 1),
 }
 
 
-@pytest.mark.parametrize(("sizes", "arrays", "leaner"), SIZES.values(), ids=SIZES.keys())
-def test_temporaries(sizes, arrays, leaner):
-    """The states; of a segment eight arrays more; weights and their like."""
+def limit(sizes, arrays):
+    """The states; of a segment eight arrays more; weights and the like."""
     T, B, D, H = sizes
     state = 4 * B * H
     length = schedule.segment_length(T, (B,), D, H)
-    rest = 8 * length * state * (length < T) + 4 * 8 * H * (H + D)
-    limit = arrays * T * state + rest
-    assert temporaries(jaxrnn.unroll, *sizes) <= limit
-    # A mapped axis is moved behind time: of inputs, states and g at most two are copied for it.
-    assert temporaries(jaxrnn.unroll, *sizes, axis=0) <= limit + 2 * T * state
-    assert not leaner or temporaries(jaxrnn.unroll, *sizes) < temporaries(naive_unroll, *sizes)
+    return arrays * T * state + 8 * length * state * (length < T) + 4 * 8 * H * (H + D)
 
 
-@pytest.mark.parametrize("phi", ["tanh", "relu"])
-@pytest.mark.parametrize("form", ["rate", "voltage"])
+@pytest.mark.parametrize(("sizes", "arrays"), SIZES.values(), ids=SIZES)
+def test_temporaries_are_the_states_and_one_segment(sizes, arrays):
+    assert temporaries_of(jaxrnn.unroll, *sizes) <= limit(sizes, arrays)
+
+
+def test_temporaries_of_a_mapped_axis_are_two_arrays_more():
+    # It is moved behind time: of inputs, states and g at most two are copied for it.
+    sizes, arrays = SIZES["in segments"]
+    T, B, _, H = sizes
+    most = limit(sizes, arrays + 2)
+    assert temporaries_of(jaxrnn.unroll, *sizes, axis=0) <= most < 4 * 4 * T * B * H
+
+
+def test_temporaries_in_segments_are_below_those_of_a_naive_scan():
+    # Which has 2.1 arrays of states from jax 0.11 on, and 3.1 before.
+    sizes, _ = SIZES["in segments"]
+    assert temporaries_of(jaxrnn.unroll, *sizes) < temporaries_of(naive_unroll, *sizes)
+
+
+@pytest.mark.parametrize(("form", "phi"), [
+    ("rate", "relu"), ("voltage", "tanh"),
+    pytest.param("rate", "tanh", marks=pytest.mark.full),
+    pytest.param("voltage", "relu", marks=pytest.mark.full),
+])  # fmt: skip
 def test_temporaries_with_a_leak(form, phi):
     """At most one array of states more than the naive scan, whose loss needs no states."""
     T, B, D, H = 60, 64, 3, 128
@@ -305,17 +344,13 @@ def test_temporaries_with_a_leak(form, phi):
 
         return jax.lax.scan(step, jnp.zeros((B, H), jnp.float32), xs)[1]
 
-    def shape(*sizes):
-        return jax.ShapeDtypeStruct(sizes, jnp.float32)
-
     weights = {"U": shape(H, D), "W": shape(H, H), "b": shape(H)}
     cell = jaxrnn.Cell(**weights, leak=0.2, activation=phi, form=form)
     args = weights, shape(T, B, D), shape(T, B, H)
-    found = {}
-    for unroll in (naive, lambda cell, xs: jaxrnn.unroll(cell, xs)[1]):
-        compiled = jax.jit(functools.partial(of_weights(unroll), cell)).lower(*args).compile()
-        found[unroll] = compiled.memory_analysis().temp_size_in_bytes
-    of_naive, ours = found.values()
+    of_naive, ours = (
+        temporaries(functools.partial(of_weights(unroll), cell), *args)
+        for unroll in (naive, lambda cell, xs: jaxrnn.unroll(cell, xs)[1])
+    )
     assert ours <= of_naive + 4 * T * B * H
 
 
@@ -323,7 +358,7 @@ def test_temporaries_with_a_leak(form, phi):
 def test_no_whole_array_is_transposed_or_copied(axis, most):
     """Of a batch; an axis mapped before time has g moved, and with jax 0.12 copied too."""
     T, B, D, H = SIZES["in segments"][0]
-    text = compiled(jaxrnn.unroll, T, B, D, H, axis=axis).as_text()
+    text = optimised(*gradient_and_shapes(jaxrnn.unroll, T, B, D, H, axis=axis))
     made = re.findall(r"= f32\[([\d,]+)\]\S* (\w+)\(.*(?:calls=%(\S*))?", text)
     whole = [
         (name, calls) for sizes, name, calls in made
@@ -337,14 +372,14 @@ def test_loss_and_grads_keeps_no_more_than_the_states():
     """Logits, errors and cotangents of [T, B, …] exist for a segment only."""
     T, B, D, H, K = 512, 64, 65, 128, 65
 
-    def shape(*sizes, dtype=jnp.float32):
-        return jax.ShapeDtypeStruct(sizes, dtype)
-
     cell = jaxrnn.Cell(shape(H, D), shape(H, H), shape(H))
     params = jaxrnn.Params(cell, jaxrnn.Readout(shape(K, H), shape(K)))
     ids = shape(T, B, dtype=jnp.int32)
-    run = jax.jit(lambda params, ids, y: jaxrnn.loss_and_grads(params, jaxrnn.Ids(ids), y))
-    found = run.lower(params, ids, ids).compile().memory_analysis().temp_size_in_bytes
+
+    def run(params, ids, y):
+        return jaxrnn.loss_and_grads(params, jaxrnn.Ids(ids), y)
+
+    found = temporaries(run, params, ids, ids)
     length = schedule.segment_length(T, (B,), D, H)
     assert length < T
     assert found <= 4 * B * (T * (H + 2) + length * (4 * H + 3 * K)) + 4 * 8 * H * (H + D + K)
