@@ -75,19 +75,22 @@ VALID = {
 }
 
 
+full = pytest.mark.full
+
+
 @pytest.mark.parametrize(
     ("activation", "leak", "valid", "how"),
     [
-        ("tanh", None, "", {}),
+        pytest.param("tanh", None, "", {}, marks=full),
         ("relu", None, "lengths", {"reverse": True}),
         ("identity", 0.6, "mask", {}),
         ("sigmoid", 0.3, "lengths", {"truncate": 2}),
-        ("tanh", 0.5, "", {"checkpoint_every": 2}),
+        pytest.param("tanh", 0.5, "", {"checkpoint_every": 2}, marks=full),
         ("tanh", None, "mask", {"reverse": True, "truncate": 2, "checkpoint_every": 3}),
         ("relu", None, "", {"window": 2}),
     ],
 )
-def test_states_and_all_gradients(kernel, activation, leak, valid, how):
+def test_states_and_gradients_equal_those_of_scans(kernel, activation, leak, valid, how):
     leak = None if leak is None else jnp.float32(leak)
     params, xs, h0, _ = case(activation=activation, leak=leak)
 
@@ -100,23 +103,34 @@ def test_states_and_all_gradients(kernel, activation, leak, valid, how):
     assert_close(found, expected, FIRST)
 
 
-def test_tangents_and_second_orders(kernel):
+DERIVATIVES = {
+    "tangent": lambda loss, states, args, moved: jax.jvp(states, args, moved),
+    "forward over reverse": lambda loss, states, args, moved: jax.jvp(
+        jax.grad(loss, (0, 1, 2)), args, moved
+    ),
+    "reverse over forward": lambda loss, states, args, moved: jax.grad(
+        lambda args: jax.jvp(loss, args, moved)[1]
+    )(args),
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["tangent", "forward over reverse", pytest.param("reverse over forward", marks=full)]
+)
+def test_tangents_and_second_orders_equal_those_of_scans(kernel, name):
     params, xs, h0, _ = case(leak=jnp.full(H, 0.7, jnp.float32))
     args = params.cell, xs, h0
     moved = jax.tree.map(lambda x: weights(x.shape, x.size, x.dtype), args)
 
     def f(unroll, args, moved):
         loss = partial(scalar, unroll, lengths=jnp.array([5, 0, 2, 3]))
-        forward = jax.jvp(partial(unroll, mask=jnp.asarray(matrix.GAPS)), args, moved)
-        over_reverse = jax.jvp(jax.grad(loss, (0, 1, 2)), args, moved)[1]
-        over_forward = jax.grad(lambda a: jax.jvp(loss, a, moved)[1])(args)
-        return forward, over_reverse, over_forward
+        return DERIVATIVES[name](loss, partial(unroll, **VALID["mask"]), args, moved)
 
     found, expected = both(f, kernel, args, moved)
     assert_close(found, expected, SECOND)
 
 
-def test_by_hand(kernel):
+def test_gradients_by_hand_equal_those_of_scans(kernel):
     params, xs, h0, ids = case()
     lengths = jnp.array([5, 0, 2, 3])
     options = dict(h0=h0, lengths=lengths)
@@ -129,11 +143,12 @@ def test_by_hand(kernel):
     assert_close(jax.tree.leaves(found), jax.tree.leaves(expected), FIRST)
 
 
-LONG = pytest.param({"checkpoint_every": 2, "truncate": 3}, marks=pytest.mark.full)
+LONG = pytest.param({"checkpoint_every": 2, "truncate": 3}, marks=full)
 
 
 @pytest.mark.parametrize("how", [{}, LONG], ids=str)
-def test_gradients_by_hand_are_differentiable(kernel, how):
+@pytest.mark.parametrize("mode", ["forward", pytest.param("reverse", marks=full)])
+def test_gradients_by_hand_are_differentiable(kernel, mode, how):
     params, xs, h0, ids = case(leak=jnp.float32(0.6))
     lengths = jnp.array([5, 0, 2, 3])
 
@@ -142,16 +157,16 @@ def test_gradients_by_hand_are_differentiable(kernel, how):
             options = dict(h0=h0, lengths=lengths, implementation=implementation, **how)
             return jaxrnn.loss_and_grads(params, xs, ids, **options)[1].params
 
-        return jax.jvp(gradient, (params, h0), (params, h0)), jax.grad(
-            lambda p: jnp.sum(jnp.sin(gradient(p, h0).cell.W))
-        )(params)
+        if mode == "forward":
+            return jax.jvp(gradient, (params, h0), (params, h0))
+        return jax.grad(lambda p: jnp.sum(jnp.sin(gradient(p, h0).cell.W)))(params)
 
     found, expected = (jax.jit(partial(f, name))(params, h0) for name in (kernel, "scan"))
     assert_close(jax.tree.leaves(found), jax.tree.leaves(expected), SECOND)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_a_mapped_sequence_reaches_the_kernel_of_the_batch(kernel, axis):
+def test_vmap_launches_the_kernel_of_the_batch(kernel, axis):
     params, xs, h0, _ = case()
     cell = params.cell
     unroll = partial(jaxrnn.unroll, implementation=kernel)
@@ -162,7 +177,7 @@ def test_a_mapped_sequence_reaches_the_kernel_of_the_batch(kernel, axis):
     assert_close(one_by_one(cell, given, h0), jaxrnn.unroll(cell, xs, h0), FIRST)
 
 
-def test_members_run_side_by_side_in_one_kernel(kernel):
+def test_vmap_over_cells_launches_one_kernel(kernel):
     _, xs, h0, _ = case()
     cells = jax.tree.map(lambda *x: jnp.stack(x), *[case(seed=s)[0].cell for s in range(4)])
     cells = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), cells)
@@ -182,7 +197,7 @@ def test_members_run_side_by_side_in_one_kernel(kernel):
     assert len(alone) == 2  # forward, and the adjoint
 
 
-def test_layers_and_directions(kernel):
+def test_layers_in_both_directions_equal_those_of_scans(kernel):
     params, xs, _, _ = case()
     above = jaxrnn.init_cell(jax.random.key(1), 2 * H, 4, dtype=jnp.float32)
     stack = ((params.cell, params.cell), above)
@@ -190,7 +205,7 @@ def test_layers_and_directions(kernel):
     assert_close(found, jaxrnn.unroll_layers(stack, xs), FIRST)
 
 
-def test_ids(kernel):
+def test_gradients_of_ids_equal_those_of_scans(kernel):
     params, _, h0, _ = case()
     ids = jaxrnn.Ids(jnp.asarray(np.random.default_rng(0).integers(D, size=(T, B))))
 
@@ -201,7 +216,7 @@ def test_ids(kernel):
     assert_close(found, expected, FIRST)
 
 
-def test_half_precision(kernel):
+def test_bfloat16_is_within_its_rounding_of_the_scan(kernel):
     # Each state is rounded once, as in the scan; where sums in another order fall on the other
     # side of a rounding, it is half of eps, and T steps may add up: as in test_matrix.
     params, xs, h0, _ = case()
@@ -244,7 +259,7 @@ def test_every_loop_of_every_derivative_is_a_kernel(name):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("activation", NAMED)
 @pytest.mark.parametrize("name", LARGEST)
-def test_every_activation_is_lowered(name, activation, dtype):
+def test_every_activation_lowers(name, activation, dtype):
     if name == "mosaic_gpu" and jax.__version_info__ < (0, 11):
         pytest.skip("the Mosaic GPU kernels are written for jax 0.11 on")
     device = (HOPPER if name == "mosaic_gpu" else TPU)._replace(interpret=False)
@@ -257,11 +272,12 @@ def test_every_activation_is_lowered(name, activation, dtype):
 
     with built_for(device):
         platform = {"gpu": "cuda", "tpu": "tpu"}[device.platform]
-        jax.jit(f).trace(*args).lower(lowering_platforms=(platform,))
+        text = jax.jit(f).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+    assert "jaxrnn_states" in text and "jaxrnn_adjoint" in text
 
 
 @pytest.mark.parametrize("name", LARGEST)
-def test_inside_shard_map(name):
+def test_kernels_run_inside_shard_map(name):
     if name == "mosaic_gpu" and jax.__version_info__ < (0, 11):
         pytest.skip("the Mosaic GPU kernels are written for jax 0.11 on")
     params, xs, _, _ = case()
@@ -274,19 +290,19 @@ def test_inside_shard_map(name):
         specs = P(), P(None, "data")
         return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())(cell, xs)
 
-    gradient = jax.grad(partial(loss, {"implementation": name}), (0, 1))
+    gradient = jax.jit(jax.grad(partial(loss, {"implementation": name}), (0, 1)))
     if name == "pallas_tpu":
         with built_for(TPU):
             found = gradient(params.cell, xs)
-        expected = jax.grad(partial(loss, {}), (0, 1))(params.cell, xs)
+        expected = jax.jit(jax.grad(partial(loss, {}), (0, 1)))(params.cell, xs)
         assert_close(jax.tree.leaves(found), jax.tree.leaves(expected), FIRST)
     else:  # Its interpreter knows one device.
         with built_for(HOPPER._replace(interpret=False)):
-            traced = jax.jit(gradient).trace(params.cell, xs)
+            traced = gradient.trace(params.cell, xs)
             assert "jaxrnn_adjoint" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
-def test_the_largest_sizes_are_those_that_the_kernels_give():
+def test_the_largest_sizes_are_those_of_the_kernels():
     pallas_tpu = import_module("jaxrnn._backends.kernels.pallas_tpu")
     for dtype, largest in LARGEST["pallas_tpu"].items():
         assert pallas_tpu.fits(largest, dtype) and not pallas_tpu.fits(largest + 1, dtype)
