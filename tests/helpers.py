@@ -1,5 +1,8 @@
 """What the tests share: a naive network, random cases, and one notion of agreement."""
 
+import itertools
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,3 +89,29 @@ def error(actual, expected):
 def assert_close(actual, expected, tolerance=TOLERANCE["float64"]):
     found = error(actual, expected)
     assert found <= tolerance, f"relative error {found:.1e} > {tolerance:.1e}"
+
+
+def inner(a, b):
+    return sum(jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def pairs_of(values):
+    return set(itertools.combinations(enumerate(values), 2))
+
+
+def pairwise(factors):
+    """Few choices in which every pair of values of two factors occurs."""
+    left = set().union(*map(pairs_of, itertools.product(*factors.values())))
+
+    def brought(value, others):
+        return len(left & {tuple(sorted([value, other])) for other in others})
+
+    while left:
+        # A pair that is left, and of each other factor the value that brings most new pairs.
+        chosen = set(min(left))
+        for i, values in enumerate(factors.values()):
+            if i not in dict(chosen):
+                chosen.add(max(((i, v) for v in values), key=partial(brought, others=chosen)))
+        values = [value for _, value in sorted(chosen)]
+        left -= pairs_of(values)
+        yield dict(zip(factors, values, strict=True))
