@@ -1,7 +1,6 @@
-"""The rate form and the voltage form, each against loops that are written out here."""
+"""Forms of a network, built in and custom: values, gradients, layers, losses, dtypes, errors."""
 
 import dataclasses
-import itertools
 from functools import partial
 
 import jax
@@ -10,107 +9,56 @@ import numpy as np
 import optax
 import oracle
 import pytest
-from helpers import FUNCTIONS, TOLERANCE, assert_close, random_case, weights
+from forms import (
+    FIRST,
+    GAPS,
+    KINDS,
+    LEAKS,
+    LENGTHS,
+    B,
+    D,
+    H,
+    K,
+    T,
+    check_loss,
+    compare,
+    cross_entropy,
+    first_states,
+    g,
+    is_number_or_list,
+    layer,
+    naive,
+    naive_both,
+    naive_outputs,
+    network,
+    parameters_of,
+    rich_output,
+    rich_update,
+    scalar,
+    spread,
+    stack,
+    up_to,
+)  # fmt: skip
+from helpers import assert_close, weights
 from jax import lax
-from test_matrix import pairs_of, pairwise
 
 import jaxrnn
 from jaxrnn import textbook, train
 
-T, B, D, H, K = 7, 3, 3, 4, 3
-LENGTHS = np.array([7, 0, 4])
-GAPS = np.arange(T * B).reshape(T, B) % 4 != 1
-LEAKS = {"": None, "scalar": 0.6, "per unit": [0.0, 0.3, 0.7, 1.0]}
-FIRST = TOLERANCE["float64"]
-
-
-def network(form="rate", leak="", activation="tanh", bias="bias", dtype=jnp.float64, **sizes):
-    """Params, xs, h0, targets."""
-    leak = None if LEAKS[leak] is None else jnp.asarray(LEAKS[leak], dtype)
-    sizes = {"T": T, "batch": (B,), "D": D, "H": H, "K": K} | sizes
-    params, *rest = random_case(
-        5, dtype=dtype, form=form, leak=leak, activation=activation, **sizes
-    )
-    if bias == "no bias":
-        params = dataclasses.replace(params, cell=dataclasses.replace(params.cell, b=None))
-    return params, *rest
-
-
-def phi_of(cell):
-    return FUNCTIONS[cell.activation] if isinstance(cell.activation, str) else cell.activation
-
-
-def g(cell, h):
-    return phi_of(cell)(h) if cell.form == "voltage" else h
-
-
-def numbered(valid, reverse):
-    """How many valid steps were read before each."""
-    counts = jnp.cumsum(valid[::-1] if reverse else valid, axis=0)
-    return (counts[::-1] if reverse else counts) - 1
-
-
-def naive(
-    cell, xs, h0, *, drive=None, valid=None, reverse=False, truncate=None, window=None, push=None
-):
-    """A plain scan of either form, for JAX to differentiate; `push` is added to each new state.
-
-    With a window it carries a state for each number of steps since the one that does not move.
-    """
-    if isinstance(xs, jaxrnn.Ids):
-        xs = jax.nn.one_hot(xs.ids, cell.U.shape[1], dtype=cell.U.dtype)
-    phi, steps = phi_of(cell), xs.shape[:-1]
-    zeros = jnp.zeros((*steps, cell.W.shape[0]), cell.W.dtype)
-    drive, push = (zeros if x is None else x for x in (drive, push))
-    valid = jnp.ones(steps, bool) if valid is None else jnp.asarray(valid)
-    number = numbered(valid, reverse)
-    cut = jnp.zeros(steps, bool) if truncate is None else (number > 0) & (number % truncate == 0)
-
-    def step(h, x, drive, push, cut):
-        s = g(cell, h)
-        a = x @ cell.U.T + jnp.where(cut, lax.stop_gradient(s), s) @ cell.W.T + drive
-        a = a if cell.b is None else a + jnp.broadcast_to(cell.b, a.shape)
-        new = a if cell.form == "voltage" else phi(a)
-        if cell.leak is not None:
-            leak = jnp.broadcast_to(cell.leak, new.shape)
-            new = (1 - leak) * h + leak * new
-        return new + push
-
-    def body(states, now):
-        x, drive, push, valid, cut = now
-        valid, cut = valid[..., None], cut[..., None]
-        before = states if window is None else (lax.stop_gradient(states[-1]), *states[:-1])
-        new = [step(h, x, drive, push, cut) for h in before]
-        states = tuple(jnp.where(valid, n, h) for n, h in zip(new, states, strict=True))
-        return states, jnp.where(valid, states[-1], 0)
-
-    now = xs, drive, push, valid, cut
-    states, hs = lax.scan(body, (h0,) * (window or 1), now, reverse=reverse)
-    return states[-1], hs
-
-
-def up_to(lengths):
-    lengths = jnp.asarray(lengths)
-    return jnp.arange(T).reshape(T, *(1,) * lengths.ndim) < lengths[None]
-
-
-def scalar(states):
-    """A number in which every state counts, and each in another way."""
-    h_last, hs = states
-    each = sum(jnp.sum(jnp.sin(3 * h)) for h in jax.tree.leaves(hs))
-    return each + sum(jnp.sum(jnp.exp(h)) for h in jax.tree.leaves(h_last))
-
+full = pytest.mark.full
 
 # A NumPy double sum ---------------------------------------------------------------------------
 
 BOTH = ["rate", "voltage"]
 NETWORKS = [
-    *itertools.product(BOTH, LEAKS, ["tanh"], ["bias"]),
-    *itertools.product(BOTH, ["scalar"], ["sigmoid"], ["no bias"]),
-    ("voltage", "", "identity", "no bias"), ("voltage", "per unit", "relu", "bias"),
+    *((f"{form} {leak}".strip(), "tanh", "bias", {}) for form in BOTH for leak in LEAKS),
+    ("rate scalar", "sigmoid", "no bias", {}), ("voltage", "identity", "no bias", {}),
+    ("voltage per unit", "relu", "bias", {}),
+    ("rate per unit", "tanh", "bias", {"truncate": 3}),
+    ("voltage scalar", "tanh", "bias", {"window": 2}),
+    ("voltage per unit", "sigmoid", "bias", {"truncate": 3, "reverse": True}),
+    ("rate per unit", "sigmoid", "bias", {"window": 3, "reverse": True}),
 ]  # fmt: skip
-ONE_OF_EACH = [("", "bias"), ("scalar", "no bias"), ("per unit", "bias")]
-OPTIONS = [{"truncate": 3}, {"window": 2}, {"window": 3, "reverse": True}]
 
 
 def in_numpy(tree):
@@ -121,8 +69,10 @@ def arrays_of(cell):
     return {name: in_numpy(getattr(cell, name)) for name in ("U", "W", "b", "leak")}
 
 
-def check_against_the_oracle(form, leak, activation, bias, **options):
-    params, xs, h0, targets = network(form, leak, activation, bias)
+@pytest.mark.parametrize(("kind", "activation", "bias", "options"), NETWORKS, ids=str)
+def test_states_and_all_gradients_match_the_double_sum(kind, activation, bias, options):
+    params, xs, h0, targets = network(kind, activation, bias)
+    form = params.cell.form
     cell, drive, valid = params.cell, 0.3 * weights((T, B, H), 3), GAPS
     dhs, dh_last = weights((T, B, H), 1), weights((B, H), 2)
     reverse = options.get("reverse", False)
@@ -168,8 +118,13 @@ def check_against_the_oracle(form, leak, activation, bias, **options):
     )
 
 
-def check_textbook(form, leak, activation, bias, **options):
-    params, xs, _, targets = network(form, leak, activation, bias)
+@pytest.mark.parametrize(("kind", "activation", "bias", "options"), [
+    ("rate scalar", "sigmoid", "no bias", {}), ("rate per unit", "tanh", "bias", {"truncate": 3}),
+    ("voltage per unit", "relu", "bias", {}), ("voltage scalar", "tanh", "bias", {"window": 2}),
+], ids=str)  # fmt: skip
+def test_textbook_matches_the_double_sum(kind, activation, bias, options):
+    params, xs, _, targets = network(kind, activation, bias)
+    form = params.cell.form
     V, c = in_numpy((params.readout.V, params.readout.c))
     zeros, every = np.zeros((T, B, H)), np.ones((T, B), bool)
     loss, sums, _, dV, dc = oracle.batch_loss_and_grads_of_form(
@@ -181,61 +136,47 @@ def check_textbook(form, leak, activation, bias, **options):
     assert_close(found, (loss, jaxrnn.Params(cell, jaxrnn.Readout(dV, dc))))
 
 
-@pytest.mark.parametrize("how", NETWORKS, ids=" ".join)
-def test_states_and_all_gradients_match_the_double_sum(how):
-    check_against_the_oracle(*how)
+@pytest.mark.parametrize(
+    ("kind", "option"), [("rich", {"truncate": 3}), ("no output", {"window": 2})], ids=str
+)
+def test_textbook_of_a_custom_form_matches_a_naive_scan(kind, option):
+    params, xs, _, targets = network(kind)
+
+    @jax.jit
+    @jax.value_and_grad
+    def expected(params):
+        hs = naive(params.cell, xs, jnp.zeros((B, H)), **option)[1]
+        return jnp.sum(cross_entropy(params.readout, g(params.cell, hs), targets))
+
+    loss, gradient = expected(params)
+    assert_close(textbook.loss_and_grads(params, xs, targets, **option), (loss, gradient))
+    terms = textbook.contributions(params, xs, targets, **option)
+    later = np.arange(T)[:, None] < np.arange(T)  # k > t
+    for leaf in jax.tree.leaves(terms):
+        assert not np.any(np.asarray(leaf)[later])
+    assert_close(jax.tree.map(lambda x: x.sum((0, 1)), terms), gradient.cell)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("form", BOTH)
-def test_truncate_and_window_leave_out_terms_of_the_double_sum(form, options):
-    check_against_the_oracle(form, "per unit", "tanh", "bias", **options)
-
-
-@pytest.mark.parametrize("how", NETWORKS[1:7], ids=" ".join)
-def test_textbook_matches_the_double_sum(how):
-    check_textbook(*how)
-
-
-@pytest.mark.parametrize("options", OPTIONS[:2], ids=str)
-@pytest.mark.parametrize("form", BOTH)
-def test_textbook_truncates_and_windows_likewise(form, options):
-    check_textbook(form, "scalar", "sigmoid", "bias", **options)
-
-
-@pytest.mark.parametrize(("leak", "bias"), ONE_OF_EACH)
-def test_contributions_are_what_each_step_of_a_voltage_network_owes(leak, bias):
-    params, xs, _, targets = network("voltage", leak, "sigmoid", bias)
+@pytest.mark.parametrize("kind", ["voltage", "voltage per unit", "rich"])
+def test_contributions_are_the_share_of_each_step(kind):
+    params, xs, _, targets = network(kind)
     copies = jax.tree.map(lambda x: jnp.broadcast_to(x, (T, *x.shape)), params.cell)
 
     def losses(copies):
-        # Step k has parameters of its own, so that a derivative by them is the (t, k) term.
+        # Step k, and the readout after it, have parameters of their own.
         def body(h, now):
             cell, x = now
             h, _ = naive(cell, x[None], h)
-            return h, h
+            return h, g(cell, h)
 
-        _, hs = lax.scan(body, jnp.zeros((B, H)), (copies, xs))
-        return jnp.sum(cross_entropy(params.readout, g(params.cell, hs), targets), axis=1)
+        _, ys = lax.scan(body, jnp.zeros((B, H)), (copies, xs))
+        return jnp.sum(cross_entropy(params.readout, ys, targets), axis=1)
 
     terms = textbook.contributions(params, xs, targets)
     assert_close(terms, jax.jit(jax.jacrev(losses))(copies))
 
 
 # Conversions between forms --------------------------------------------------------------------
-
-
-def compare(ours, theirs, *args, tolerance=FIRST):
-    """Values, and the gradients of all args."""
-
-    def both(f):
-        def loss(args):
-            found = f(*args)
-            return sum(jnp.sum(jnp.sin(3 * y)) for y in jax.tree.leaves(found)), found
-
-        return jax.jit(jax.grad(loss, has_aux=True))(args)
-
-    assert_close(both(ours), both(theirs), tolerance)
 
 
 def original(step):
@@ -251,18 +192,14 @@ def original(step):
     return states
 
 
-def parameters_of(leak):
-    params, xs, h0, _ = network(leak=leak)
+def arrays_with(leak):
+    params, xs, h0, _ = network(f"rate {leak}")
     cell = params.cell
     return (cell.U, cell.W, cell.b, cell.leak), h0, xs, 0.3 * weights((T, B, H), 3)
 
 
 def affine(W, h, U, x, b):
     return h @ W.T + x @ U.T + jnp.broadcast_to(b, h.shape)
-
-
-def spread(leak, like):
-    return jnp.broadcast_to(leak, like.shape)
 
 
 @original
@@ -273,20 +210,20 @@ def voltages(parameters, v, x, noise):
 
 
 @pytest.mark.parametrize("leak", ["scalar", "per unit"])
-def test_voltage_equals_its_own_equation(leak):
+def test_the_voltage_form_equals_its_equation(leak):
     def ours(parameters, v0, xs, noise):
         U, W, b, leak = parameters
         cell = jaxrnn.Cell(U, W, b, leak, form="voltage")
         return jaxrnn.unroll(cell, xs, v0, drive=noise / spread(leak, noise))[1]
 
-    parameters, *rest = parameters_of(leak)
+    parameters, *rest = arrays_with(leak)
     if leak == "per unit":
         # Noise outside the bracket of α is a drive of ξ / α: no α may be 0 here.
         parameters = (*parameters[:3], jnp.asarray([0.1, 0.3, 0.7, 1.0]))
     compare(ours, voltages, parameters, *rest)
 
 
-def test_voltage_equals_its_conversion_from_the_rate_form():
+def test_the_voltage_form_equals_a_filtered_rate_network():
     def converted(parameters, v0, xs, noise):
         U, W, b, leak = parameters
         current = affine(jnp.zeros_like(W), noise, U, xs, b) + noise / leak
@@ -306,7 +243,7 @@ def test_voltage_equals_its_conversion_from_the_rate_form():
         cell = jaxrnn.Cell(U, W, b, leak, form="voltage")
         return jaxrnn.unroll(cell, xs, v0, drive=noise / leak)[1]
 
-    args = parameters_of("scalar")
+    args = arrays_with("scalar")
     compare(converted, voltages, *args)
     compare(converted, native, *args)
 
@@ -326,7 +263,7 @@ def test_outer_leak_equals_an_elman_network_of_other_weights(leak):
         cell = jaxrnn.Cell(rows * U, jnp.diag(1 - leak) + rows * W, leak * b)
         return jaxrnn.unroll(cell, xs, h0, drive=noise)[1]
 
-    compare(elman, outer, *parameters_of(leak))
+    compare(elman, outer, *arrays_with(leak))
 
 
 @pytest.mark.parametrize("leak", ["scalar", "per unit"])
@@ -351,204 +288,7 @@ def test_wilson_cowan_equals_a_rate_network_of_filtered_inputs(leak):
         drive = before @ W.T + noise
         return f + jaxrnn.unroll(cell, xs[..., :0], h0, drive=drive)[1]
 
-    compare(converted, wilson_cowan, *parameters_of(leak))
-
-
-# Form × option × transformation ---------------------------------------------------------------
-
-
-def loss_of(run, known):
-    return lambda arrays: scalar(run(arrays, known))
-
-
-def inner(a, b):
-    return sum(jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
-
-
-def gradient(run, arrays, tangents, known):
-    return jax.grad(loss_of(run, known))(arrays)
-
-
-def pushed(run, arrays, tangents, known):
-    return jax.jvp(lambda arrays: run(arrays, known), (arrays,), (tangents,))
-
-
-def mapped_over_data(run, arrays, tangents, known):
-    axes = {"cell": None, "h0": 0, "xs": 1, "ids": 1, "drive": 1, "lengths": 0, "mask": 1}
-    one = lambda arrays, known: gradient(run, arrays, tangents, known)  # noqa: E731
-    return jax.vmap(one, [{name: axes[name] for name in given} for given in (arrays, known)])(
-        arrays, known
-    )
-
-
-def mapped_over_parameters(run, arrays, tangents, known):
-    cells = jax.tree.map(lambda x: jnp.stack([x, 0.9 * x, 0.5 * x]), arrays["cell"])
-    one = lambda cell: gradient(run, arrays | {"cell": cell}, tangents, known)  # noqa: E731
-    return jax.vmap(one)(cells)
-
-
-def forward_over_reverse(run, arrays, tangents, known):
-    return jax.jvp(jax.grad(loss_of(run, known)), (arrays,), (tangents,))[1]
-
-
-def reverse_over_forward(run, arrays, tangents, known):
-    loss = loss_of(run, known)
-    return jax.grad(lambda arrays: jax.jvp(loss, (arrays,), (tangents,))[1])(arrays)
-
-
-def third_order(run, arrays, tangents, known):
-    def curvature(arrays):
-        return inner(forward_over_reverse(run, arrays, tangents, known), tangents)
-
-    return jax.grad(curvature)(arrays)
-
-
-# name -> (what is compared, the order of the derivatives).
-TRANSFORMATIONS = {
-    "grad": (gradient, 1),
-    "jvp": (pushed, 1),
-    "vmap of grad over data": (mapped_over_data, 1),
-    "vmap of grad over parameters": (mapped_over_parameters, 1),
-    "forward over reverse": (forward_over_reverse, 2),
-    "reverse over forward": (reverse_over_forward, 2),
-    "third order": (third_order, 3),
-}
-FACTORS = {
-    "transformation": list(TRANSFORMATIONS),
-    "kind": [f"{form} {leak}".strip() for form in BOTH for leak in LEAKS],
-    "option": ["", "truncate=3", "window=2", "window=3", "checkpoint_every=3",
-               "checkpoint_every=sqrt"],
-    "activation": ["tanh", "relu", "sigmoid", "sin"],
-    "invalid": ["", "lengths", "mask"],
-    "inputs": ["floats", "ids", "no inputs"],
-    "reverse": ["", "reverse"],
-    "drive": ["", "drive"],
-    "bias": ["bias", "no bias"],
-    "implementation": ["", "associative"],
-}  # fmt: skip
-PAIRS = list(pairwise(FACTORS))
-
-
-def data_of(kind, activation, bias, inputs, drive, invalid, **_):
-    """What is differentiated, by name; and what is not."""
-    form, _, leak = kind.partition(" ")
-    activation = jnp.sin if activation == "sin" else activation
-    params, xs, h0, _ = network(form, leak, activation, bias)
-    arrays, known = {"cell": params.cell, "h0": h0}, {}
-    if inputs == "ids":
-        known["ids"] = jaxrnn.Ids(jnp.asarray(np.random.default_rng(4).integers(D, size=(T, B))))
-    else:
-        arrays["xs"] = xs
-    if inputs == "no inputs":
-        arrays["cell"] = dataclasses.replace(params.cell, U=params.cell.U[:, :0])
-        arrays["xs"] = xs[..., :0]
-    if drive:
-        arrays["drive"] = 0.3 * weights((T, B, H), 3)
-    if invalid:
-        known[invalid] = jnp.asarray({"lengths": LENGTHS, "mask": GAPS}[invalid])
-    return arrays, known
-
-
-def option_of(option):
-    if not option:
-        return {}
-    name, value = option.split("=")
-    return {name: int(value) if value.isdigit() else value}
-
-
-def run_by(unroll, arrays, known, **how):
-    arrays, known = dict(arrays), dict(known)
-    xs = known.pop("ids") if "ids" in known else arrays.pop("xs")
-    return unroll(arrays.pop("cell"), xs, arrays.pop("h0"), **arrays, **known, **how)
-
-
-def ours(option, reverse, implementation, **_):
-    how = option_of(option) | ({"implementation": implementation} if implementation else {})
-    return partial(run_by, jaxrnn.unroll, reverse=bool(reverse), **how)
-
-
-def by_naive_scan(option, reverse, **_):
-    how = {k: v for k, v in option_of(option).items() if k != "checkpoint_every"}
-
-    def run(arrays, known):
-        known = dict(known)
-        if "lengths" in known:
-            known["valid"] = up_to(known.pop("lengths"))
-        elif "mask" in known:
-            known["valid"] = known.pop("mask")
-        return run_by(naive, arrays, known, reverse=bool(reverse), **how)
-
-    return run
-
-
-def with_padding(arrays, invalid, padding):
-    valid = {"lengths": np.asarray(up_to(LENGTHS)), "mask": GAPS}.get(invalid)
-    if valid is None:
-        return arrays
-    fill = {k: jnp.where(valid[..., None], v, padding) for k, v in arrays.items()
-            if k in ("xs", "drive")}  # fmt: skip
-    return arrays | fill
-
-
-def check(transformation, invalid, **how):
-    arrays, known = data_of(invalid=invalid, **how)
-    tangents = jax.tree.map(lambda x: weights(x.shape, x.size), arrays)
-    transform, order = TRANSFORMATIONS[transformation]
-
-    def find(run, padding):
-        # What invalid steps hold reaches nothing, and the naive scan never meets it.
-        given = with_padding(arrays, invalid, padding)
-        return jax.jit(partial(transform, run))(given, tangents, known)
-
-    found, expected = find(ours(**how), jnp.nan), find(by_naive_scan(**how), 0.0)
-    # Every order multiplies the number of summed terms by about T.
-    assert_close(found, expected, FIRST * T ** (order - 1))
-
-
-def words(how):
-    return ", ".join(filter(None, how.values()))
-
-
-def test_every_pair_is_among_the_cases():
-    met = set().union(*(pairs_of(how.values()) for how in PAIRS))
-    sizes = [len(values) for values in FACTORS.values()]
-    assert len(met) == sum(a * b for a, b in itertools.combinations(sizes, 2))
-    assert len(PAIRS) < 1.5 * sizes[0] * sizes[1]
-
-
-@pytest.mark.parametrize("how", PAIRS, ids=words)
-def test_equals_a_naive_scan(how):
-    check(**how)
-
-
-# name -> the factors that differ from the plain one.
-FORMS = {kind: {"kind": kind} for kind in FACTORS["kind"]}
-FORMS |= {
-    f"voltage scalar {phi}": {"kind": "voltage scalar", "activation": phi}
-    for phi in ("relu", "sin", "sigmoid")
-}
-VARIANTS = {
-    "plain": {},
-    "lengths": {"invalid": "lengths"},
-    "mask": {"invalid": "mask"},
-    "reverse": {"reverse": "reverse"},
-    "drive": {"drive": "drive"},
-    "ids": {"inputs": "ids"},
-    "window=3 with mask": {"option": "window=3", "invalid": "mask"},
-    "no bias": {"bias": "no bias"},
-    "no inputs": {"inputs": "no inputs"},
-    "associative": {"implementation": "associative"},
-}
-VARIANTS |= {option: {"option": option} for option in FACTORS["option"] if option}
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("transformation", TRANSFORMATIONS)
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("form", FORMS)
-def test_the_whole_product_equals_a_naive_scan(form, variant, transformation):
-    plain = {name: values[0] for name, values in FACTORS.items()}
-    check(**plain | FORMS[form] | VARIANTS[variant] | {"transformation": transformation})
+    compare(converted, wilson_cowan, *arrays_with(leak))
 
 
 # Long sequences -------------------------------------------------------------------------------
@@ -557,10 +297,10 @@ def test_the_whole_product_equals_a_naive_scan(form, variant, transformation):
 @pytest.mark.parametrize("kind", ["voltage", "voltage per unit", "rate scalar"])
 def test_checkpoints_at_a_prime_length_change_no_gradient(kind):
     time, size = 10_007, 2
-    form, _, leak = kind.partition(" ")
-    params, xs, h0, _ = network(form, T=time, batch=(1,), D=1, H=size)
-    leak = {"": None, "scalar": jnp.asarray(0.6), "per unit": jnp.asarray([0.2, 1.0])}[leak]
-    cell = dataclasses.replace(params.cell, leak=leak)
+    params, xs, h0, _ = network(kind, T=time, batch=(1,), D=1, H=size)
+    cell = params.cell
+    if kind.endswith("per unit"):
+        cell = dataclasses.replace(cell, leak=jnp.asarray([0.2, 1.0]))
 
     def gradients(**how):
         def loss(cell, xs, h0):
@@ -574,84 +314,165 @@ def test_checkpoints_at_a_prime_length_change_no_gradient(kind):
     assert_close(gradients(checkpoint_every="sqrt"), gradients(), time * eps)
 
 
-# Stacks ---------------------------------------------------------------------------------------
+# By hand --------------------------------------------------------------------------------------
 
-
-def layer(seed, D, H, **how):
-    return random_case(seed, D=D, H=H, **how)[0].cell
-
-
-def stack(*kinds):
-    """A layer of each kind; sigmoid is 1/2 at 0, and so shows what padding becomes."""
-    how = {
-        "voltage": dict(form="voltage", activation="sigmoid"),
-        "leaky voltage": dict(form="voltage", leak=jnp.linspace(0, 1, H)),
-        "rate": dict(leak=jnp.asarray(0.4)),
-    }
-    sizes = [D] + [H] * len(kinds)
-    return tuple(layer(n, sizes[n], H, **how[kind]) for n, kind in enumerate(kinds))
-
-
-def naive_outputs(cell, xs, h0, valid, **how):
-    h_last, hs = naive(cell, xs, h0, valid=valid, **how)
-    return h_last, jnp.where(jnp.asarray(valid)[..., None], g(cell, hs), 0)
-
-
-def naive_layers(cells, xs, h0, valid, **how):
-    last, y = [], xs
-    for each, h in zip(cells, h0, strict=True):
-        h, y = naive_both(each, y, h, valid) if isinstance(each, tuple) else naive_outputs(
-            each, y, h, valid, **how
-        )  # fmt: skip
-        last.append(h)
-    return tuple(last), y
-
-
-def naive_both(cells, xs, h0, valid):
-    last, ys = zip(
-        naive_outputs(cells[0], xs, h0[0], valid),
-        naive_outputs(cells[1], xs, h0[1], valid, reverse=True),
-        strict=True,
-    )
-    return last, jnp.concatenate(ys, -1)
-
-
-STACKS = {
-    "voltage over voltage": ("voltage", "leaky voltage"),
-    "rate over voltage": ("voltage", "rate"),
-    "voltage over rate over voltage": ("leaky voltage", "rate", "voltage"),
+BY_HAND = {
+    "mask and drive": {"mask": GAPS, "drive": 0.3 * np.asarray(weights((T, B, H), 3))},
+    "lengths in reverse": {"lengths": LENGTHS, "reverse": True},
+    "mask and truncate": {"mask": GAPS, "truncate": 3},
+    "mask and window": {"mask": GAPS, "window": 3},
 }
 
 
-def first_states(count):
-    return tuple(weights((B, H), 20 + n) for n in range(count))
+def valid_of(how):
+    """Valid steps, and the options that the naive scan knows."""
+    valid = np.ones((T, B), bool)
+    valid = np.asarray(up_to(how["lengths"])) if "lengths" in how else how.get("mask", valid)
+    names = "reverse", "truncate", "window"
+    return valid, {name: how[name] for name in names if name in how}
 
 
-@pytest.mark.parametrize("kinds", STACKS.values(), ids=STACKS)
-def test_layers_hand_up_outputs_and_return_states_last(kinds):
+@pytest.mark.parametrize("how", BY_HAND.values(), ids=BY_HAND)
+def test_bptt_returns_the_gradients_of_everything(how):
+    params, xs, h0, _ = network("rich")
+    valid, options = valid_of(how)
+    there = jnp.asarray(valid)[..., None]
+
+    @jax.jit
+    @partial(jax.value_and_grad, argnums=(0, 1, 2, 3, 4), has_aux=True)
+    def expected(cell, xs, h0, drive, push):
+        states = naive(cell, xs, h0, drive=drive, push=push, valid=valid, **options)
+        return scalar(states), states
+
+    nothing = jnp.zeros((T, B, H))
+    drive = jnp.asarray(how.get("drive", nothing))
+    (_, (h_last, hs)), wanted = expected(params.cell, xs, h0, drive, nothing)
+    dhs = jnp.where(there, 3 * jnp.cos(3 * hs), jnp.nan)
+    xs = jnp.where(there, xs, jnp.nan)
+    found = jaxrnn.bptt(params.cell, xs, h0, hs, dhs, dh_last=jnp.exp(h_last), **how)
+    assert_close((found.cell, found.xs, found.h0, found.delta, found.adjoint), wanted)
+    for on_padding in (found.xs, found.delta, found.adjoint):
+        assert not np.any(np.where(there, 0, on_padding))
+
+
+def everything(number, args):
+    return jax.grad(number, (0, 1, 2))(*args)
+
+
+def of_cotangents_alone(number, args):
+    # The map is transposed once more here; else JAX differentiates it.
+    return jax.grad(number, 2)(*args)
+
+
+def forward(number, args):
+    return jax.jvp(number, args, jax.tree.map(jnp.cos, args))[1]
+
+
+DIFFERENTIATED = [
+    ("rate per unit", "mask and truncate", everything),
+    ("voltage per unit", "mask and drive", of_cotangents_alone),
+    ("voltage per unit", "mask and window", forward),
+    ("rich", "mask and truncate", everything),
+]
+DIFFERENTIATED += [
+    pytest.param(kind, name, derivative, marks=full)
+    for kind in ("rate per unit", "voltage per unit", "rich") for name in BY_HAND
+    for derivative in (everything, of_cotangents_alone, forward)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "name", "derivative"), DIFFERENTIATED)
+def test_all_that_bptt_returns_is_differentiable(kind, name, derivative):
+    how = BY_HAND[name]
+    params, xs, h0, _ = network(kind, "sigmoid")
+    valid, options = valid_of(how)
+    there = jnp.asarray(valid)[..., None]
+    drive = jnp.asarray(how.get("drive", jnp.zeros((T, B, H))))
+
+    def by_hand(cell, h0, dhs):
+        _, hs = jaxrnn.unroll(cell, xs, h0, **how)
+        return jaxrnn.bptt(cell, xs, h0, hs, dhs, **how)
+
+    def by_jax(cell, h0, dhs):
+        def states(cell, xs, h0, drive, push):
+            return naive(cell, xs, h0, drive=drive, push=push, valid=valid, **options)[1]
+
+        return jax.vjp(states, cell, xs, h0, drive, jnp.zeros((T, B, H)))[1](dhs)
+
+    def derivatives(run):
+        def number(cell, h0, dhs):
+            leaves = jax.tree.leaves(run(cell, h0, jnp.where(there, dhs, 0)))
+            return sum(jnp.sum(jnp.sin(x + n)) for n, x in enumerate(leaves))
+
+        return derivative(number, (params.cell, h0, weights((T, B, H))))
+
+    found, expected = (jax.jit(derivatives, static_argnums=0)(run) for run in (by_hand, by_jax))
+    assert_close(found, expected, FIRST * T)
+
+
+# Losses ---------------------------------------------------------------------------------------
+
+LOSSES = {
+    "voltage": (layer(0, "voltage per unit"), first_states(1)[0]),
+    "custom": (layer(0, "rich"), first_states(1)[0]),
+    "stack of voltages": (stack("voltage per unit", "rate scalar", "voltage"), first_states(3)),
+    "stack of all forms": (stack("rich", "rate scalar", "voltage"), first_states(3)),
+    "two directions": (
+        ((layer(0, "rich"), layer(1, "voltage")), layer(2, "nested", 2 * H)),
+        (first_states(2), weights((B, H), 22)),
+    ),
+    "two directions of voltages": (
+        ((layer(0, "voltage"), layer(1, "voltage per unit")), layer(2, "voltage", 2 * H)),
+        (first_states(2), weights((B, H), 22)),
+    ),
+}
+OPTIONS = [{}, {"checkpoint_every": 3}, {"checkpoint_every": 3, "truncate": 3}, {"window": 2}]
+CASES = [
+    ("voltage", OPTIONS[2]), ("custom", OPTIONS[0]), ("custom", OPTIONS[3]),
+    ("stack of voltages", OPTIONS[1]), ("stack of all forms", OPTIONS[2]),
+    ("two directions", OPTIONS[0]),
+]  # fmt: skip
+CASES += [pytest.param(name, how, marks=full) for name in LOSSES for how in OPTIONS]
+
+
+@pytest.mark.parametrize(("name", "how"), CASES, ids=str)
+def test_loss_and_grads_reads_outputs(name, how):
+    cells, h0 = LOSSES[name]
+    options = {k: v for k, v in how.items() if k != "checkpoint_every"}
+    check_loss(cells, partial(naive_outputs, **options), h0, H, **how)
+
+
+# Layers, steps, training ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kinds", [
+    ("voltage", "voltage per unit"), ("voltage", "rate scalar"),
+    ("voltage per unit", "rich", "no output", "nested"),
+], ids=", ".join)  # fmt: skip
+def test_layers_pass_outputs_up_and_return_last_states(kinds):
     cells, xs, h0 = stack(*kinds), weights((T, B, D)), first_states(len(kinds))
     valid = up_to(LENGTHS)
 
     def ours(cells, xs, h0):
         return jaxrnn.unroll_layers(cells, xs, h0, lengths=LENGTHS)
 
-    compare(ours, lambda *args: naive_layers(*args, valid), cells, xs, h0)
+    compare(ours, partial(naive_outputs, valid=valid), cells, xs, h0)
     _, ys = ours(cells, xs, h0)
     assert not np.any(np.where(valid[..., None], 0, ys))
 
 
-@pytest.mark.parametrize("how", [{"lengths": LENGTHS}, {"mask": GAPS}], ids=["lengths", "mask"])
-def test_two_directions_of_voltage_cells(how):
-    (forward, _), (backward, _) = stack("voltage", "rate"), stack("voltage", "rate")
-    backward = dataclasses.replace(backward, activation="tanh", leak=jnp.asarray(0.3))
-    xs, h0 = weights((T, B, D)), first_states(2)
+@pytest.mark.parametrize(("kinds", "how"), [
+    (("voltage", "voltage per unit"), {"lengths": LENGTHS}), (("rich", "nested"), {"mask": GAPS}),
+], ids=["voltage, lengths", "custom, mask"])  # fmt: skip
+def test_bidirectional_returns_outputs_of_both_directions(kinds, how):
+    cells, xs = tuple(layer(n, kind) for n, kind in enumerate(kinds)), weights((T, B, D))
     valid = up_to(LENGTHS) if "lengths" in how else jnp.asarray(GAPS)
 
     def ours(cells, xs, h0):
         return jaxrnn.bidirectional(*cells, xs, h0, **how)
 
-    compare(ours, lambda *args: naive_both(*args, valid), (forward, backward), xs, h0)
-    _, ys = ours((forward, backward), xs, h0)
+    compare(ours, partial(naive_both, valid=valid), cells, xs, first_states(2))
+    _, ys = ours(cells, xs, first_states(2))
     assert not np.any(np.where(valid[..., None], 0, ys))
 
 
@@ -664,7 +485,7 @@ def test_one_cell_as_layers_returns_outputs():
 
 
 def test_a_residual_adds_outputs():
-    cells, xs, h0 = stack("voltage", "leaky voltage"), weights((T, B, D)), first_states(2)
+    cells, xs, h0 = stack("voltage", "voltage per unit"), weights((T, B, D)), first_states(2)
 
     def ours(cells, xs, h0):
         return jaxrnn.unroll_layers(cells, xs, h0, residual=True, lengths=LENGTHS)
@@ -677,70 +498,250 @@ def test_a_residual_adds_outputs():
     compare(ours, by_hand, cells, xs, h0)
 
 
-# The loss -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["voltage", "voltage scalar", "voltage per unit", *KINDS])
+def test_steps_one_by_one_are_the_unroll(kind):
+    params, xs, h0, _ = network(kind, "sigmoid")
+    for inputs in (xs, jaxrnn.Ids(jnp.argmax(xs, -1))):
+        h, hs = h0, []
+        for t in range(T):
+            h = jaxrnn.step(params.cell, jax.tree.map(lambda x, t=t: x[t], inputs), h)
+            hs.append(h)
+        assert_close(jaxrnn.unroll(params.cell, inputs, h0), (h, jnp.stack(hs)))
 
 
-def cross_entropy(readout, ys, targets):
-    logits = ys @ readout.V.T
-    logits += jnp.broadcast_to(readout.c, logits.shape)
-    log_likelihood = jax.nn.log_softmax(logits)
-    return -jnp.take_along_axis(log_likelihood, targets[..., None], axis=-1)[..., 0]
+@pytest.mark.parametrize("kind", ["rate", "voltage", "rich", "no output"])
+def test_outputs_and_their_gradients(kind):
+    cell, hs = network(kind)[0].cell, weights((T, B, H))
+
+    def gradients(outputs):
+        return jax.grad(lambda cell, hs: jnp.sum(jnp.sin(outputs(cell, hs))), (0, 1))(cell, hs)
+
+    assert_close(jaxrnn.outputs(cell, hs), g(cell, hs))
+    assert_close(gradients(jaxrnn.outputs), gradients(g))
 
 
-def check_loss(cell, naive_run, h0, readout_size, **how):
-    """loss_and_grads with lengths against a naive network's loss."""
-    readout = jaxrnn.Readout(weights((K, readout_size), 30), weights((K,), 31))
-    params, xs = jaxrnn.Params(cell, readout), weights((T, B, D))
-    targets = jnp.asarray(np.random.default_rng(6).integers(K, size=(T, B)))
-    valid = up_to(LENGTHS)
-
-    @partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
-    def expected(params, h0):
-        h_last, ys = naive_run(params.cell, xs, h0, valid)
-        each = cross_entropy(params.readout, ys, targets)
-        return jnp.sum(jnp.where(valid, each, 0)), h_last
-
-    (loss, h_last), (d_params, d_h0) = jax.jit(expected)(params, h0)
-    padded = jnp.where(valid[..., None], xs, jnp.nan)
-    found, gradients = jaxrnn.loss_and_grads(params, padded, targets, h0=h0, lengths=LENGTHS, **how)
-    assert_close(
-        (found, gradients.params, gradients.h0, gradients.h_last), (loss, d_params, d_h0, h_last)
-    )
+def test_a_custom_form_runs_one_step():
+    params, xs, h0, _ = network("rich", T=1)
+    compare(jaxrnn.unroll, naive, params.cell, xs, h0)
 
 
-LOSS_OPTIONS = [{}, {"checkpoint_every": 3}, {"checkpoint_every": 3, "truncate": 3}, {"window": 2}]
+def test_a_custom_form_runs_no_steps():
+    params, xs, h0, targets = network("rich", T=0)
+    h_last, hs = jaxrnn.unroll(params.cell, xs, h0)
+    assert_close(h_last, h0)
+    assert hs.shape == (0, B, H)
+    found = jaxrnn.bptt(params.cell, xs, h0, hs, hs, dh_last=h0)
+    assert_close((found.cell, found.h0), (jax.tree.map(jnp.zeros_like, params.cell), h0))
+    loss, gradients = jaxrnn.loss_and_grads(params, xs, targets, h0=h0)
+    assert not any(np.any(x) for x in jax.tree.leaves((loss, gradients.params)))
 
 
-@pytest.mark.parametrize("how", LOSS_OPTIONS, ids=str)
-def test_the_loss_of_a_stack_with_voltages(how):
-    cells = stack("leaky voltage", "rate", "voltage")
-    options = {k: v for k, v in how.items() if k != "checkpoint_every"}
-    check_loss(cells, partial(naive_layers, **options), first_states(3), H, **how)
+@pytest.mark.parametrize("kind", ["voltage scalar", "rich"])
+def test_generate_reads_outputs(kind):
+    params, *_ = network(kind, "sigmoid", D=K)
+    h, logits, expected, run = np.zeros((1, H)), None, [], jax.jit(naive)
+    for n in range(8):
+        drawn = n % 2 if n < 2 else int(np.argmax(logits))
+        expected += [drawn] if n >= 2 else []
+        h, _ = run(params.cell, jnp.eye(K)[drawn][None, None], h)
+        logits = g(params.cell, h[0]) @ params.readout.V.T + params.readout.c
+    found = jaxrnn.generate(params, jax.random.key(1), jnp.array([0, 1]), 6, temperature=0)
+    assert found.tolist() == expected
 
 
-@pytest.mark.parametrize("how", LOSS_OPTIONS[1:], ids=str)
-def test_the_loss_of_one_voltage_layer(how):
-    cell = stack("leaky voltage")[0]
-    options = {k: v for k, v in how.items() if k != "checkpoint_every"}
-    check_loss(cell, partial(naive_outputs, **options), first_states(1)[0], H, **how)
+@pytest.mark.parametrize("kind", ["voltage scalar", "rich"])
+def test_an_update_descends_the_loss_of_outputs(kind):
+    params, *_ = network(kind, "sigmoid", D=K)
+    generator = np.random.default_rng(0)
+    inputs, targets = generator.integers(0, K, (T, B)), generator.integers(0, K, (T, B))
+
+    @jax.jit
+    @jax.value_and_grad
+    def mean_loss(params):
+        xs = jax.nn.one_hot(inputs, K, dtype=jnp.float64)
+        ys = g(params.cell, naive(params.cell, xs, jnp.zeros((B, H)))[1])
+        return jnp.mean(cross_entropy(params.readout, ys, jnp.asarray(targets)))
+
+    loss, gradient = mean_loss(params)
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
+    # optax multiplies floats by its integer step counts.
+    with jax.numpy_dtype_promotion("standard"):
+        state = train.init_state(params, optax.sgd(0.1), B)
+        new, found = train.make_update(optax.sgd(0.1))(state, inputs, targets)
+    assert_close((found, new.params), (loss, expected))
+    assert mean_loss(new.params)[0] < loss
 
 
-@pytest.mark.parametrize("how", [{"checkpoint_every": 3}], ids=str)
-def test_the_loss_of_voltages_in_two_directions(how):
-    pair = stack("voltage")[0], stack("leaky voltage")[0]
-    cells = (pair, layer(9, 2 * H, H, form="voltage"))
-    h0 = (first_states(2), weights((B, H), 22))
-    check_loss(cells, naive_layers, h0, H, **how)
+def test_a_cell_without_bias_has_no_gradient_of_one():
+    params, xs, h0, targets = network("rate scalar", bias="no bias")
+    _, hs = jaxrnn.unroll(params.cell, xs, h0)
+    found = jaxrnn.bptt(params.cell, xs, h0, hs, hs).cell
+    terms = textbook.contributions(params, xs, targets)
+    for cell in (found, terms):
+        assert cell.b is None
+        assert jax.tree.structure(cell) == jax.tree.structure(params.cell)
+
+
+@pytest.mark.parametrize("kind", [pytest.param("rate per unit", marks=full), "voltage per unit"])
+def test_networks_may_have_no_inputs(kind):
+    params, xs, h0, targets = network(kind, "sigmoid")
+    cell = dataclasses.replace(params.cell, U=params.cell.U[:, :0])
+    params, xs = dataclasses.replace(params, cell=cell), xs[..., :0]
+    dhs, dh_last = weights((T, B, H), 1), weights((B, H), 2)
+
+    @jax.jit
+    def expected(cell, xs, h0):
+        seen, pull = jax.vjp(naive, cell, xs, h0)
+        return seen, pull((dh_last, dhs))
+
+    seen, pulled = expected(cell, xs, h0)
+    assert_close(jaxrnn.unroll(cell, xs, h0), seen)
+    found = jaxrnn.bptt(cell, xs, h0, seen[1], dhs, dh_last=dh_last)
+    assert_close((found.cell, found.xs, found.h0), pulled)
+    mapped = jax.vmap(jaxrnn.unroll, (None, 1, 0), (0, 1))(cell, xs, h0)
+    assert_close(mapped, seen)
+    h_last, ys = jaxrnn.unroll_layers((cell, layer(3, "voltage", H)), xs, (h0, None))
+    assert_close(h_last[0], seen[0])
+    assert ys.shape == (T, B, H)
+
+    @partial(jax.value_and_grad, argnums=(0, 1))
+    def loss(params, h0):
+        ys = g(params.cell, naive(params.cell, xs, h0)[1])
+        return jnp.sum(cross_entropy(params.readout, ys, targets))
+
+    total, gradients = jaxrnn.loss_and_grads(params, xs, targets, h0=h0)
+    assert_close((total, (gradients.params, gradients.h0)), jax.jit(loss)(params, h0))
+
+
+@pytest.mark.parametrize("form", BOTH)
+def test_init_cell_makes_cells_of_built_in_forms(form):
+    cell = jaxrnn.init_cell(jax.random.key(0), 0, H, form=form, dtype=jnp.float64)
+    assert (cell.form, cell.U.shape, cell.W.shape) == (form, (H, 0), (H, H))
+    assert np.all(np.isfinite(cell.W)) and np.any(cell.W)
+    given = (jaxrnn.init_cell(jax.random.key(1), D, H, form=form, dtype=jnp.float64),
+             weights((T, B, D)), weights((B, H)))  # fmt: skip
+    assert_close(jaxrnn.unroll(*given), jax.jit(naive)(*given))
+
+
+def test_the_rate_form_is_the_default():
+    cell = jaxrnn.Cell(jnp.zeros((H, D)), jnp.zeros((H, H)), jnp.zeros(H))
+    assert cell.form == "rate"
+    assert jaxrnn.init_cell(jax.random.key(0), D, H).form == "rate"
+
+
+def test_init_cell_makes_cells_of_custom_forms():
+    form, theta = KINDS["rich"]
+    theta = jax.tree.map(np.asarray, theta, is_leaf=is_number_or_list)
+    cell = jaxrnn.init_cell(jax.random.key(0), D, H, form=form, parameters=theta, dtype="bfloat16")
+    assert cell.form is form and cell.leak is None
+    assert {x.dtype for x in jax.tree.leaves(cell)} == {jnp.dtype("bfloat16")}
+    assert jaxrnn.unroll(cell, jnp.ones((T, D), jnp.bfloat16))[1].shape == (T, H)
+
+
+# The built-in forms, written as a Form --------------------------------------------------------
+
+BUILT_IN = {
+    "rate": jaxrnn.Form(lambda a, h, leak: (1 - leak) * h + leak * jnp.sin(a)),
+    "voltage": jaxrnn.Form(
+        lambda a, h, leak: (1 - leak) * h + leak * a, lambda h, _: jnp.sin(h)
+    ),
+}  # fmt: skip
+NOISY = {"drive": 0.3 * weights((T, B, H), 3)}
+SAME_OPTIONS = {
+    "mask, drive, truncate": {"mask": jnp.asarray(GAPS), "truncate": 3} | NOISY,
+    "window, associative": {"window": 3, "implementation": "associative"},
+    "lengths, reverse, sqrt": {
+        "lengths": jnp.asarray(LENGTHS), "reverse": True, "checkpoint_every": "sqrt"
+    },
+}  # fmt: skip
+
+
+def both_ways(form):
+    """A network of a built-in form, and the same of a custom one."""
+    params, xs, h0, targets = network(f"{form} per unit", jnp.sin)
+    cell = params.cell
+    custom = dataclasses.replace(cell, leak=None, form=BUILT_IN[form], parameters=cell.leak)
+    return [(dataclasses.replace(params, cell=c), xs, h0, targets) for c in (cell, custom)]
+
+
+def leaves_of(params):
+    """In which the leak is a parameter."""
+    cell = getattr(params, "cell", params)
+    theta = cell.leak if cell.parameters is None else cell.parameters
+    return cell.U, cell.W, cell.b, theta, getattr(params, "readout", None)
+
+
+@pytest.mark.parametrize(("form", "name"), [
+    ("rate", "mask, drive, truncate"), ("voltage", "window, associative"),
+    ("voltage", "lengths, reverse, sqrt"),
+])  # fmt: skip
+def test_a_built_in_form_equals_the_same_custom_form(form, name):
+    how = SAME_OPTIONS[name]
+
+    def everything(params, xs, h0):
+        def states(cell, xs, h0):
+            return jaxrnn.unroll(cell, xs, h0, **how)
+
+        seen, pull = jax.vjp(states, params.cell, xs, h0)
+        dcell, *rest = pull(jax.tree.map(jnp.cos, seen))
+        return seen, leaves_of(dcell), rest
+
+    found, expected = (jax.jit(everything)(*args[:3]) for args in both_ways(form))
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("form", [pytest.param("rate", marks=full), "voltage"])
+def test_hand_gradients_of_a_built_in_form_equal_those_of_the_same_custom_form(form):
+    how = SAME_OPTIONS["mask, drive, truncate"]
+
+    def everything(params, xs, h0, targets):
+        hs = jnp.sin(jnp.cumsum(xs @ params.cell.U.T, 0))  # whatever they are
+        found = jaxrnn.bptt(params.cell, xs, h0, hs, jnp.cos(hs), **how)
+        loss, of_loss = jaxrnn.loss_and_grads(params, xs, targets, h0=h0, **how)
+        others = found.xs, found.h0, found.delta, found.adjoint, loss, of_loss.h0
+        return leaves_of(found.cell), leaves_of(of_loss.params), others
+
+    found, expected = (jax.jit(everything)(*args) for args in both_ways(form))
+    assert_close(found, expected)
 
 
 # Half precision -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("form", "leak"), [
-    ("rate", "scalar"), ("voltage", ""), ("voltage", "scalar"), ("voltage", "per unit"),
+@partial(jax.jit, static_argnums=0)
+def sines_and_gradients(unroll, *args):
+    def loss(*args):
+        _, hs = unroll(*args)
+        return jnp.sum(jnp.sin(hs.astype(jnp.float32))), hs
+
+    return jax.grad(loss, (0, 1, 2), has_aux=True)(*args)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_of_a_custom_form_is_near_float32(dtype):
+    params, xs, h0, _ = network("rich", dtype=jnp.dtype(dtype))
+
+    args = params.cell, xs, h0
+    found = sines_and_gradients(jaxrnn.unroll, *args)
+    assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype(dtype)}
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), args)
+    expected = sines_and_gradients(naive, *wide)
+    # T states and T adjoints are each rounded once, by eps/2, and Jacobians are below 1 here:
+    # |∂f/∂h| ≤ 0.8, and 0.3 · 1.2 · 0.9 / 4 by way of W.
+    limit = T * float(jnp.finfo(dtype).eps)
+    assert_close(found, expected, limit)
+    hs = found[1]
+    by_hand = jaxrnn.bptt(*args, hs, jnp.cos(hs.astype(jnp.float32)).astype(hs.dtype))
+    assert {x.dtype for x in jax.tree.leaves(by_hand)} == {jnp.dtype(dtype)}
+    assert_close((by_hand.cell, by_hand.xs, by_hand.h0), expected[0], limit)
+
+
+@pytest.mark.parametrize("kind", [
+    "rate scalar", "voltage per unit", pytest.param("voltage", marks=full),
+    pytest.param("voltage scalar", marks=full),
 ])  # fmt: skip
-def test_bfloat16_gradients_are_near_those_of_the_same_numbers(form, leak):
-    params, xs, h0, _ = network(form, leak, T=64, batch=(8,), dtype=jnp.bfloat16)
+def test_bfloat16_gradients_are_near_those_of_float64(kind):
+    params, xs, h0, _ = network(kind, T=64, batch=(8,), dtype=jnp.bfloat16)
 
     def gradients(unroll, *args):
         def loss(*args):
@@ -791,13 +792,283 @@ def test_sums_of_4096_ones_in_bfloat16_do_not_stop_at_256(leak):
         np.testing.assert_array_equal(found.leak.astype(jnp.float64), expected)
 
 
-# The face -------------------------------------------------------------------------------------
+def test_sums_of_parameters_in_bfloat16_do_not_stop_at_256():
+    time = batch = 64
+    form = jaxrnn.Form(lambda a, h, p: a + p["unit"] + p["all"], lambda h, p: h + p["read"])
+    zeros = {"unit": jnp.zeros(2), "all": jnp.zeros(()), "read": jnp.zeros(2)}
+    cell = jaxrnn.Cell(jnp.ones((2, 1)), jnp.zeros((2, 2)), None, form=form, parameters=zeros)
+    readout = jaxrnn.Readout(jnp.zeros((2, 2)), jnp.zeros(2))
+    to_half = lambda x: x.astype(jnp.bfloat16)  # noqa: E731
+    params, xs = jax.tree.map(to_half, (jaxrnn.Params(cell, readout), jnp.ones((time, batch, 1))))
+
+    def by_jax(cell):
+        return jnp.sum(jaxrnn.unroll(cell, xs)[1].astype(jnp.float32))
+
+    hs = jaxrnn.unroll(params.cell, xs)[1]
+    by_hand = jaxrnn.bptt(params.cell, xs, None, hs, jnp.ones_like(hs)).cell
+    for found in (jax.grad(by_jax)(params.cell), by_hand):
+        # 4,096 is a number of bfloat16; "all" is in two units.
+        np.testing.assert_array_equal(found.parameters["unit"].astype(jnp.float64), 4096)
+        np.testing.assert_array_equal(found.parameters["all"].astype(jnp.float64), 2 * 4096)
+        np.testing.assert_array_equal(found.parameters["read"].astype(jnp.float64), 0)
+
+
+# What else a form may be ----------------------------------------------------------------------
+
+
+@jax.custom_vjp
+def spike(h):
+    return (h > 0).astype(h.dtype)
+
+
+spike.defvjp(lambda h: (spike(h), h), lambda h, d: (d / (1 + jnp.abs(h)) ** 2,))
+
+
+def test_forms_may_have_surrogate_gradients():
+    # A function that JAX differentiates in reverse mode only, with learned decay and threshold.
+    form = jaxrnn.Form(
+        lambda a, v, p: p["decay"] * v + a, lambda v, p: spike(v - p["threshold"])
+    )  # fmt: skip
+    theta = {"decay": jnp.asarray(0.8), "threshold": jnp.linspace(0.1, 0.5, H)}
+    params, xs, h0, _ = network("rich")
+    cell = dataclasses.replace(params.cell, form=form, parameters=theta)
+    compare(jaxrnn.unroll, naive, cell, xs, h0)
+    check_loss(cell, naive_outputs, h0, H)
+
+
+def test_parameters_may_be_python_numbers():
+    params, xs, h0, _ = network("rich")
+    theta = {"alpha": 0.3, "gain": 1.0, "threshold": np.linspace(0, 1, H)}
+
+    def gradient(unroll, alpha):
+        cell = dataclasses.replace(params.cell, parameters=theta | {"alpha": alpha})
+        return scalar(unroll(cell, xs, h0))
+
+    found = jax.grad(partial(gradient, jaxrnn.unroll))(0.3)
+    assert_close(found, jax.jit(jax.grad(partial(gradient, naive)))(jnp.asarray(0.3)))
+
+
+def test_unused_parameters_have_gradients_of_zero():
+    theta = {"none": None, "unused": jnp.ones(H), "unused number": jnp.ones(()), "empty": ()}
+    form = jaxrnn.Form(lambda a, h, _: 0.5 * h + jnp.tanh(a), lambda h, _: jnp.sin(h))
+    params, xs, h0, targets = network("rich")
+    cell = dataclasses.replace(params.cell, form=form, parameters=theta)
+    _, hs = jaxrnn.unroll(cell, xs, h0)
+    params = dataclasses.replace(params, cell=cell)
+    found = (
+        jax.grad(lambda cell: scalar(jaxrnn.unroll(cell, xs, h0)))(cell),
+        jaxrnn.bptt(cell, xs, h0, hs, hs).cell,
+        jaxrnn.loss_and_grads(params, xs, targets)[1].params.cell,
+        textbook.loss_and_grads(params, xs, targets)[1].cell,
+    )
+    for gradient in found:
+        assert jax.tree.structure(gradient) == jax.tree.structure(cell)
+        assert not any(np.any(x) for x in jax.tree.leaves(gradient.parameters))
+
+
+def test_custom_forms_ignore_the_activation():
+    params, xs, h0, _ = network("rich")
+    other = dataclasses.replace(params.cell, activation="relu")
+    assert_close(jaxrnn.unroll(other, xs, h0), jaxrnn.unroll(params.cell, xs, h0), 0.0)
+    assert "activation" not in repr(other)
+
+
+def test_update_and_output_receive_arrays_of_one_shape():
+    shapes = set()
+
+    def update(a, h, p):
+        shapes.add(tuple(map(jnp.shape, (a, h, *jax.tree.leaves(p)))))
+        return p["alpha"] * a + p["gain"] * h
+
+    def output(h, p):
+        shapes.add(tuple(map(jnp.shape, (h, *jax.tree.leaves(p)))))
+        return p["threshold"] * h
+
+    params, xs, h0, targets = network("rich")
+    cell = dataclasses.replace(params.cell, form=jaxrnn.Form(update, output))
+    params = dataclasses.replace(params, cell=cell)
+    jax.grad(lambda cell: scalar(jaxrnn.unroll(cell, xs, h0)))(cell)
+    jaxrnn.loss_and_grads(params, xs, targets)
+    jaxrnn.step(cell, xs[0], h0)
+    assert all(len(set(each)) == 1 and each[0][-1] == H for each in shapes)
+
+
+def test_forms_may_close_over_a_known_array():
+    scale = np.linspace(0.2, 0.8, H)
+    form = jaxrnn.Form(lambda a, h, _: jnp.tanh(a) * jnp.broadcast_to(scale, a.shape))
+    params, xs, h0, _ = network("rich")
+    cell = dataclasses.replace(params.cell, form=form, parameters=None)
+    compare(jaxrnn.unroll, naive, cell, xs, h0)
+
+
+def test_infinite_slopes_on_invalid_steps_reach_no_gradient():
+    # Of a sequence without steps a, h and hs are 0, where these functions have no slope.
+    def root(x):
+        return jnp.sign(x) * jnp.sqrt(jnp.abs(x))
+
+    form = jaxrnn.Form(lambda a, h, p: root(p * a) + root(p * h) / 9, lambda h, p: root(p * h))
+    params, xs, h0, targets = network(bias="no bias")
+    cell = dataclasses.replace(params.cell, form=form, parameters=jnp.linspace(0.5, 1, H))
+    params = dataclasses.replace(params, cell=cell)
+    h0 = h0.at[1].set(0)
+    assert LENGTHS[1] == 0
+
+    def of_states(unroll, *args):
+        def loss(cell, xs, h0):
+            return jnp.sum(jnp.sin(unroll(cell, xs, h0)[1]))
+
+        return jax.jit(jax.grad(loss, (0, 1, 2)))(*args)
+
+    def of_layers(cell, xs, h0):
+        return jaxrnn.unroll_layers(cell, xs, h0, lengths=LENGTHS)
+
+    def of_loss(params, xs, h0, targets, lengths):
+        found = jaxrnn.loss_and_grads(params, xs, targets, h0=h0, lengths=lengths)
+        return found[0], found[1].params
+
+    there = np.array([0, 2])
+    fewer = xs[:, there], h0[there]
+    every = partial(jaxrnn.unroll, lengths=LENGTHS)
+    without = partial(jaxrnn.unroll, lengths=LENGTHS[there])
+    found, expected = of_states(every, cell, xs, h0), of_states(without, cell, *fewer)
+    assert np.all(np.isfinite(expected[0].W))
+    assert_close((found[0], found[1][:, there]), (expected[0], expected[1]))
+    assert_close(
+        of_loss(params, xs, h0, targets, LENGTHS),
+        of_loss(params, *fewer, targets[:, there], LENGTHS[there]),
+    )
+    outputs = of_states(of_layers, cell, xs, h0)
+    assert np.all(np.isfinite(outputs[0].W)) and np.all(np.isfinite(outputs[0].parameters))
+
+
+def test_infinite_outputs_on_invalid_steps_reach_no_gradient():
+    form = jaxrnn.Form(
+        lambda a, h, p: h / 2 + jax.nn.sigmoid(p * a), lambda h, p: jnp.log(jnp.abs(p * h))
+    )
+    params, xs, h0, _ = network("rich")
+    cell = dataclasses.replace(params.cell, form=form, parameters=jnp.linspace(0.5, 1, H))
+    h0 = h0.at[1].set(0)
+    assert LENGTHS[1] == 0
+
+    def gradient(lengths, *args):
+        def loss(cell, xs, h0):
+            return jnp.sum(jnp.sin(jaxrnn.unroll(cell, xs, h0, lengths=lengths)[1]))
+
+        return jax.grad(loss)(*args)
+
+    there = np.array([0, 2])
+    expected = gradient(LENGTHS[there], cell, xs[:, there], h0[there])
+    assert np.all(np.isfinite(expected.W)) and np.all(np.isfinite(expected.parameters))
+    assert_close(gradient(LENGTHS, cell, xs, h0), expected)
+
+
+# Errors ---------------------------------------------------------------------------------------
+
+
+def replaced(**how):
+    params, xs, h0, targets = network("rich")
+    return (
+        dataclasses.replace(params, cell=dataclasses.replace(params.cell, **how)),
+        xs,
+        h0,
+        targets,
+    )
+
+
+def form_of(update=rich_update, output=rich_output):
+    return {"form": jaxrnn.Form(update, output)}
+
+
+def theta_of(**how):
+    return {"parameters": parameters_of("rich") | how}
+
+
+def missing_argument(a, h):
+    return a + h
+
+
+# name -> (what of the cell is wrong, the error, a word of its message).
+WRONG = {
+    "a leak": ({"leak": jnp.asarray(0.5)}, ValueError, "leak"),
+    "parameters of the rate form": ({"form": "rate"}, ValueError, "parameters"),
+    "parameters of the voltage form": ({"form": "voltage"}, ValueError, "parameters"),
+    "parameters of H + 1 units": (theta_of(gain=jnp.ones(H + 1)), ValueError, "parameters.*gain"),
+    "parameters of two axes": (theta_of(gain=jnp.ones((B, H))), ValueError, "parameters.*gain"),
+    "integer parameters": (theta_of(gain=jnp.ones(H, int)), TypeError, "parameters.*gain"),
+    "a word as a parameter": (theta_of(gain="one"), TypeError, "parameters.*gain"),
+    "a number as a form": ({"form": 3}, (TypeError, ValueError), "form"),
+    "a function as a form": ({"form": rich_update}, (TypeError, ValueError), "form"),
+    "an unknown form": ({"form": "current", "parameters": None}, ValueError, "form"),
+    "an update that is none": (form_of(update="tanh"), TypeError, "update"),
+    "an output that is none": (form_of(output=0.5), TypeError, "output"),
+    "an update that mixes units": (
+        form_of(lambda a, h, p: jax.nn.softmax(a)), ValueError, "update.*depends on others"),
+    "an update that mixes states of units": (
+        form_of(lambda a, h, p: a + jnp.roll(h, 1, -1)), ValueError, "update.*depends on others"),
+    "an update that mixes parameters of units": (
+        form_of(lambda a, h, p: a * jnp.mean(p["gain"])), ValueError, "update"),
+    "an update that mixes sequences": (
+        form_of(lambda a, h, p: a - jnp.mean(a, 0, keepdims=True)), ValueError, "update"),
+    "an output that mixes units": (
+        form_of(output=lambda h, p: h / jnp.linalg.norm(h)), ValueError, "output"),
+    "an update of another shape": (form_of(lambda a, h, p: a[..., :1]), ValueError, "update"),
+    "an output of another shape": (form_of(output=lambda h, p: jnp.sum(h)), ValueError, "output"),
+    "an update of integers": (form_of(lambda a, h, p: a.astype(int)), ValueError, "update"),
+    "an update of two results": (form_of(lambda a, h, p: (a, h)), ValueError, "update"),
+    "an update without parameters": (form_of(missing_argument), ValueError, "update"),
+    "an update that asks for another parameter": (
+        form_of(lambda a, h, p: a * p["beta"]), ValueError, "update.*beta"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("how", "kind", "match"), WRONG.values(), ids=WRONG)
+def test_wrong_cells_are_refused_in_one_line(how, kind, match):
+    params, xs, h0, targets = replaced(**how)
+    hs = jnp.zeros((T, B, H))
+    calls = [
+        lambda: jaxrnn.unroll(params.cell, xs, h0),
+        lambda: jaxrnn.step(params.cell, xs[0], h0),
+        lambda: jaxrnn.bptt(params.cell, xs, h0, hs, hs),
+        lambda: jaxrnn.loss_and_grads(params, xs, targets),
+        lambda: jaxrnn.unroll_layers((params.cell,), xs),
+        lambda: textbook.loss_and_grads(params, xs, targets),
+        lambda: jaxrnn.outputs(params.cell, hs),
+    ]
+    for call in calls:
+        with pytest.raises(kind, match=match) as raised:
+            call()
+        assert "\n" not in str(raised.value)
+
+
+def test_form_requires_an_update():
+    with pytest.raises(TypeError, match="update"):
+        jaxrnn.Form()
+
+
+@pytest.mark.parametrize("by", [jax.jit, jax.grad, jax.vmap], ids=["jit", "grad", "vmap"])
+@pytest.mark.parametrize("which", ["update", "output"])
+def test_forms_that_close_over_a_traced_value_are_refused(which, by):
+    params, xs, h0, _ = network("rich")
+
+    @by
+    def number(gain):
+        functions = {
+            "update": lambda a, h, p: gain * jnp.tanh(a),
+            "output": lambda h, p: gain * h,
+        }
+        how = form_of(**{which: functions[which]})
+        return jnp.sum(jaxrnn.unroll(dataclasses.replace(params.cell, **how), xs, h0)[1])
+
+    with pytest.raises(ValueError, match="parameters") as raised:
+        number(jnp.ones(2) if by is jax.vmap else 1.0)
+    assert which in str(raised.value) and "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("name", ["mosaic_gpu", "pallas_tpu"])
-def test_kernels_refuse_the_voltage_form_by_name(name):
-    params, xs, h0, targets = network("voltage", dtype=jnp.float32, H=128, batch=(8,))
-    hs = jnp.zeros((T, 8, 128), jnp.float32)
+@pytest.mark.parametrize(("kind", "said"), [("rich", "custom form"), ("voltage", "voltage")])
+def test_kernels_refuse_forms_by_name(kind, said, name):
+    params, xs, h0, targets = network(kind, dtype=jnp.float32, batch=(8,))
+    hs = jnp.zeros((T, 8, H), jnp.float32)
     calls = [
         lambda how: jaxrnn.unroll(params.cell, xs, h0, **how),
         lambda how: jaxrnn.bptt(params.cell, xs, h0, hs, hs, **how),
@@ -805,192 +1076,11 @@ def test_kernels_refuse_the_voltage_form_by_name(name):
         lambda how: jaxrnn.unroll_layers((params.cell,), xs, (h0,), **how),
     ]
     for call in calls:
-        with pytest.raises(NotImplementedError, match="voltage"):
+        with pytest.raises(NotImplementedError, match=said):
             call({"implementation": name})
 
 
-@pytest.mark.parametrize("activation", ["tanh", "sigmoid", jnp.sin])
-def test_outputs_are_the_activation_of_voltages_and_rates_themselves(activation):
-    params, *_ = network("voltage", activation=activation)
-    hs = weights((T, B, H))
-    assert_close(jaxrnn.outputs(params.cell, hs), phi_of(params.cell)(hs))
-    rate = dataclasses.replace(params.cell, form="rate")
-    np.testing.assert_array_equal(jaxrnn.outputs(rate, hs), hs)
-
-
-@pytest.mark.parametrize(("leak", "bias"), ONE_OF_EACH)
-def test_steps_of_voltages_one_by_one_are_the_unroll(leak, bias):
-    params, xs, h0, _ = network("voltage", leak, "sigmoid", bias)
-    h, hs = h0, []
-    for x in xs:
-        h = jaxrnn.step(params.cell, x, h)
-        hs.append(h)
-    assert_close((h, jnp.stack(hs)), jax.jit(naive)(params.cell, xs, h0))
-
-
-def test_without_bias_no_gradient_of_one():
-    params, xs, h0, targets = network("rate", "scalar", bias="no bias")
-    _, hs = jaxrnn.unroll(params.cell, xs, h0)
-    found = jaxrnn.bptt(params.cell, xs, h0, hs, hs).cell
-    terms = textbook.contributions(params, xs, targets)
-    for cell in (found, terms):
-        assert cell.b is None
-        assert jax.tree.structure(cell) == jax.tree.structure(params.cell)
-
-
-@pytest.mark.parametrize("form", BOTH)
-def test_networks_without_inputs(form):
-    params, xs, h0, targets = network(form, "per unit", "sigmoid")
-    cell = dataclasses.replace(params.cell, U=params.cell.U[:, :0])
-    params, xs = dataclasses.replace(params, cell=cell), xs[..., :0]
-    dhs, dh_last = weights((T, B, H), 1), weights((B, H), 2)
-
-    @jax.jit
-    def expected(cell, xs, h0):
-        seen, pull = jax.vjp(naive, cell, xs, h0)
-        return seen, pull((dh_last, dhs))
-
-    seen, pulled = expected(cell, xs, h0)
-    assert_close(jaxrnn.unroll(cell, xs, h0), seen)
-    found = jaxrnn.bptt(cell, xs, h0, seen[1], dhs, dh_last=dh_last)
-    assert_close((found.cell, found.xs, found.h0), pulled)
-    mapped = jax.vmap(jaxrnn.unroll, (None, 1, 0), (0, 1))(cell, xs, h0)
-    assert_close(mapped, seen)
-    h_last, ys = jaxrnn.unroll_layers((cell, cell_above()), xs, (h0, None))
-    assert_close(h_last[0], seen[0])
-    assert ys.shape == (T, B, H)
-
-    @partial(jax.value_and_grad, argnums=(0, 1))
-    def loss(params, h0):
-        ys = g(params.cell, naive(params.cell, xs, h0)[1])
-        return jnp.sum(cross_entropy(params.readout, ys, targets))
-
-    total, gradients = jaxrnn.loss_and_grads(params, xs, targets, h0=h0)
-    assert_close((total, (gradients.params, gradients.h0)), jax.jit(loss)(params, h0))
-
-
-def cell_above():
-    return layer(3, H, H, form="voltage")
-
-
-@pytest.mark.parametrize("form", BOTH)
-def test_initial_cells_of_either_form(form):
-    cell = jaxrnn.init_cell(jax.random.key(0), 0, H, form=form, dtype=jnp.float64)
-    assert (cell.form, cell.U.shape, cell.W.shape) == (form, (H, 0), (H, H))
-    assert np.all(np.isfinite(cell.W)) and np.any(cell.W)
-    given = (jaxrnn.init_cell(jax.random.key(1), D, H, form=form, dtype=jnp.float64),
-             weights((T, B, D)), weights((B, H)))  # fmt: skip
-    assert_close(jaxrnn.unroll(*given), jax.jit(naive)(*given))
-
-
-def test_the_rate_form_is_the_default():
-    cell = jaxrnn.Cell(jnp.zeros((H, D)), jnp.zeros((H, H)), jnp.zeros(H))
-    assert cell.form == "rate"
-    assert jaxrnn.init_cell(jax.random.key(0), D, H).form == "rate"
-
-
-def test_the_likeliest_ids_are_generated_from_outputs():
-    params, *_ = network("voltage", "scalar", "sigmoid", D=K)
-    cell, readout = params.cell, params.readout
-    h, logits, expected = np.zeros((1, H)), None, []
-    for n in range(8):
-        drawn = n % 2 if n < 2 else int(np.argmax(logits))
-        if n >= 2:
-            expected.append(drawn)
-        h, _ = naive(cell, jnp.eye(K)[drawn][None, None], h)
-        logits = jax.nn.sigmoid(h[0]) @ readout.V.T + readout.c
-    found = jaxrnn.generate(params, jax.random.key(1), jnp.array([0, 1]), 6, temperature=0)
-    assert found.tolist() == expected
-
-
-def test_an_update_descends_the_loss_of_outputs():
-    params, *_ = network("voltage", "scalar", "sigmoid", D=K)
-    generator = np.random.default_rng(0)
-    inputs, targets = generator.integers(0, K, (T, B)), generator.integers(0, K, (T, B))
-
-    @partial(jax.value_and_grad)
-    def mean_loss(params):
-        xs = jax.nn.one_hot(inputs, K, dtype=jnp.float64)
-        ys = g(params.cell, naive(params.cell, xs, jnp.zeros((B, H)))[1])
-        return jnp.mean(cross_entropy(params.readout, ys, jnp.asarray(targets)))
-
-    loss, gradient = jax.jit(mean_loss)(params)
-    expected = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
-    # optax multiplies floats by its integer step counts.
-    with jax.numpy_dtype_promotion("standard"):
-        state = train.init_state(params, optax.sgd(0.1), B)
-        new, found = train.make_update(optax.sgd(0.1))(state, inputs, targets)
-    assert_close((found, new.params), (loss, expected))
-
-
-# λ --------------------------------------------------------------------------------------------
-
-MASKS = {
-    "mask": {"mask": GAPS},
-    "lengths in reverse": {"lengths": LENGTHS, "reverse": True},
-    "mask and truncate": {"mask": GAPS, "truncate": 3},
-    "mask and window": {"mask": GAPS, "window": 3},
-}
-
-
-@pytest.mark.parametrize("how", MASKS.values(), ids=MASKS)
-@pytest.mark.parametrize("form", BOTH)
-def test_adjoints_are_gradients_of_what_is_added_to_a_state(form, how):
-    params, xs, h0, _ = network(form, "per unit", "sigmoid")
-    valid = jnp.asarray(how["mask"]) if "mask" in how else up_to(how["lengths"])
-    options = {k: v for k, v in how.items() if k not in ("mask", "lengths")}
-
-    @partial(jax.jit)
-    @partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
-    def expected(push, drive):
-        states = naive(params.cell, xs, h0, valid=valid, push=push, drive=drive, **options)
-        return scalar(states), states
-
-    (_, (h_last, hs)), wanted = expected(jnp.zeros((T, B, H)), jnp.zeros((T, B, H)))
-    dhs = jnp.where(valid[..., None], 3 * jnp.cos(3 * hs), jnp.nan)
-    xs = jnp.where(valid[..., None], xs, jnp.nan)
-    found = jaxrnn.bptt(params.cell, xs, h0, hs, dhs, dh_last=jnp.exp(h_last), **how)
-    assert_close((found.adjoint, found.delta), wanted)
-    assert not np.any(np.where(valid[..., None], 0, found.adjoint))
-
-
-DIFFERENTIATED = {
-    "": {}, "mask": {"mask": GAPS}, "truncate": {"truncate": 3}, "window": {"window": 3},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("how", DIFFERENTIATED.values(), ids=DIFFERENTIATED)
-@pytest.mark.parametrize("form", BOTH)
-def test_all_that_bptt_returns_is_differentiable(form, how):
-    params, xs, h0, _ = network(form, "per unit", "sigmoid")
-    valid = jnp.asarray(how.get("mask", np.ones((T, B), bool)))
-    options = {k: v for k, v in how.items() if k != "mask"}
-    known = valid[..., None]
-
-    def by_hand(cell, xs, h0, dhs):
-        _, hs = jaxrnn.unroll(cell, xs, h0, **how)
-        found = jaxrnn.bptt(cell, xs, h0, hs, dhs, **how)
-        return jax.tree.leaves(found)
-
-    def by_jax(cell, xs, h0, dhs):
-        def states(cell, xs, h0, drive, push):
-            return naive(cell, xs, h0, drive=drive, push=push, valid=valid, **options)[1]
-
-        nothing = jnp.zeros((T, B, H))
-        _, pull = jax.vjp(states, cell, xs, h0, nothing, nothing)
-        return jax.tree.leaves(pull(dhs))
-
-    def derivatives(f):
-        def number(*args):
-            return sum(jnp.sum(jnp.sin(x + n)) for n, x in enumerate(f(*args)))
-
-        args = params.cell, jnp.where(known, xs, 0), h0, jnp.where(known, weights((T, B, H)), 0)
-        tangents = jax.tree.map(jnp.cos, args)
-        moved = jax.jvp(number, args, tangents)[1]
-        # Of dhs alone the map is transposed once more; else JAX differentiates it.
-        of_dhs = jnp.where(known, jax.grad(number, 3)(*args), 0)
-        dcell, _, dh0 = jax.grad(number, (0, 1, 2))(*args)
-        return dcell, dh0, of_dhs, moved
-
-    found, expected = (jax.jit(derivatives, static_argnums=0)(f) for f in (by_hand, by_jax))
-    assert_close(found, expected)
+def test_to_torch_refuses_a_custom_form():
+    params, *_ = network("rich")
+    with pytest.raises(ValueError, match="custom form"):
+        jaxrnn.convert.to_torch(params.cell)
