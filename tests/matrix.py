@@ -1,7 +1,8 @@
 """Every transformation of JAX around one recurrent layer: ours in the tests, peers by command.
 
-`python tests/matrix.py --run` asks every row that is installed (or only those that are named)
-and puts what it saw into matrix.json; `--write README.md` writes it as a table.
+`python tests/matrix.py --run` runs every transformation on every row that is installed, or only on
+the rows that are named, and writes the results into matrix.json; `--write tests/README.md` writes
+them as a table between its two marks.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from helpers import FUNCTIONS, TOLERANCE, error, random_case, weights
+from helpers import FUNCTIONS, TOLERANCE, error, inner, random_case, weights
 from jax import export, lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -82,10 +83,6 @@ def scalar(f):
         return jnp.sum(jnp.sin(3 * hs)) + jnp.sum(jnp.exp(h_last))
 
     return loss
-
-
-def inner(a, b):
-    return sum(jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
 def all_args(loss, args):
@@ -570,7 +567,7 @@ def jitted(plain):
 
 
 def tolerance(name, first=TOLERANCE["float64"]):
-    """Every order multiplies the number of summed terms by about T (see test_orders)."""
+    """Every order multiplies the number of summed terms by about T."""
     return first * 6 ** (TRANSFORMATIONS[name].order - 1)
 
 
@@ -642,8 +639,12 @@ def block(text):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", nargs="*", metavar="ROW", help="ask again, all rows by default")
-    parser.add_argument("--write", metavar="README", help="write the table between its marks")
+    parser.add_argument(
+        "--run", nargs="*", metavar="ROW", help="run these rows again, all by default"
+    )
+    parser.add_argument(
+        "--write", metavar="FILE", help="write the table into FILE, which is tests/README.md"
+    )
     options = parser.parse_args()
     if options.run is not None:
         import conftest  # noqa: F401  the tests' settings

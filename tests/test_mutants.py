@@ -102,7 +102,7 @@ def of_unroll(product, how=None, **cell):
         return run(params.cell, xs, h0)
 
     expected = functools.cache(lambda: by(plain_loop))
-    # Two orders: the tolerance of test_orders.
+    # Two orders: 6 times the tolerance of the first.
     return lambda: assert_close(by(jaxrnn.unroll), expected(), 6e-12)
 
 

@@ -173,6 +173,15 @@ def test_derivatives_equal_those_of_a_naive_scan(how):
     check(**how)
 
 
+@pytest.mark.parametrize(("kind", "how"), [
+    ("rate scalar, sigmoid", {"transformation": "reverse over reverse"}),
+    ("rate, sin", {"transformation": "third order"}),
+    ("rich", {"transformation": "reverse over reverse", "option": "truncate=3", "invalid": "mask"}),
+], ids=str)  # fmt: skip
+def test_higher_orders_equal_those_of_a_naive_scan(kind, how):
+    check(**{name: values[0] for name, values in FACTORS.items()} | {"kind": kind} | how)
+
+
 def test_every_pair_is_among_the_cases():
     met = set().union(*(pairs_of(how.values()) for how in PAIRS))
     sizes = [len(values) for values in FACTORS.values()]

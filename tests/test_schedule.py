@@ -1,6 +1,7 @@
 """However the loops are run, the results are the same: every choice, forced at a small size."""
 
 import dataclasses
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +23,15 @@ CHOICES = {
 }  # fmt: skip
 
 
-@pytest.fixture(params=CHOICES.values(), ids=CHOICES.keys())
-def chosen(request, monkeypatch):
-    for rule, answer in request.param.items():
+def under(choice, monkeypatch):
+    for rule, answer in CHOICES[choice].items():
         monkeypatch.setattr(schedule, rule, lambda *shape, answer=answer: answer)
     jax.clear_caches()  # what was traced under another choice
+
+
+@pytest.fixture(params=CHOICES)
+def chosen(request, monkeypatch):
+    under(request.param, monkeypatch)
     yield
     jax.clear_caches()
 
@@ -80,23 +85,33 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
-def test_gradients_under_every_choice(chosen, variant):
-    cell, how = variant
+RARE = [pytest.param(name, marks=pytest.mark.full) for name in ("mask", "reverse")]
+
+
+@cache
+def expected_gradients(variant):
+    cell, how = VARIANTS[variant]
     params, xs, h0, drive, _ = case(**cell)
-    args = (params.cell, xs, h0, drive)
-    found = jax.value_and_grad(loss(jaxrnn.unroll, **how), (0, 1, 2, 3))(*args)
-    assert_close(found, jax.value_and_grad(loss(naive, **how), (0, 1, 2, 3))(*args))
+    return jax.jit(jax.value_and_grad(loss(naive, **how), (0, 1, 2, 3)))(params.cell, xs, h0, drive)
 
 
-def test_ids_under_every_choice(chosen):
+@pytest.mark.parametrize("variant", ["plain", "leak, mask and reverse", *RARE])
+def test_gradients_under_every_choice(chosen, variant):
+    cell, how = VARIANTS[variant]
+    params, xs, h0, drive, _ = case(**cell)
+    gradient = jax.jit(jax.value_and_grad(loss(jaxrnn.unroll, **how), (0, 1, 2, 3)))
+    assert_close(gradient(params.cell, xs, h0, drive), expected_gradients(variant))
+
+
+def test_gradients_of_ids_under_every_choice(chosen):
     params, _, h0, drive, targets = case()
-    xs = jaxrnn.Ids(targets)
-    found = jax.grad(loss(jaxrnn.unroll), (0, 2))(params.cell, xs, h0, drive)
-    assert_close(found, jax.grad(loss(naive), (0, 2))(params.cell, xs, h0, drive))
+    args = params.cell, jaxrnn.Ids(targets), h0, drive
+    found = jax.jit(jax.grad(loss(jaxrnn.unroll), (0, 2)))(*args)
+    assert_close(found, jax.jit(jax.grad(loss(naive), (0, 2)))(*args))
 
 
-def test_gradients_by_hand_under_every_choice(chosen):
+@cache
+def expected_by_hand():
     params, xs, h0, drive, targets = case()
 
     def by_jax(params, h0):
@@ -104,20 +119,35 @@ def test_gradients_by_hand_under_every_choice(chosen):
         logits = jaxrnn.apply_readout(params.readout, hs)
         return jnp.sum(jaxrnn.cross_entropy(logits, targets, where=MASK))
 
-    expected, (of_params, of_h0) = jax.value_and_grad(by_jax, (0, 1))(params, h0)
+    def pulled(*args):
+        hs, pull = jax.vjp(lambda *args: naive(*args)[1], *args)
+        return hs, pull(weights(hs.shape))
+
+    args = params.cell, xs, h0, drive
+    return jax.jit(jax.value_and_grad(by_jax, (0, 1)))(params, h0), jax.jit(pulled)(*args)
+
+
+def test_gradients_by_hand_under_every_choice(chosen):
+    params, xs, h0, drive, targets = case()
+    (expected, (of_params, of_h0)), (hs, pulled) = expected_by_hand()
     loss, found = jaxrnn.loss_and_grads(params, xs, targets, h0=h0, mask=MASK, drive=drive)
     assert_close((loss, found.params, found.h0), (expected, of_params, of_h0))
-
-    hs, pull = jax.vjp(lambda *args: naive(*args)[1], params.cell, xs, h0, drive)
     by_hand = jaxrnn.bptt(params.cell, xs, h0, hs, weights(hs.shape), drive=drive)
-    found = (by_hand.cell, by_hand.xs, by_hand.h0, by_hand.delta)
-    assert_close(found, pull(weights(hs.shape)))
+    assert_close((by_hand.cell, by_hand.xs, by_hand.h0, by_hand.delta), pulled)
 
 
-@pytest.mark.parametrize("axes", [((0, 0), 0), ((1, 0), 1), ((2, 1), 2)], ids=str)
-def test_gradients_of_vmap_under_every_choice(chosen, axes):
+AXES = {"in front": ((0, 0), 0), "in place": ((1, 0), 1), "last": ((2, 1), 2)}
+MAPPED = [*zip(CHOICES, ("in front", "in place", "last", "last", "in front"), strict=True)]
+MAPPED += [
+    pytest.param(choice, axes, marks=pytest.mark.full)
+    for choice in CHOICES for axes in AXES if (choice, axes) not in MAPPED
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("choice", "where"), MAPPED)
+def test_gradients_of_vmap_under_every_choice(monkeypatch, choice, where):
     params, xs, h0, _, _ = case()
-    axes, out = axes
+    axes, out = AXES[where]
     xs, h0 = jnp.moveaxis(xs, 1, axes[0]), jnp.moveaxis(h0, 0, axes[1])
 
     def gradient(unroll):
@@ -125,21 +155,33 @@ def test_gradients_of_vmap_under_every_choice(chosen, axes):
             hs = jax.vmap(lambda x, h: unroll(cell, x, h)[1], axes, out)(xs, h0)
             return jnp.sum(jnp.sin(hs) * weights(hs.shape))
 
-        return jax.grad(of, (0, 1, 2))(params.cell, xs, h0)
+        return jax.jit(jax.grad(of, (0, 1, 2)))(params.cell, xs, h0)
 
+    under(choice, monkeypatch)
     assert_close(gradient(jaxrnn.unroll), gradient(naive_unroll))
+    jax.clear_caches()
 
 
-@pytest.mark.parametrize("leak", [None, jnp.asarray(0.6)], ids=["plain", "leaky"])
-def test_forward_mode_under_every_choice(chosen, leak):
-    params, xs, h0, drive, _ = case(leak=leak)
-    args = (params.cell, xs, h0, drive)
-    tangents = jax.tree.map(jnp.cos, args)
-    found, expected = (
-        jax.jvp(lambda *a, f=f: f(*a, mask=MASK), args, tangents)
-        for f in (lambda c, x, h, d, mask: jaxrnn.unroll(c, x, h, drive=d, mask=mask), naive)
-    )
-    assert_close(found, expected)
+@cache
+def expected_tangents():
+    params, xs, h0, drive, _ = case(leak=jnp.asarray(0.6))
+    args = params.cell, xs, h0, drive
+    return jax.jit(lambda *args: jax.jvp(partial(naive, mask=MASK), args, turned(args)))(*args)
+
+
+def turned(args):
+    return jax.tree.map(jnp.cos, args)
+
+
+def test_forward_mode_under_every_choice(chosen):
+    params, xs, h0, drive, _ = case(leak=jnp.asarray(0.6))
+    args = params.cell, xs, h0, drive
+
+    def states(cell, xs, h0, drive):
+        return jaxrnn.unroll(cell, xs, h0, drive=drive, mask=MASK)
+
+    found = jax.jit(lambda *args: jax.jvp(states, args, turned(args)))(*args)
+    assert_close(found, expected_tangents())
 
 
 # What JAX does with the linear map itself, which differentiates by hand in segments.
@@ -173,7 +215,7 @@ TRANSFORMS = {
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
-def test_transformations_of_the_segments(in_pairs, transform):
+def test_transformations_in_segments(in_pairs, transform):
     params, xs, _, _, _ = case()
 
     def of(unroll):
@@ -196,11 +238,13 @@ def nested(unroll, *axes):
 
 
 @pytest.mark.parametrize(
-    "axes", [("members",), ("members", 0), (0, "members"), ("members", 1), (0, "members", 0),
-             ("members", "members", 0), (0, 0), (0, 1)],
-    ids=str,
+    "axes", [("members",), ("members", 1), (0, "members", 0), (0, 1)] + [
+        pytest.param(axes, marks=pytest.mark.full) for axes in (
+            ("members", 0), (0, "members"), ("members", "members", 0), (0, 0),
+        )
+    ], ids=str,
 )  # fmt: skip
-def test_members_and_batches_in_segments(in_pairs, axes):
+def test_gradients_of_members_and_batches_in_segments(in_pairs, axes):
     # All sizes are the same: an axis taken for another shows in the values alone.
     params, _, _, _ = random_case(D=4, H=5)
     batch = (3,) * sum(axis != "members" for axis in axes)
@@ -216,12 +260,12 @@ def test_members_and_batches_in_segments(in_pairs, axes):
             return sum(jnp.sum(jnp.sin(out) * weights(out.shape))
                        for out in nested(unroll, *axes)(cells, xs, h0))  # fmt: skip
 
-        return jax.value_and_grad(of, (0, 1, 2))(cells, xs, h0)
+        return jax.jit(jax.value_and_grad(of, (0, 1, 2)))(cells, xs, h0)
 
     assert_close(value_and_gradient(jaxrnn.unroll), value_and_gradient(naive_unroll))
 
 
-def test_segments_inside_shard_map(in_pairs):
+def test_derivatives_in_segments_inside_shard_map(in_pairs):
     params, xs, h0, targets = random_case(T=T, batch=(4,))
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     P = jax.sharding.PartitionSpec
@@ -236,9 +280,11 @@ def test_segments_inside_shard_map(in_pairs):
         return jnp.sum(jnp.square(naive_unroll(cell, xs, h0)[1]))
 
     args = (params.cell, xs, h0)
-    assert_close(jax.grad(split, (0, 1, 2))(*args), jax.grad(whole, (0, 1, 2))(*args))
-    expected = jax.jvp(whole, args, args)
-    assert_close(jax.jvp(split, args, args), expected)
+    found, expected = (
+        jax.jit(lambda *args, f=f: (jax.grad(f, (0, 1, 2))(*args), jax.jvp(f, args, args)))(*args)
+        for f in (split, whole)
+    )
+    assert_close(found, expected)
 
     def by_hand(params, targets):
         # The inputs are shared and the targets are not.
@@ -257,8 +303,9 @@ def test_no_tracer_outlives_its_trace():
     params, xs, h0, _ = random_case()
     jax.clear_caches()
     with jax.checking_leaks():
-        jax.grad(lambda cell: jnp.sum(jaxrnn.unroll(cell, xs, h0)[1]))(params.cell)
-        jax.jvp(lambda xs: jaxrnn.unroll(params.cell, xs, h0)[1], (xs,), (xs,))
+        found = jax.grad(lambda cell: jnp.sum(jaxrnn.unroll(cell, xs, h0)[1]))(params.cell)
+        hs, _ = jax.jvp(lambda xs: jaxrnn.unroll(params.cell, xs, h0)[1], (xs,), (xs,))
+    assert not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((found, hs)))
 
 
 def test_half_precision_sums_over_segments_in_float32(monkeypatch):
@@ -269,13 +316,13 @@ def test_half_precision_sums_over_segments_in_float32(monkeypatch):
     def gradient(length):
         monkeypatch.setattr(schedule, "segment_length", lambda *shape: length)
         jax.clear_caches()
-        return jax.grad(lambda *a: jnp.sum(jaxrnn.unroll(*a)[1]))(*half)
+        return jax.jit(jax.grad(lambda *a: jnp.sum(jaxrnn.unroll(*a)[1])))(*half)
 
     # The same products of the same numbers: only the last rounding of a sum may differ.
     assert_close(gradient(2), gradient(64), 2**-8)
 
 
-def test_schedule_of_sizes_to_come():
+def test_symbolic_sizes_have_a_schedule():
     def symbolic(sizes):
         return jax.export.symbolic_shape(sizes)
 
