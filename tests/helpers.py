@@ -1,6 +1,7 @@
 """What the tests share: a naive network, random cases, and one notion of agreement."""
 
 import itertools
+import pathlib
 from functools import partial
 
 import jax
@@ -115,3 +116,17 @@ def pairwise(factors):
         values = [value for _, value in sorted(chosen)]
         left -= pairs_of(values)
         yield dict(zip(factors, values, strict=True))
+
+
+def split_at_marks(text, name):
+    """(before, the table between the two marks of that name, after) of tests/README.md."""
+    before, rest = text.split(f"<!-- {name} -->\n")
+    table, after = rest.split(f"\n<!-- /{name} -->")
+    return before, table, after
+
+
+def write_table(path, name, table):
+    """Puts a table between the two marks of that name."""
+    path = pathlib.Path(path)
+    before, _, after = split_at_marks(path.read_text(), name)
+    path.write_text(f"{before}<!-- {name} -->\n{table}\n<!-- /{name} -->{after}")

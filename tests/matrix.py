@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from helpers import FUNCTIONS, TOLERANCE, error, inner, random_case, weights
+from helpers import FUNCTIONS, TOLERANCE, error, inner, random_case, weights, write_table
 from jax import export, lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -25,7 +25,6 @@ import jaxrnn
 
 DATE = "2026-11-23"
 FOUND = pathlib.Path(__file__).with_name("matrix.json")
-BEGIN, END = "<!-- transformations -->", "<!-- /transformations -->"
 T, B, D, H = 5, 4, 3, 4
 LENGTHS = np.array([5, 3, 1, 4])
 EMPTY = np.array([5, 0, 2, 0])
@@ -630,13 +629,6 @@ def render(found):
     return "\n".join(lines)
 
 
-def block(text):
-    """(before, generated, after) of a README."""
-    before, rest = text.split(f"{BEGIN}\n")
-    generated, after = rest.split(f"\n{END}")
-    return before, generated, after
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
@@ -657,10 +649,7 @@ def main():
         found = {"date": DATE, "groups": groups(), "rows": rows}
         FOUND.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     if options.write:
-        path = pathlib.Path(options.write)
-        before, _, after = block(path.read_text())
-        table = render(json.loads(FOUND.read_text()))
-        path.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}")
+        write_table(options.write, "transformations", render(json.loads(FOUND.read_text())))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
 """What half precision costs: errors against float64, beside those of the peers.
 
-`python tests/test_precision.py` prints the table of the README.
+`python tests/test_precision.py tests/README.md` measures the table of that file and writes it.
 """
 
 import dataclasses
 import importlib.util
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import peers
 import pytest
-from helpers import naive_unroll, random_case, weights
+from helpers import naive_unroll, random_case, weights, write_table
 
 import jaxrnn
 
@@ -84,7 +85,7 @@ def installed(package):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_errors_are_roundings(dtype):
+def test_errors_are_those_of_rounding_each_state_once(dtype):
     # States below 1 are multiples of eps/2: rounded, they err by eps/(2√12) in the mean square.
     # Each error goes on through Jacobians of norm ≤ 0.9, so √(1/(1 − 0.81)) = 2.3 of them add
     # up at random, and states are of size 1/2: 0.66 eps. Gradients pass by those states once
@@ -99,7 +100,7 @@ def test_errors_are_roundings(dtype):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", [*JAX_PEERS, "torch"])
 @pytest.mark.filterwarnings("ignore")
-def test_no_peer_errs_less(name, dtype):
+def test_no_peer_is_more_precise(name, dtype):
     if not installed(JAX_PEERS.get(name, (None, "torch"))[1]):
         pytest.skip(f"{name} is not installed")
     ours = errors("jaxrnn (relu)" if "relu" in name else "jaxrnn", dtype)
@@ -110,7 +111,7 @@ def test_no_peer_errs_less(name, dtype):
 
 
 def table():
-    """The rows of the README: errors in units of 1e-3."""
+    """The lines of a table: errors in units of 1e-3."""
     yield "| 1e-3 | " + " | ".join(f"{d} {p}" for d in ("bf16", "f16") for p in PARTS) + " |"
     yield "| --- |" + " --: |" * 2 * len(PARTS)
     for name in ("jaxrnn", *JAX_PEERS, "jaxrnn (relu)", "torch"):
@@ -124,6 +125,6 @@ def table():
 
 
 if __name__ == "__main__":
-    import conftest  # noqa: F401 — its settings
+    import conftest  # noqa: F401  the tests' settings
 
-    print("\n".join(table()))
+    write_table(sys.argv[1], "precision", "\n".join(table()))
