@@ -7,6 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import lax
 
 import jaxrnn
@@ -90,6 +91,11 @@ def error(actual, expected):
 def assert_close(actual, expected, tolerance=TOLERANCE["float64"]):
     found = error(actual, expected)
     assert found <= tolerance, f"relative error {found:.1e} > {tolerance:.1e}"
+
+
+def rare(*values, **how):
+    """A case that rarely tells more than the others do: it runs behind `full`."""
+    return pytest.param(*values, marks=pytest.mark.full, **how)
 
 
 def inner(a, b):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, random_case, weights
+from helpers import assert_close, random_case, rare, weights
 from jax import random
 
 import jaxrnn
@@ -560,7 +560,7 @@ def nothing_compiled(monkeypatch):
 
 @pytest.mark.usefixtures("nothing_compiled")
 @pytest.mark.parametrize(("function", "changes", "kind", "message"), CASES)
-def test_message_names_argument_expectation_and_what_came(function, changes, kind, message):
+def test_message_names_the_argument_the_expectation_and_the_value(function, changes, kind, message):
     with pytest.raises(kind, match=said(message)):
         function(**changes)
 
@@ -613,7 +613,7 @@ WANTED = {"reverse": "a bool", "residual": "a bool", "dropout": "a number"}
 
 
 @pytest.mark.parametrize(("function", "name"), TRACED)
-def test_options_that_are_traced(function, name):
+def test_traced_options_are_refused(function, name):
     wanted = WANTED.get(name, "a whole number")
     message = f"{name}: expected {wanted}, got traced int64 array of shape []"
     with pytest.raises(TypeError, match=said(message)):
@@ -622,14 +622,14 @@ def test_options_that_are_traced(function, name):
 
 @pytest.mark.skipif(np.longdouble == np.float64, reason="no wider float here")
 @pytest.mark.parametrize("kind", [np.longdouble, np.clongdouble])
-def test_floats_that_are_too_wide(kind):
+def test_floats_that_are_too_wide_are_refused(kind):
     for value in (np.zeros((T, B, D), kind), kind(0)):
         message = f"xs: expected float64 or narrower, got {np.dtype(kind)}"
         with pytest.raises(TypeError, match=said(message)):
             unroll(xs=value)
 
 
-def test_an_error_of_the_device_stays_what_it_is():
+def test_an_error_of_the_device_is_raised_unchanged():
     class Full:
         def __array__(self, dtype=None, copy=None):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
@@ -639,21 +639,23 @@ def test_an_error_of_the_device_stays_what_it_is():
 
 
 @pytest.mark.parametrize("key", [random.key(0), random.PRNGKey(0), np.zeros(2, "uint32")])
-def test_keys_of_either_kind_are_taken(key):
-    jax.eval_shape(partial(unroll_layers, dropout=0.5, key=key))
-    jax.eval_shape(lambda key: unroll_layers(dropout=np.float32(0.5), key=key), key)
+def test_keys_of_either_kind_are_accepted(key):
+    _, hs = jax.eval_shape(partial(unroll_layers, dropout=0.5, key=key))
+    _, traced = jax.eval_shape(lambda key: unroll_layers(dropout=np.float32(0.5), key=key), key)
+    assert hs.shape == traced.shape == HS.shape
 
 
 @pytest.mark.parametrize("reverse", [True, np.bool_(True)])
-def test_bools_of_either_kind_are_taken(reverse):
+def test_bools_of_either_kind_are_accepted(reverse):
     for function in (*RECURRENT, unroll_layers, pairs):
-        jax.eval_shape(partial(function, reverse=reverse))
+        found = jax.eval_shape(partial(function, reverse=reverse))
+        assert found == jax.eval_shape(partial(function, reverse=bool(reverse)))
 
 
 @pytest.mark.parametrize(
     ("dtype", "how"),
-    [("int64", {}), ("int8", {"reverse": True}), ("int64", {"checkpoint_every": 2}),
-     ("int64", {"truncate": 2}), ("int64", {"window": 2})],
+    [("int8", {"reverse": True}), ("int64", {"checkpoint_every": 2}), rare("int64", {}),
+     rare("int64", {"truncate": 2}), rare("int64", {"window": 2})],
     ids=str,
 )  # fmt: skip
 def test_traced_lengths_are_clipped(dtype, how):
@@ -701,17 +703,17 @@ def test_numbers_beyond_32_bits_do_not_wrap(far):
 
 
 @pytest.mark.parametrize("function", dict.fromkeys(f for fs, _ in TABLE for f in fs))
-def test_the_arguments_of_the_table_fit_where_they_are_not_changed(function):
-    jax.eval_shape(function)
+def test_the_default_arguments_of_the_table_are_valid(function):
+    assert jax.tree.leaves(jax.eval_shape(function))
 
 
 @pytest.mark.parametrize("dtype", [int, complex])
-def test_init_in_a_dtype_that_is_not_floating(dtype):
+def test_init_refuses_a_dtype_that_is_not_floating(dtype):
     with pytest.raises(TypeError, match=rf"^dtype: expected .*floating.*, got .*{dtype.__name__}"):
         init_cell(dtype=dtype)
 
 
-def test_an_activation_without_a_function():
+def test_an_activation_without_a_function_is_refused():
     with pytest.raises(TypeError, match=r"^activation.*: expected .*callable.*, got .*str"):
         unroll(**cell(activation=jaxrnn.Activation("tanh")))
 
@@ -730,7 +732,7 @@ def test_numbers_and_numpy_are_arrays_from_the_second_call_on():
             jaxrnn.step(made, np.ma.masked_array(x, False), h)
 
 
-def test_constructors_take_anything():
+def test_constructors_check_nothing():
     made = Params(Cell("U", None, 3, leak={}, activation=None), Readout(object(), Ids("a")))
     assert made.cell.U == "U" and made.readout.c.ids == "a"
     mapped = jax.tree.map(lambda _: object(), Params(CELL, READOUT))

@@ -154,8 +154,9 @@ def test_more_layers_leave_the_first_and_the_readout_as_they_were(make):
     assert np.abs(np.corrcoef(drawn) - np.eye(len(drawn))).max() < SIGMAS / 5
 
 
-@pytest.mark.parametrize("recurrent", RECURRENT)
-@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("layers", "recurrent"), [(2, "orthogonal"), (1, "identity"), (3, "normal"), (1, "uniform")]
+)
 def test_every_key_is_used_once(layers, recurrent):
     with jax.debug_key_reuse(True):
         jaxrnn.init_cell(random.key(0), 3, 4, recurrent=recurrent)
