@@ -98,8 +98,8 @@ class Transformation(NamedTuple):
     Args:
       group: the row of the table it belongs to.
       run: `run(f, args, tangents)`, f being like `unroll`: a pytree of arrays.
-      plain: what the naive scan is asked for in its place, where it is the same number found in
-        a plainer way; `run` itself by default.
+      plain: what the naive scan computes in its place, where a plainer way gives the same
+        numbers; `run` itself by default.
       order: the order of the derivatives.
       jitted: whether `run` is compiled as one program.
       needs: the option of f that it uses: "lengths" or "mask".
@@ -536,7 +536,7 @@ for name, derivative in (("grad", gradient), ("jvp", forward_mode)):
     transformation("no steps, T = 0", f"no steps, {name}")(partial(without_steps, derivative))
 
 
-# Who is asked ---------------------------------------------------------------------------------
+# Cases and marks ------------------------------------------------------------------------------
 
 
 def case(dtype="float64", activation="tanh", batch=(B,), **sizes):

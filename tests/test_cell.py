@@ -71,13 +71,13 @@ def test_every_dataclass_is_a_pytree(leak):
     assert len(jax.tree.leaves(params)) == (5 if leak is None else 6)
 
 
-def test_paths_name_the_fields():
+def test_pytree_paths_name_the_fields():
     params, *_ = case(leak=0.5)
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
     assert names == [".cell.U", ".cell.W", ".cell.b", ".cell.leak", ".readout.V", ".readout.c"]
 
 
-def test_activation_is_static_and_travels():
+def test_activation_is_static_under_transformations():
     cell = case()[0].cell
     relu = dataclasses.replace(cell, activation="relu")
     assert relu.W is cell.W
@@ -94,7 +94,7 @@ def test_activation_is_static_and_travels():
     assert jax.tree.structure(one) != jax.tree.structure(other)
 
 
-def test_jit_compiles_once_for_cells_alike():
+def test_jit_compiles_once_for_equal_cells():
     phi, traces = counted()
     params, x, h = case(activation=Activation(phi))
     run = jax.jit(jaxrnn.step)
@@ -128,7 +128,7 @@ def test_an_activation_is_a_name_an_activation_or_a_callable(activation):
 
 
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
-def test_ids_stand_for_one_hot_rows(batch):
+def test_ids_equal_one_hot_rows(batch):
     params, _, h = case(batch)
     ids = np.random.default_rng(3).integers(D, size=batch)
     expected = numpy_step(params.cell, np.eye(D)[ids], h)
@@ -136,7 +136,7 @@ def test_ids_stand_for_one_hot_rows(batch):
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("uint8", 256), ("int8", 200)])
-def test_ids_of_few_bits(dtype, size):
+def test_step_takes_ids_of_few_bits(dtype, size):
     # D itself does not fit into the dtype of the ids: bytes, say.
     rng = np.random.default_rng(1)
     params, _, h = case((2,))
@@ -148,7 +148,7 @@ def test_ids_of_few_bits(dtype, size):
 
 
 @pytest.mark.parametrize("bad", [-1, D, D + 1])
-def test_an_invalid_id_under_jit_gives_nan_and_touches_no_other(bad):
+def test_an_invalid_id_under_jit_makes_its_state_alone_nan(bad):
     params, _, h = case()
     new = np.asarray(jax.jit(jaxrnn.step)(params.cell, Ids(np.array([1, bad, 2])), h))
     assert np.isnan(new[1]).all() and np.isfinite(new[[0, 2]]).all()
@@ -170,7 +170,7 @@ def test_an_invalid_id_under_jit_gives_nan_and_touches_no_other(bad):
         ("float16", "ids", "float32", "float32"),
     ],
 )
-def test_result_dtype(cell, x, h, expected):
+def test_the_result_has_the_promoted_dtype(cell, x, h, expected):
     params, inputs, state = case(())
     params = jax.tree.map(lambda leaf: leaf.astype(cell), params)
     x = Ids(np.array(1)) if x == "ids" else inputs.astype(x)
@@ -184,7 +184,7 @@ def test_result_dtype(cell, x, h, expected):
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_the_slope_of_tanh_keeps_its_digits_when_saturated(dtype):
+def test_the_slope_of_saturated_tanh_is_exact_to_eps(dtype):
     eps = float(jnp.finfo(dtype).eps)
     a = np.linspace(0.1, 18 if dtype == "float64" else 7, 500).astype(dtype)
     tanh = resolve("tanh")
@@ -224,14 +224,14 @@ def test_derivative_from_output_is_the_derivative(name, dtype):
     np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=0, atol=tolerance)
 
 
-def test_slope_without_derivative_from_output_is_found_by_jax():
+def test_slope_without_derivative_from_output_comes_from_jax():
     a = np.linspace(-3, 3, 50)
     found = slope(resolve(jnp.sin), np.sin(a), a)
     # One call of cos, good to a few ulp.
     np.testing.assert_allclose(found, np.cos(a), rtol=0, atol=4 * EPS)
 
 
-def test_step_is_differentiable():
+def test_the_jacobian_of_a_step_is_slope_times_w():
     params, x, h = case(())
     J = jax.jacobian(jaxrnn.step, argnums=2)(params.cell, x, h)
     slopes = 1 - numpy_step(params.cell, x, h) ** 2

@@ -41,14 +41,14 @@ def test_every_public_name_is_there_and_nothing_else():
     assert sorted(shown) == sorted(jaxrnn.__all__)
     for name in jaxrnn.__all__:
         value = getattr(jaxrnn, name)
-        assert isinstance(value, types.ModuleType) == (name in SUBMODULES)
-        assert not isinstance(value, types.ModuleType) or value.__name__ == f"jaxrnn.{name}"
+        module = value.__name__ if isinstance(value, types.ModuleType) else None
+        assert module == (f"jaxrnn.{name}" if name in SUBMODULES else None)
     with pytest.raises(AttributeError, match=r"^module 'jaxrnn' has no attribute 'unrolll'$"):
         _ = jaxrnn.unrolll
     assert not hasattr(jaxrnn, "__wrapped__")
 
 
-def test_what_is_used_later_is_loaded_later():
+def test_submodules_are_loaded_when_first_used():
     loaded = in_a_new_process(
         "import json, sys, jaxrnn; of = lambda: [m for m in sys.modules if 'jaxrnn.' in m];"
         "before = of(); dir(jaxrnn); jaxrnn.train.make_update, jaxrnn.convert, jaxrnn.textbook;"
@@ -80,17 +80,18 @@ def test_each_late_name_needs_no_other_import():
     }  # fmt: skip
 
 
-def test_names_say_where_users_find_them():
+def test_public_names_say_that_they_are_of_jaxrnn():
     for name in set(jaxrnn.__all__) - set(LATER):
         value = getattr(jaxrnn, name)
         assert (value.__module__, value.__qualname__) == ("jaxrnn", name)
         assert pickle.loads(pickle.dumps(value)) is value
 
 
-def test_help_lists_them():
+def test_help_lists_the_public_names():
     page = pydoc.render_doc(jaxrnn, renderer=pydoc.plaintext)
-    for name in (*LATER, "Cell", "Form", "unroll", "bptt", "loss_and_grads", "step"):
-        assert f"\n    {name}" in page or f"class {name}(" in page, name
+    classes, others = ("Cell", "Form"), (*LATER, "unroll", "bptt", "loss_and_grads", "step")
+    listed = [f"class {name}(" for name in classes] + [f"\n    {name}" for name in others]
+    assert not [line for line in listed if line not in page]
     assert "function unroll in module jaxrnn\n" in pydoc.render_doc(jaxrnn.unroll)
 
 
@@ -162,7 +163,7 @@ CUSTOM = {
 }
 
 
-def test_the_examples_are_of_every_public_pytree():
+def test_the_examples_hold_every_public_pytree():
     assert {type(value) for value in EXAMPLES.values()} == set(public_dataclasses().values())
     assert {"Cell", "TrainState", "Figures"} <= set(public_dataclasses())
 
@@ -173,7 +174,7 @@ for kind in (optax.EmptyState, optax.ScaleByAdamState, optax.TraceState):
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_a_compiled_function_of_it_is_exported(name):
+def test_functions_of_every_pytree_are_exported(name):
     value = EXAMPLES[name]
     taken = jax.jit(lambda x: (x, {"beside": [x]}))
     blob = export.export(taken)(value).serialize()
@@ -196,7 +197,7 @@ def test_an_exported_function_is_read_by_another_process():
 
 
 @pytest.mark.parametrize("name", CUSTOM)
-def test_functions_cannot_be_exported_and_are_named(name):
+def test_exporting_a_custom_function_names_its_field(name):
     cell = CUSTOM[name]
     field = "form" if name == "Form" else "activation"
     exported = export.export(jax.jit(lambda cell: jax.tree.map(jnp.sin, cell)))(cell)
@@ -225,14 +226,14 @@ def test_copies_and_pickles_are_equal(name):
 
 
 @pytest.mark.parametrize("activation", [lambda a: jnp.tanh(a), jnp.tanh])
-def test_functions_that_have_no_name_of_their_own_are_not_pickled(activation):
+def test_functions_without_a_module_name_are_not_pickled(activation):
     cell = a_cell(activation=activation)
     assert copy.deepcopy(cell) == cell
     with pytest.raises((pickle.PicklingError, AttributeError), match=activation.__name__):
         pickle.dumps(cell)
 
 
-def test_equality_looks_at_structure_and_names_too():
+def test_equality_compares_structure_and_names():
     cell = a_cell()
     assert cell != a_cell(activation="relu") and cell != a_cell(form="voltage")
     assert cell != a_cell(leak=0.5) and cell != READOUT and cell != 3
@@ -240,7 +241,7 @@ def test_equality_looks_at_structure_and_names_too():
     assert STATE == STATE and STATE != dataclasses.replace(STATE, key=jax.random.key(4))
 
 
-def test_shapes_without_values_and_arrays_without_bits_are_compared_and_shown():
+def test_shapes_and_empty_tangents_are_compared_and_shown():
     shapes = jax.eval_shape(a_cell), jax.eval_shape(a_cell), jax.eval_shape(lambda: a_cell(4))
     assert shapes[0] == shapes[1] != shapes[2] and shapes[0] != a_cell()
     assert repr(shapes[0]) == repr(a_cell())
@@ -264,7 +265,7 @@ def test_repr_is_one_line_of_shapes():
     assert all("\n" not in repr(value) for value in (*EXAMPLES.values(), *CUSTOM.values()))
 
 
-def test_traced_cells_have_one_too():
+def test_traced_cells_have_the_same_repr():
     seen = []
     jax.jit(lambda cell: seen.append(repr(cell)))(a_cell())
     jax.grad(lambda cell: seen.append(repr(cell)) or jnp.sum(cell.W))(a_cell())

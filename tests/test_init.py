@@ -42,7 +42,7 @@ def test_orthogonal_is_orthogonal(dtype):
     np.testing.assert_allclose(W @ W.T, np.eye(H), rtol=0, atol=bound)
 
 
-def test_orthogonal_prefers_no_sign():
+def test_orthogonal_draws_both_signs_alike():
     # A QR without its signs mended draws W[0, 0] of one sign only.
     n = 400
     draw = jax.jit(jax.vmap(lambda key: jaxrnn.init_cell(key, 1, 2).W))
@@ -103,16 +103,16 @@ def test_gain_scales_W_alone(recurrent):
         ("float64", "orthogonal"),
     ],
 )
-def test_dtype_is_kept_and_rounds_one_draw(dtype, recurrent):
+def test_half_precision_rounds_a_draw_in_float32(dtype, recurrent):
     make = dict(recurrent=recurrent, leak=0.3)
     params = jaxrnn.init_params(random.key(1), 3, 4, 2, dtype=dtype, **make)
     assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(params))
     assert params.cell.leak == jnp.asarray(0.3, dtype)
-    if jnp.finfo(dtype).bits == 16:
-        # Half precision is drawn in float32 and rounded.
-        drawn = jaxrnn.init_params(random.key(1), 3, 4, 2, dtype=jnp.float32, **make)
-        for leaf, full in zip(jax.tree.leaves(params), jax.tree.leaves(drawn), strict=True):
-            np.testing.assert_array_equal(leaf, full.astype(dtype))
+    # Half precision is drawn in float32 and rounded.
+    drawn = jaxrnn.init_params(random.key(1), 3, 4, 2, dtype=jnp.promote_types(dtype, "float32"),
+                               **make)  # fmt: skip
+    for leaf, full in zip(jax.tree.leaves(params), jax.tree.leaves(drawn), strict=True):
+        np.testing.assert_array_equal(leaf, full.astype(dtype))
 
 
 @pytest.mark.parametrize("leak", [0.25, np.full(4, 0.25)])
@@ -122,7 +122,7 @@ def test_leak_and_activation_stay_on_the_cell(leak):
     assert jaxrnn.init_cell(random.key(0), 3, 4).leak is None
 
 
-def test_keys_decide_and_no_array_shares_its_draw():
+def test_draws_depend_on_the_key_and_are_independent():
     make = dict(recurrent="normal", dtype=jnp.float64)
     one, again, other = (jaxrnn.init_params(random.key(s), 8, 8, 8, **make) for s in (0, 0, 1))
     jax.tree.map(np.testing.assert_array_equal, one, again)
@@ -140,7 +140,7 @@ def test_biases_are_zero(recurrent):
 
 
 @pytest.mark.parametrize("make", [random.key, random.PRNGKey])
-def test_more_layers_leave_the_first_and_the_readout_as_they_were(make):
+def test_more_layers_change_neither_the_first_nor_the_readout(make):
     def draw(layers):
         return jaxrnn.init_params(make(3), 4, 5, 2, layers=layers, recurrent="normal")
 

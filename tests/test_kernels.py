@@ -31,6 +31,7 @@ KERNELS = [
     pytest.param(("pallas_tpu", TPU), id="TPU"),
     pytest.param(("mosaic_gpu", HOPPER), id="GPU", marks=recent),
 ]
+NAMES = ["pallas_tpu", pytest.param("mosaic_gpu", marks=recent)]
 NEEDED = {"jaxrnn_states", "jaxrnn_adjoint", "jaxrnn_tangent"}
 # As in test_matrix: what adds up over T steps, in float32.
 FIRST, SECOND = 1e-5, 6e-5
@@ -237,10 +238,8 @@ def kernels_in(f, *args):
     return [sorted(str(v.aval) for v in e.invars) for e in launched]
 
 
-@pytest.mark.parametrize("name", LARGEST)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_loop_of_every_derivative_is_a_kernel(name):
-    if name == "mosaic_gpu" and jax.__version_info__ < (0, 11):
-        pytest.skip("the Mosaic GPU kernels are written for jax 0.11 on")
     device = (HOPPER if name == "mosaic_gpu" else TPU)._replace(interpret=False)
     params, xs, h0, _ = case()
     args = params.cell, xs, h0
@@ -258,10 +257,8 @@ def test_every_loop_of_every_derivative_is_a_kernel(name):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("activation", NAMED)
-@pytest.mark.parametrize("name", LARGEST)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_activation_lowers(name, activation, dtype):
-    if name == "mosaic_gpu" and jax.__version_info__ < (0, 11):
-        pytest.skip("the Mosaic GPU kernels are written for jax 0.11 on")
     device = (HOPPER if name == "mosaic_gpu" else TPU)._replace(interpret=False)
     args = jax.tree.map(lambda x: x.astype(dtype), case(activation=activation)[:3])
 
@@ -276,38 +273,45 @@ def test_every_activation_lowers(name, activation, dtype):
     assert "jaxrnn_states" in text and "jaxrnn_adjoint" in text
 
 
-@pytest.mark.parametrize("name", LARGEST)
-def test_kernels_run_inside_shard_map(name):
-    if name == "mosaic_gpu" and jax.__version_info__ < (0, 11):
-        pytest.skip("the Mosaic GPU kernels are written for jax 0.11 on")
-    params, xs, _, _ = case()
+def split_gradient(**how):
+    """Of a loss over a batch that two devices share."""
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
 
-    def loss(how, cell, xs):
+    def loss(cell, xs):
         def local(cell, xs):
             return lax.psum(jnp.sum(jnp.sin(jaxrnn.unroll(cell, xs, **how)[1])), "data")
 
         specs = P(), P(None, "data")
         return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())(cell, xs)
 
-    gradient = jax.jit(jax.grad(partial(loss, {"implementation": name}), (0, 1)))
-    if name == "pallas_tpu":
-        with built_for(TPU):
-            found = gradient(params.cell, xs)
-        expected = jax.jit(jax.grad(partial(loss, {}), (0, 1)))(params.cell, xs)
-        assert_close(jax.tree.leaves(found), jax.tree.leaves(expected), FIRST)
-    else:  # Its interpreter knows one device.
-        with built_for(HOPPER._replace(interpret=False)):
-            traced = gradient.trace(params.cell, xs)
-            assert "jaxrnn_adjoint" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    return jax.jit(jax.grad(loss, (0, 1)))
 
 
-def test_the_largest_sizes_are_those_of_the_kernels():
+def test_the_tpu_kernel_runs_inside_shard_map():
+    params, xs, _, _ = case()
+    with built_for(TPU):
+        found = split_gradient(implementation="pallas_tpu")(params.cell, xs)
+    expected = split_gradient()(params.cell, xs)
+    assert_close(jax.tree.leaves(found), jax.tree.leaves(expected), FIRST)
+
+
+@recent
+def test_the_gpu_kernel_lowers_inside_shard_map():
+    # Its interpreter knows one device.
+    params, xs, _, _ = case()
+    with built_for(HOPPER._replace(interpret=False)):
+        traced = split_gradient(implementation="mosaic_gpu").trace(params.cell, xs)
+        assert "jaxrnn_adjoint" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_the_largest_sizes_are_those_of_the_tpu_kernel():
     pallas_tpu = import_module("jaxrnn._backends.kernels.pallas_tpu")
     for dtype, largest in LARGEST["pallas_tpu"].items():
         assert pallas_tpu.fits(largest, dtype) and not pallas_tpu.fits(largest + 1, dtype)
-    if jax.__version_info__ >= (0, 11):
-        sizes = LARGEST["mosaic_gpu"]
-        half = import_module("jaxrnn._backends.kernels.mosaic_gpu").MAX_HIDDEN
-        single = import_module("jaxrnn._backends.kernels.mosaic_gpu_tf32").MAX_HIDDEN
-        assert sizes == {"bfloat16": half, "float16": half, "float32": single}
+
+
+@recent
+def test_the_largest_sizes_are_those_of_the_gpu_kernels():
+    half = import_module("jaxrnn._backends.kernels.mosaic_gpu").MAX_HIDDEN
+    single = import_module("jaxrnn._backends.kernels.mosaic_gpu_tf32").MAX_HIDDEN
+    assert LARGEST["mosaic_gpu"] == {"bfloat16": half, "float16": half, "float32": single}

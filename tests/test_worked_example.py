@@ -52,7 +52,7 @@ def test_the_recovered_start_rounds_to_the_printed_one():
         np.testing.assert_array_equal(np.round(ours, 4), source)
 
 
-def test_totals(comparisons):
+def test_the_totals_agree(comparisons):
     losses = worked_example.descend(worked_example.recovered_params(), 100)
     assert losses.shape == (101,)
     # Unrounded, epoch 0 is not what the source prints: it adds four rounded losses.
@@ -85,7 +85,7 @@ def test_the_double_sum_agrees_too():
         np.testing.assert_array_equal(np.round(computed, 4) + 0, printed["gradient"], letter)
 
 
-def test_one_unit_of_the_last_digit_is_seen(comparisons):
+def test_one_unit_of_the_last_digit_disagrees(comparisons):
     for c in comparisons:
         for wrong in (c.printed + 1e-4, c.printed - 1e-4):
             assert not dataclasses.replace(c, computed=wrong).agrees, c.name
@@ -104,17 +104,15 @@ def test_a_scaled_start_loses_agreements_in_every_group(factor):
         assert agree < total, group
 
 
-def test_a_wrong_gradient_is_seen(monkeypatch):
+def test_a_wrong_gradient_loses_agreements(monkeypatch):
     def wrong(*args):
         loss, gradients = jaxrnn.loss_and_grads(*args)
         return loss, jax.tree.map(lambda leaf: 1.001 * leaf, gradients)
 
     monkeypatch.setattr(worked_example, "loss_and_grads", wrong)
     jax.clear_caches()
-    try:
-        comparisons = worked_example.compare(worked_example.recovered_params())
-    finally:
-        jax.clear_caches()
+    comparisons = worked_example.compare(worked_example.recovered_params())
+    jax.clear_caches()
     assert agreeing(comparisons, OUTPUT_DELTAS) == (16, 16)
     assert agreeing(comparisons, FIRST_UPDATE)[0] < 68
     assert agreeing(comparisons, TOTALS)[0] < 3
@@ -166,7 +164,7 @@ def test_quantiles_fraction_and_parting_of_a_made_ensemble():
 
 
 @pytest.mark.parametrize("x64", [False, True])
-def test_the_precision_of_the_caller_is_left_alone(x64):
+def test_the_precision_of_the_caller_is_unchanged(x64):
     with jax.enable_x64(x64):
         comparisons = worked_example.compare(worked_example.recovered_params())
         assert agreeing(comparisons, FIRST_UPDATE) == (68, 68)
@@ -177,7 +175,7 @@ def test_the_precision_of_the_caller_is_left_alone(x64):
         assert jax.numpy.ones(()).dtype == ("float64" if x64 else "float32")
 
 
-def test_report(tmp_path, comparisons):
+def test_the_report_shows_every_number(tmp_path, comparisons):
     shown, path = console(), tmp_path / "losses.png"
     assert example.report(shown, 8, path) is True
     text = shown.file.getvalue()
@@ -194,7 +192,7 @@ def test_report(tmp_path, comparisons):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_report_of_runs_that_never_part():
+def test_the_report_of_runs_that_never_part():
     shown = console()
     example.print_ensemble(shown, np.full((1001, 3), 1.5))
     text = " ".join(shown.file.getvalue().split())
@@ -203,7 +201,7 @@ def test_report_of_runs_that_never_part():
 
 
 @pytest.mark.parametrize("start", [scaled(1.01), worked_example.printed_params()])
-def test_report_of_a_broken_start(start):
+def test_the_report_of_a_wrong_start_fails(start):
     shown = console()
     assert example.report(shown, 2, start=start) is False
     text = shown.file.getvalue()
@@ -242,6 +240,6 @@ def test_a_plot_that_fails_leaves_the_old_one(tmp_path, losses, monkeypatch):
         (lambda: example.report(console(), 8, "."), "plot: expected a file"),
     ],
 )  # fmt: skip
-def test_bad_arguments(call, message):
+def test_wrong_arguments_are_refused(call, message):
     with pytest.raises((TypeError, ValueError), match=message):
         call()
