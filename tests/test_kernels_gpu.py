@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import rare
 from kernels import draw, every_loop, scanned, tf32
 
 from jaxrnn._backends.kernels import loops, mosaic_gpu, mosaic_gpu_cluster, mosaic_gpu_tf32
@@ -95,19 +96,19 @@ def shapes(arrays, T, M, B, H):
 
 # loop, T, M, B, H, reverse, options: tiles are of 16 sequences and of 64 hidden units.
 ONE_BLOCK = [
-    ("states", 1, 1, 20, 64, False, {}),
+    ("states", 7, 2, 20, 100, True, ALL),
     ("tangent", 2, 2, 32, 128, True, dict(leak=True, cut=True)),
     ("adjoint", 7, 1, 20, 192, False, dict(valid=True)),
-    ("delta", 7, 1, 33, 128, False, {}),
-    ("states", 7, 2, 20, 100, True, ALL),
-    ("tangent", 2, 2, 20, 100, False, ALL),
-    ("adjoint", 7, 1, 20, 100, True, ALL),
     ("delta", 2, 2, 20, 100, True, ALL),
+    rare("states", 1, 1, 20, 64, False, {}),
+    rare("tangent", 2, 2, 20, 100, False, ALL),
+    rare("adjoint", 7, 1, 20, 100, True, ALL),
+    rare("delta", 7, 1, 33, 128, False, {}),
 ]
 
 
 @pytest.mark.parametrize(("name", "T", "M", "B", "H", "reverse", "options"), ONE_BLOCK)
-def test_one_block(name, T, M, B, H, reverse, options):
+def test_one_block_equals_the_scan(name, T, M, B, H, reverse, options):
     dtype = jnp.float16 if (NAMES.index(name) + T) % 2 else jnp.bfloat16
     loop = loop_of(name, dtype)
     arrays = draw(loop, T, M, B, H, dtype, **options)
@@ -119,13 +120,15 @@ def test_one_block(name, T, M, B, H, reverse, options):
 TF32 = [
     ("states", 7, 1, 70, 64, True, dict(valid=True)),
     ("tangent", 2, 1, 128, 160, False, dict(leak=True, cut=True)),
-    ("adjoint", 1, 2, 70, 128, False, {}),
-    *((name, 2, 2, 70, 90, True, ALL) for name in NAMES),
+    ("adjoint", 2, 2, 70, 90, True, ALL),
+    ("delta", 2, 2, 70, 90, True, ALL),
+    rare("adjoint", 1, 2, 70, 128, False, {}),
+    *(rare(name, 2, 2, 70, 90, True, ALL) for name in NAMES[:2]),
 ]
 
 
 @pytest.mark.parametrize(("name", "T", "M", "B", "H", "reverse", "options"), TF32)
-def test_tf32(name, T, M, B, H, reverse, options):
+def test_tf32_equals_the_scan_of_rounded_factors(name, T, M, B, H, reverse, options):
     loop = loop_of(name, jnp.float32)
     arrays = draw(loop, T, M, B, H, jnp.float32, **options)
     errors = errors_of(mosaic_gpu_tf32.run, loop, arrays, reverse=reverse)
@@ -157,7 +160,7 @@ def test_rounding_in_a_kernel_is_to_the_nearest_tf32():
     )
 
 
-def test_rounding_keeps_what_cutting_off_would_lose():
+def test_rounding_keeps_a_norm_that_truncation_loses():
     def cut_off(x):
         return (np.asarray(x).view(np.int32) & ~np.int32(0x1FFF)).view(np.float32)
 
@@ -176,9 +179,9 @@ def test_rounding_keeps_what_cutting_off_would_lose():
 
 
 @pytest.mark.parametrize(
-    ("name", "T"), [("states", 3), ("tangent", 1), ("adjoint", 2), ("delta", 2)]
+    ("name", "T"), [("states", 3), ("delta", 2), rare("tangent", 1), rare("adjoint", 2)]
 )
-def test_cluster(name, T):
+def test_a_cluster_of_blocks_equals_the_scan(name, T):
     loop = loop_of(name, jnp.bfloat16)
     arrays = draw(loop, T, 2, 20, 128, jnp.bfloat16, **ALL)
     errors = errors_of(clustered, loop, arrays, reverse=True)
@@ -192,9 +195,11 @@ def test_a_cluster_runs_what_one_block_cannot_hold():
     assert max(errors) <= tolerance(jnp.float16)
 
 
-@pytest.mark.parametrize("activation", ["relu", "sigmoid", "identity"])
-@pytest.mark.parametrize("name", ["states", "adjoint"])
-def test_activations(name, activation):
+@pytest.mark.parametrize(("name", "activation"), [
+    ("states", "relu"), ("adjoint", "sigmoid"), rare("states", "sigmoid"), rare("adjoint", "relu"),
+    rare("states", "identity"), rare("adjoint", "identity"),
+])  # fmt: skip
+def test_other_activations_equal_the_scan(name, activation):
     dtype = jnp.bfloat16
     loop = loop_of(name, dtype, activation)
     arrays = draw(loop, 2, 1, 20, 64, dtype)
@@ -202,7 +207,7 @@ def test_activations(name, activation):
     assert max(errors) <= tolerance(dtype)
 
 
-def test_wider_tiles():
+def test_wider_tiles_equal_the_scan():
     loop = loop_of("states", jnp.bfloat16)
     arrays = draw(loop, 2, 1, 40, 64, jnp.bfloat16)
     errors = errors_of(mosaic_gpu.run, loop, arrays, reverse=False, repeats=1, tile=32)
@@ -210,8 +215,8 @@ def test_wider_tiles():
 
 
 @pytest.mark.parametrize("run", [mosaic_gpu.run, mosaic_gpu_tf32.run])
-def test_one_slot_is_too_few(run):
-    """The repeats above can see a race: v overwritten while another still multiplies with it."""
+def test_a_race_between_steps_fails(run):
+    """With one slot v is overwritten while another warpgroup still multiplies with it."""
     dtype = jnp.float32 if run is mosaic_gpu_tf32.run else jnp.bfloat16
     loop = loop_of("states", dtype)
     arrays = draw(loop, 7, 1, 20, 128, dtype)
@@ -233,18 +238,24 @@ RELOADED = ["barrier_wait", "copy_gmem_to_smem", "barrier_wait"]
         (mosaic_gpu.run, jnp.bfloat16, 384, LOADED + EXCHANGED + RELOADED),
     ],
 )
-def test_fences_and_barriers(run, dtype, H, order):
-    """What keeps a step in order on a device, of which the interpreter misses the fences."""
+def test_fences_and_barriers_keep_a_step_in_order(run, dtype, H, order):
+    """The interpreter does not need the fences, a device does."""
     loop = loop_of("states", dtype)
     arrays = shapes(draw(loop, 1, 1, 1, 1, dtype), 3, 1, 16, H)
     jaxpr = jax.make_jaxpr(lambda a: run(loop, a, dtype, reverse=False))(arrays)
     assert re.findall(f"({'|'.join(sorted(set(order)))})", str(jaxpr)) == order
 
 
+LOWERED = [(64, jnp.bfloat16), (192, jnp.float16), (384, jnp.bfloat16), (1024, jnp.float16)]
+LOWERED += [
+    rare(H, dtype) for H in (64, 128, 192, 256, 320, 384, 512, 768, 1024)
+    for dtype in (jnp.bfloat16, jnp.float16) if (H, dtype) not in LOWERED
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("H", [64, 128, 192, 256, 320, 384, 512, 768, 1024])
-def test_lowers(name, dtype, H):
+@pytest.mark.parametrize(("H", "dtype"), LOWERED)
+def test_every_loop_lowers(name, H, dtype):
     """Layouts, shared memory and primitives, as the compiler for CUDA takes them."""
     loop = loop_of(name, dtype)
     options = ALL if (dtype == jnp.bfloat16) == (H % 128 == 0) else {}
@@ -252,16 +263,16 @@ def test_lowers(name, dtype, H):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("H", [32, 64, 96, 128, 160])
-def test_tf32_lowers(name, H):
+@pytest.mark.parametrize("H", [64, 160, rare(32), rare(96), rare(128)])
+def test_every_tf32_loop_lowers(name, H):
     loop = loop_of(name, jnp.float32)
     options = ALL if H % 64 == 0 else {}
     assert loop.name in lowered(mosaic_gpu_tf32.run, loop, 3, 2, 70, H, jnp.float32, **options)
 
 
-@pytest.mark.parametrize("activation", ["relu", "sigmoid", "identity"])
+@pytest.mark.parametrize("activation", ["relu", rare("sigmoid"), rare("identity")])
 @pytest.mark.parametrize("name", NAMES)
-def test_activations_lower(name, activation):
+def test_other_activations_lower(name, activation):
     loop = loop_of(name, jnp.bfloat16, activation)
     assert loop.name in lowered(mosaic_gpu.run, loop, 3, 1, 16, 64, jnp.bfloat16)
 
