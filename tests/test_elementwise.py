@@ -187,7 +187,8 @@ def test_functions_that_mix_units_are_refused(name, size):
 def test_elementwise_functions_are_accepted(name):
     phi = ELEMENTWISE[name]
     for size in (1, 16):
-        assert jaxrnn.init_cell(jax.random.key(0), 3, size, activation=phi).activation is phi
+        made = jaxrnn.init_cell(jax.random.key(0), 3, size, activation=phi, dtype="float64")
+        assert made.activation is phi
     params, xs, h0, _ = cell_of(3, activation=phi)
     cell = params.cell
     a = xs[0] @ cell.U.T + h0 @ cell.W.T + jnp.broadcast_to(cell.b, h0.shape)

@@ -494,8 +494,8 @@ TEXT_MUTANTS = {
         "gradients_under_every_choice and plain and 2",
     ),
     "inputs before the loop without the drive": (
-        "_core/forward.py", "from_inputs(weights, xs, drive), None",
-        "from_inputs(weights, xs), None", "gradients_under_every_choice and plain and before",
+        "_core/forward.py", "of_x(x, drive)", "of_x(x, None)",
+        "gradients_under_every_choice and plain and before",
     ),
     "weights on the left, not transposed": (
         "_base/arithmetic.py", "left, accumulate = matrix.T,", "left, accumulate = matrix,",
