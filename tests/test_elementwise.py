@@ -149,7 +149,8 @@ def test_functions_may_compute_in_few_bits(dtype, size):
         lambda a: jnp.tanh(a.astype(dtype)).astype(a.dtype),
         lambda a: jnp.tanh(a.astype(dtype).astype(a.dtype)),
     ):
-        cell = jaxrnn.init_cell(jax.random.key(0), 3, size, activation=phi, dtype="float32")
+        zeros = jnp.zeros((size, size), "float32")
+        cell = jaxrnn.Cell(jnp.ones((size, 3), "float32"), zeros, zeros[0], activation=phi)
         h = jaxrnn.step(cell, jnp.ones(3, "float32"), jnp.zeros(size, "float32"))
         np.testing.assert_allclose(h, phi(jnp.sum(cell.U, 1)), rtol=0, atol=0.25)
 
@@ -187,7 +188,9 @@ def test_functions_that_mix_units_are_refused(name, size):
 def test_elementwise_functions_are_accepted(name):
     phi = ELEMENTWISE[name]
     for size in (1, 16):
-        made = jaxrnn.init_cell(jax.random.key(0), 3, size, activation=phi, dtype="float64")
+        made = jaxrnn.init_cell(
+            jax.random.key(0), 3, size, activation=phi, recurrent="identity", dtype="float64"
+        )
         assert made.activation is phi
     params, xs, h0, _ = cell_of(3, activation=phi)
     cell = params.cell

@@ -35,8 +35,11 @@ AXES = {
 }
 
 
-LEAKS = [*((name, None) for name in AXES), ("batch first", 0.6), ("members", 0.6)]
-LEAKS += [rare(name, 0.6) for name in AXES if (name, 0.6) not in LEAKS]
+LEAKS = [
+    ("batch first", 0.6), ("batch in place", None), ("batch last", None),
+    ("shared first state", None), ("first state alone", None), ("members", 0.6), ("members and data", None),
+]  # fmt: skip
+LEAKS += [rare(name, leak) for name in AXES for leak in (None, 0.6) if (name, leak) not in LEAKS]
 
 
 @pytest.mark.parametrize(("axes", "leak"), LEAKS)
