@@ -37,7 +37,8 @@ AXES = {
 
 LEAKS = [
     ("batch first", 0.6), ("batch in place", None), ("batch last", None),
-    ("shared first state", None), ("first state alone", None), ("members", 0.6), ("members and data", None),
+    ("shared first state", None), ("first state alone", None), ("members", 0.6),
+    ("members and data", None),
 ]  # fmt: skip
 LEAKS += [rare(name, leak) for name in AXES for leak in (None, 0.6) if (name, leak) not in LEAKS]
 
