@@ -1,4 +1,4 @@
-"""The checked update and the loop, as functions: what they count, when they stop, own models."""
+"""The checked update and the loop, as functions: what they count, when they stop, custom models."""
 
 import copy
 import math
@@ -56,7 +56,7 @@ def assert_same(found, expected):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-def test_a_checked_update_is_an_update():
+def test_a_checked_update_equals_an_update():
     plain, checked = train.make_update(OPTIMIZER), train.make_checked_update(OPTIMIZER)
     inputs, targets, _ = next(reader())
     expected, loss = plain(make_state(), inputs, targets)
@@ -78,7 +78,7 @@ INFINITE = {
 
 
 @pytest.mark.parametrize("name", INFINITE)
-def test_what_is_not_finite_changes_nothing(name):
+def test_a_nonfinite_update_changes_nothing(name):
     optimizer, value = INFINITE[name]
     params = make_state().params
     state = train.init_state(params, optimizer, B)
@@ -93,7 +93,7 @@ def test_what_is_not_finite_changes_nothing(name):
     assert new.step == 1 and not np.any(new.h)
 
 
-def test_a_best_value_so_far_may_be_infinite():
+def test_an_infinite_optimizer_state_may_stay_infinite():
     """Which was so before the first update, and stays so for two."""
     plateau = optax.contrib.reduce_on_plateau(accumulation_size=3)
     optimizer = optax.chain(optax.sgd(0.1), plateau)
@@ -105,7 +105,7 @@ def test_a_best_value_so_far_may_be_infinite():
         assert figures.finite and state.step == n + 1
 
 
-def test_reports_come_when_they_are_due_and_count_what_was():
+def test_fit_reports_when_due_with_mean_losses():
     update, losses, state = train.make_checked_update(OPTIMIZER), [], make_state()
     windows = reader()
     for _ in range(11):
@@ -121,7 +121,7 @@ def test_reports_come_when_they_are_due_and_count_what_was():
     assert all(report.updates_per_second > 0 and not report.skipped for report in reports)
 
 
-def test_it_stops_when_it_is_asked_to_and_goes_on_where_it_was():
+def test_fit_stops_on_request_and_resumes_exactly():
     update = train.make_checked_update(OPTIMIZER)
     *_, whole = train.fit(make_state(), update, reader(), 14, every=5)
     asked = []
@@ -137,7 +137,7 @@ def test_it_stops_when_it_is_asked_to_and_goes_on_where_it_was():
         next(train.fit(make_state(), update, reader(), 14, every=0))
 
 
-def test_a_number_that_is_none_ends_it_and_names_the_step():
+def test_fit_raises_at_a_nonfinite_loss_and_names_the_step():
     update = train.make_checked_update(OPTIMIZER, broken_loss(at=5))
     reports = train.fit(make_state(key=jax.random.key(7)), update, reader(), 12, every=4)
     assert next(reports).step == 4
@@ -154,7 +154,7 @@ def test_a_number_that_is_none_ends_it_and_names_the_step():
     assert last.step == 12
 
 
-def test_the_error_is_one_of_text_and_can_be_pickled():
+def test_diverged_error_can_be_pickled_and_copied():
     plain = train.DivergedError("text")
     assert (str(plain), plain.state, plain.step) == ("text", None, None)
     error = train.DivergedError("text", state=make_state(key=jax.random.PRNGKey(0)), step=3)
@@ -162,7 +162,7 @@ def test_the_error_is_one_of_text_and_can_be_pickled():
         assert (str(same), same.step, same.state) == ("text", 3, error.state)
 
 
-def test_or_it_is_skipped():
+def test_skip_nonfinite_continues():
     update = train.make_checked_update(OPTIMIZER, broken_loss(at=5))
     reports = list(
         train.fit(make_state(key=jax.random.key(7)), update, reader(), 6, every=(4, 5),
@@ -174,7 +174,7 @@ def test_or_it_is_skipped():
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(reports[-1].state.params))
 
 
-def test_what_a_model_draws_is_of_its_step():
+def test_random_draws_depend_on_key_and_step():
     """So that a run that goes on draws what it would have drawn."""
 
     def loss(params, h, inputs, targets, key):
@@ -200,7 +200,7 @@ def test_what_a_model_draws_is_of_its_step():
     assert losses(0) == losses(0) != losses(1)
 
 
-def test_evaluation_goes_where_it_is_put():
+def test_evaluate_places_arrays_by_put():
     params, put = make_state().params, []
     ids = np.random.default_rng(1).integers(0, K, (9, B))
 
@@ -249,7 +249,7 @@ class Jitted:
         return state, said
 
 
-def test_few_updates_are_under_way(monkeypatch):
+def test_few_updates_run_ahead(monkeypatch):
     monkeypatch.setattr(Slow, "under_way", set())
     monkeypatch.setattr(jax, "jit", Jitted)
     update, state = train.make_update(OPTIMIZER, lambda *_: None), make_state()
@@ -259,7 +259,7 @@ def test_few_updates_are_under_way(monkeypatch):
     assert 1 < Jitted.most <= train.AHEAD + 1 < 10
 
 
-def test_an_update_is_a_function_that_jax_transforms():
+def test_an_update_can_be_jitted_scanned_and_lowered():
     update, state = train.make_update(OPTIMIZER), make_state()
     inputs, targets, _ = next(reader())
     assert update.lower(state, inputs, targets).compile().as_text()
@@ -277,7 +277,7 @@ def test_an_update_is_a_function_that_jax_transforms():
     assert losses.shape == (3,)
 
 
-def test_windows_of_an_evaluation_are_waited_for(monkeypatch):
+def test_evaluate_waits_for_each_window(monkeypatch):
     most = 0
 
     def total(params, inputs, targets, h, *, loss):
@@ -293,7 +293,7 @@ def test_windows_of_an_evaluation_are_waited_for(monkeypatch):
     assert most == 1
 
 
-def test_the_loop_ends_with_its_windows():
+def test_fit_ends_with_its_windows():
     few = [next(windows) for windows in [reader()] for _ in range(7)]
     update = train.make_checked_update(OPTIMIZER)
     reports = list(train.fit(make_state(), update, few, 100, every=[3]))
@@ -303,7 +303,7 @@ def test_the_loop_ends_with_its_windows():
     assert_same(again[0].state.params, reports[-1].state.params)
 
 
-def test_a_pace_of_no_update_is_no_number():
+def test_the_pace_of_one_update_is_nan():
     update = train.make_checked_update(OPTIMIZER)
     paces = [r.updates_per_second for r in train.fit(make_state(), update, reader(), 3, every=1)]
     assert math.isnan(paces[0]) and min(paces[1:]) > 0
@@ -319,7 +319,7 @@ def test_a_pace_of_no_update_is_no_number():
         ({"update": train.make_update(OPTIMIZER)}, TypeError, "update: expected that of make_che"),
     ],
 )
-def test_the_loop_refuses(how, kind, message):
+def test_fit_rejects_bad_arguments(how, kind, message):
     update = train.make_checked_update(OPTIMIZER)
     how = {"state": make_state(), "update": update, "windows": reader(), "steps": 5, **how}
     with pytest.raises(kind, match=f"^{message}"):
@@ -340,7 +340,7 @@ def gru(params, h, inputs, targets, key):
     return jnp.sum(jaxrnn.cross_entropy(logits, targets)), h
 
 
-def test_a_model_of_ones_own():
+def test_fit_trains_a_custom_model():
     key = jax.random.split(jax.random.key(0), 2)
     params = {
         "in": jax.random.normal(key[0], (3, K, H), jnp.float64),
@@ -364,7 +364,7 @@ def test_a_model_of_ones_own():
             train.init_state(params, OPTIMIZER, **both)
 
 
-def test_windows_go_on_where_they_were():
+def test_windows_start_at_a_step():
     windows, later = reader(), reader(13)
     for _ in range(13):
         next(windows)
@@ -374,7 +374,7 @@ def test_windows_go_on_where_they_were():
         next(reader(-1))
 
 
-def test_what_is_carried_may_hold_keys_and_complex_numbers():
+def test_keys_and_complex_numbers_can_be_carried():
     """A key in h is left as it is where the streams start over, and norms are real."""
     h = {"key": jax.random.key(7), "state": jnp.ones((B, 2))}
     state = train.init_state({"w": jnp.full(2, 3 + 4j)}, optax.sgd(0.1), h=h)
