@@ -215,7 +215,7 @@ def noisy(params, h, inputs, targets, key):
     (train.make_checked_update, 2), pytest.param(train.make_update, 2, marks=FULL),
 ])  # fmt: skip
 def test_every_key_is_used_once(make, devices):
-    with jax.debug_key_reuse(True):
+    with jax.debug_key_reuse(True), jax.numpy_rank_promotion("allow"):
         params = jaxrnn.init_params(jax.random.key(0), D, H, K, dtype=jnp.float64)
         # Noise for the optimiser from a key that is no more than a part of its state.
         optimizer = optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(1)), optax.sgd(0.1))
