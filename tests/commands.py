@@ -13,11 +13,15 @@ import sys
 import threading
 import time
 from contextlib import ExitStack, closing, contextmanager
+from functools import cache
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+
+from jaxrnn import train
+from jaxrnn._app import run as run_module
 
 TEXT = "the quick brown fox jumps over the lazy dog.\n" * 60
 SMALL = ["--steps", "30", "--hidden-size", "16", "--seq-length", "8", "--batch-size", "4",
@@ -253,6 +257,23 @@ def stopped(finished, tmp_path):
 def without_pictures(monkeypatch):
     """No curves are drawn, which takes as long as a small network's training."""
     monkeypatch.setattr("jaxrnn._app.show.plot_run", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def updates_once():
+    """Runs of one network, optimiser and mesh in this process share one compiled update."""
+    make, make_optimizer = train.make_checked_update, run_module.make_optimizer
+    optimizer = cache(lambda *options: make_optimizer(run_module.Config(**dict(options))))
+    update = cache(lambda optimizer, mesh: make(optimizer, mesh=mesh))
+    needed = ("learning_rate", "steps", "optimizer", "grad_clip")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "make_optimizer", lambda config: optimizer(
+            *((name, getattr(config, name)) for name in needed)
+        ))  # fmt: skip
+        patch.setattr(train, "make_checked_update", lambda optimizer, mesh=None: update(
+            optimizer, mesh
+        ))  # fmt: skip
+        yield
 
 
 @pytest.fixture

@@ -42,8 +42,9 @@ from jaxrnn._app.run import Config, Run, initial_state, load
 
 finished, stopped, user = commands.finished, commands.stopped, commands.user
 without_pictures = commands.without_pictures
+updates_once = commands.updates_once
 
-pytestmark = pytest.mark.usefixtures("compile_once", "without_pictures")
+pytestmark = pytest.mark.usefixtures("compile_once", "updates_once", "without_pictures")
 
 CONFIG, SIZE = Config(hidden_size=16, batch_size=4), 29
 # Held-out bits by the step at which they are measured.

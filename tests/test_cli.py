@@ -47,8 +47,9 @@ without_pictures, prepared_only = commands.without_pictures, commands.prepared_o
 
 # Not UTF-8 wherever one begins to read.
 BYTES = bytes([0xFF, 0x00, 0xC3, 0x28, 0x0A]) * 600
+updates_once = commands.updates_once
 
-pytestmark = pytest.mark.usefixtures("compile_once", "without_pictures")
+pytestmark = pytest.mark.usefixtures("compile_once", "updates_once", "without_pictures")
 
 # Training.
 

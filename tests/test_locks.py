@@ -30,8 +30,9 @@ from jaxrnn._app.run import load
 
 finished, stopped = commands.finished, commands.stopped
 without_pictures, prepared_only = commands.without_pictures, commands.prepared_only
+updates_once = commands.updates_once
 
-pytestmark = pytest.mark.usefixtures("compile_once", "without_pictures")
+pytestmark = pytest.mark.usefixtures("compile_once", "updates_once", "without_pictures")
 
 
 @pytest.fixture(autouse=True)
