@@ -32,7 +32,7 @@ from commands import (
 
 from jaxrnn import train
 from jaxrnn._api.checks import InputError
-from jaxrnn._app import directory
+from jaxrnn._app import devices, directory
 from jaxrnn._app import run as run_module
 from jaxrnn._app.checkpoints import Checkpoints, FailedError, fingerprint
 from jaxrnn._app.corpus import encode, open_corpus
@@ -392,6 +392,17 @@ def test_a_second_signal_ends_at_once(begin, number, ends):
     assert getattr(ended.value, "code", 128 + number) == 128 + number
     assert seen == [2] and checkpoint_steps(run.out) == [2]
     assert [signal.getsignal(each) for each in SIGNALS] == before
+
+
+def test_a_signal_to_another_process_stops_this_one_at_a_report(begin, monkeypatch):
+    """As one of several, which ask each other now and then."""
+    reports = []
+    monkeypatch.setattr(devices, "are_several", lambda: True)
+    monkeypatch.setattr(devices, "largest", lambda number: signal.SIGTERM)
+    run = begin(steps=90, eval_every=90, checkpoint_every=10)
+    assert run.go(lambda row: reports.append(row["step"])) == signal.SIGTERM
+    assert run.step == reports[-1] == checkpoint_steps(run.out)[-1]
+    assert run.step % run_module.REPORT_EVERY == 0
 
 
 def test_an_ignored_hangup_stays_ignored():

@@ -6,6 +6,7 @@ import shutil
 import threading
 import time
 from contextlib import ExitStack
+from functools import partial
 
 import commands
 import pytest
@@ -156,9 +157,8 @@ def test_a_lock_is_on_the_run_that_is_there(stopped, monkeypatch):
 @pytest.mark.parametrize("locks", [True, False])
 def test_of_many_starts_at_once_one_gets_the_directory(locks, tmp_path, monkeypatch):
     """Four of them, again and again; the others are refused and change nothing."""
-    monkeypatch.setattr(directory, "PATIENCE", 0.05)
-    if not locks:
-        monkeypatch.setattr(directory, "_lock", lambda *args, **how: None)
+    lock = partial(directory._lock, seconds=0.05)
+    monkeypatch.setattr(directory, "_lock", lock if locks else lambda *args, **how: None)
     together = threading.Barrier(4)
 
     def begin(n, out, said):

@@ -162,6 +162,7 @@ def test_bytes_and_large_alphabets_are_shortened(make):
     many = "".join(map(chr, range(0x4E00, 0x4E00 + 5000)))
     out = make(text={**TEXT, "characters": many}, level="byte")
     assert re.search(r"5000 distinct:\s+'[^']+' …", here("show", out).stdout)
+    assert "\\u2026" in succeeded(here("show", out, encoding="ascii"))
     written = {"text": {**TEXT, "level": "byte", "characters": "".join(map(chr, range(256)))}}
     (out / "text.json").write_text(json.dumps({**written, "references": REFERENCES}))
     run = here("show", out).stdout
