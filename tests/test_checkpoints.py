@@ -111,9 +111,8 @@ def test_the_last_three_and_the_best_are_kept(tmp_path):
     again.prepare()
     assert sorted(path.name for path in folder.iterdir()) == ["2", "4", "5", "6"]
     assert again.about(4)["at"] == 4
-    for model in (1, 2):  # on other devices too
-        for step in checkpoint_steps(tmp_path):
-            assert_same(again.state(step, shapes(model)), make_state(step))
+    for step, model in ((2, 1), (6, 2)):  # on other devices too
+        assert_same(again.state(step, shapes(model)), make_state(step))
 
 
 def test_without_a_measured_loss_there_is_no_best(tmp_path):

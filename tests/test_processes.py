@@ -414,7 +414,8 @@ def test_a_text_that_cannot_be_read_ends_the_run(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("index", [0, pytest.param(1, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("index", [0, 1])
 def test_too_few_processes_are_one_line(index, tmp_path):
     """The first of two waits for the other, or the second for one that does not listen."""
     address = free_address()
