@@ -16,12 +16,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from helpers import FUNCTIONS, TOLERANCE, error, inner, random_case, weights, write_table
+from forms import naive
+from helpers import TOLERANCE, error, inner, random_case, weights, write_table
 from jax import export, lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-
-import jaxrnn
 
 DATE = "2026-11-23"
 FOUND = pathlib.Path(__file__).with_name("matrix.json")
@@ -29,49 +28,6 @@ T, B, D, H = 5, 4, 3, 4
 LENGTHS = np.array([5, 3, 1, 4])
 EMPTY = np.array([5, 0, 2, 0])
 GAPS = np.array([[1, 0, 1, 1, 1], [0, 1, 1, 0, 1], [1, 1, 0, 0, 0], [1, 0, 0, 0, 1]], bool).T
-
-
-def naive(cell, xs, h0, *, drive=None, valid=None, reverse=False, truncate=None, window=None):
-    """A plain scan that knows the options of `unroll`, for JAX to differentiate.
-
-    With a window it carries a state for each number of steps since the one that does not move;
-    all have the same value, and JAX sees those steps only.
-    """
-    if isinstance(xs, jaxrnn.Ids):
-        xs = jax.nn.one_hot(xs.ids, cell.U.shape[1], dtype=cell.U.dtype)
-    phi = cell.activation
-    phi = FUNCTIONS[phi] if isinstance(phi, str) else getattr(phi, "function", phi)
-    steps = xs.shape[:-1]
-    drive = jnp.zeros((*steps, cell.b.size), cell.b.dtype) if drive is None else drive
-    cut = jnp.zeros(steps, bool) if truncate is None else cuts(valid, steps, truncate, reverse)
-    valid = jnp.ones(steps, bool) if valid is None else jnp.asarray(valid)
-
-    def step(h, x, drive, cut):
-        a = x @ cell.U.T + jnp.where(cut, lax.stop_gradient(h), h) @ cell.W.T + drive
-        new = phi(a + jnp.broadcast_to(cell.b, a.shape))
-        if cell.leak is not None:
-            leak = jnp.broadcast_to(cell.leak, new.shape)
-            new = (1 - leak) * h + leak * new
-        return new
-
-    def body(states, now):
-        x, drive, valid, cut = now
-        valid, cut = valid[..., None], cut[..., None]
-        before = states if window is None else (lax.stop_gradient(states[-1]), *states[:-1])
-        new = [step(h, x, drive, cut) for h in before]
-        states = tuple(jnp.where(valid, n, h) for n, h in zip(new, states, strict=True))
-        return states, jnp.where(valid, states[-1], 0)
-
-    states, hs = lax.scan(body, (h0,) * (window or 1), (xs, drive, valid, cut), reverse=reverse)
-    return states[-1], hs
-
-
-def cuts(valid, steps, every, reverse):
-    """Before which steps truncated BPTT stops: k, 2k, ... valid ones have been read."""
-    valid = np.ones(steps, bool) if valid is None else valid
-    time = slice(None, None, -1 if reverse else 1)
-    number = np.cumsum(valid[time], axis=0)[time] - 1
-    return valid & (number > 0) & (number % every == 0)
 
 
 def scalar(f):

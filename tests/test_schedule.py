@@ -3,6 +3,7 @@
 import dataclasses
 from functools import cache, partial
 
+import forms
 import jax
 import jax.numpy as jnp
 import pytest
@@ -58,22 +59,7 @@ def case(**cell):
 
 
 def naive(cell, xs, h0, drive, mask=None, reverse=False):
-    """A plain scan that knows drives, masks and both directions."""
-
-    def body(h, now):
-        x, drive, valid = now
-        if isinstance(x, jaxrnn.Ids):
-            x = jax.nn.one_hot(x.ids, cell.U.shape[1], dtype=h.dtype)
-        a = x @ cell.U.T + h @ cell.W.T + drive
-        new = jnp.tanh(a + jnp.broadcast_to(cell.b, a.shape))
-        if cell.leak is not None:
-            new = (1 - cell.leak) * h + cell.leak * new
-        new = jnp.where(valid[:, None], new, h)
-        return new, (new, jnp.where(valid[:, None], new, 0))
-
-    valid = jnp.ones(drive.shape[:-1], bool) if mask is None else mask
-    h_last, (_, hs) = jax.lax.scan(body, h0, (xs, drive, valid), reverse=reverse)
-    return h_last, hs
+    return forms.naive(cell, xs, h0, drive=drive, valid=mask, reverse=reverse)
 
 
 MASK = jnp.array([[1, 1, 0], [1, 0, 0], [0, 1, 1], [1, 1, 1], [1, 0, 1], [0, 0, 1], [1, 0, 0]]) == 1
