@@ -7,9 +7,8 @@ custom:   h_t = f(W g(h_{t−1}) + U x_t + b, h_{t−1})                any elem
 `init_cell` makes a `Cell`, and `unroll` returns its states over whole sequences. `jax.grad` of
 `unroll` runs the hand-derived gradient; `bptt` and `loss_and_grads` return it directly.
 
-Axes: T time, B batch, D input, H hidden, K output. Time is the first axis, features the last, with
-any batch axes between: inputs `[T, *batch, D]`, states `[T, *batch, H]`. The final state comes
-first, as in `lax.scan`.
+Axes: T time, B batch, D input, H hidden, K output. Time is first and features are last, any batch
+axes between: inputs `[T, *batch, D]`, states `[T, *batch, H]`. Final state first, as in `lax.scan`.
 
 Four files lead from a call to its gradient: `_api/unroll.py` (what `unroll` promises),
 `_core/derivative.py` (the derivation and the derivative rule; `linearised` forms the derivative of

@@ -65,7 +65,7 @@ def with_nnx():
             self.readout = nnx.Linear(H, 1, rngs=rngs)
 
         def __call__(self, xs):
-            return self.readout(jaxrnn.unroll(nnx.as_pure(self.cell), xs)[0])
+            return self.readout(jaxrnn.unroll(self.cell, xs)[0])
 
     @nnx.jit
     def update(model, optimizer):

@@ -112,7 +112,7 @@ def unroll(
     Use `checkpoint_every` to save memory, `truncate` or chunks for endless text, and `window` to
     treat all steps alike. Without a leak `truncate=k` and chunks are the same; with one, or if a
     custom f reads h, a cut stops only W, and 1 − α of each adjoint passes. So `truncate=1` with a
-    leak is the eligibility trace of RFLO (Murray 2019, eLife 8:e43299); `window=1` is the immediate
+    leak is the eligibility trace of RFLO (Murray 2019, eLife 8:e43299), and `window=1` the immediate
     gradient.
 
     >>> import jax, jaxrnn
@@ -130,8 +130,7 @@ def unroll(
 def step(cell: Cell, x: jax.Array | Ids, h: jax.Array, *, precision: Any = None) -> jax.Array:
     """One step of the recurrence of `unroll`, without a drive: the state that follows `h`.
 
-    For inputs that depend on the states: an agent in an environment, a sampler. JAX differentiates
-    it.
+    For inputs that depend on the states: an agent in an environment, a sampler.
 
     Args:
       cell: the `Cell`.
