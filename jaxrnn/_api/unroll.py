@@ -112,8 +112,8 @@ def unroll(
     Use `checkpoint_every` to save memory, `truncate` or chunks for endless text, and `window` to
     treat all steps alike. Without a leak `truncate=k` and chunks are the same; with one, or if a
     custom f reads h, a cut stops only W, and 1 − α of each adjoint passes. So `truncate=1` with a
-    leak is the eligibility trace of RFLO (Murray 2019, eLife 8:e43299), and `window=1` the immediate
-    gradient.
+    leak is the eligibility trace of RFLO (Murray 2019, eLife 8:e43299), and `window=1` the
+    immediate gradient.
 
     >>> import jax, jaxrnn
     >>> cell = jaxrnn.init_cell(jax.random.key(0), input_size=4, hidden_size=3)
