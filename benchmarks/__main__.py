@@ -1,8 +1,275 @@
-"""`python -m benchmarks`."""
+"""The command line: `python -m benchmarks [run]`, `first`, `report`, `tune`."""
 
+import argparse
+import signal
 import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
 
-from benchmarks.cli import main
+EXIT_FAILED_ROWS, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
+RESULTS = Path(__file__).parent / "results"
+COMMANDS = ("run", "first", "report", "tune")
+
+
+class InputError(Exception):
+    """Bad input; the message says in one line what was expected."""
+
+
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, not the whole usage."""
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number, at least 1, got {text}")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e9:
+        raise argparse.ArgumentTypeError(f"expected a number, at least 0, got {text}")
+    return value
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options of all commands."""
+    about = f"How fast jaxrnn is. {' | '.join(COMMANDS)}; `run` if none is named."
+    parser = _Parser(prog="python -m benchmarks", description=about)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="measure, save and report", description=about)
+    run.add_argument("--quick", action="store_true", help="the most telling part, in two minutes")
+    run.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="(default: cpu)")
+    for name in ("workload", "subject", "measure"):
+        also = f"only that {name}; may be repeated"
+        run.add_argument(f"--{name}", action="append", metavar="NAME", help=also)
+    run.add_argument("--rounds", type=_count, metavar="N", help="at most so many (default: 15)")
+    budget = "for the rounds of one measure of a row, five rounds at least (default: 25, or 2)"
+    run.add_argument("--budget", type=_number, metavar="SECONDS", help=budget)
+    run.set_defaults(go=_run)
+
+    about = "the first minutes on a GPU of the Hopper generation: are the kernels exact and fast"
+    first = commands.add_parser("first", help=about)
+    first.set_defaults(go=_first, device="gpu")
+    for command in (run, first):
+        minutes = "the run is over by then (default: none; on a GPU 8, of `first` 5.7)"
+        command.add_argument("--minutes", type=_number, metavar="N", help=minutes)
+        dry = "rehearse a run on a GPU: tiny, on the CPU, kernels interpreted"
+        command.add_argument("--dry", action="store_true", help=dry)
+        out = "a file that ends in .json, or a directory (default: in benchmarks/results/)"
+        command.add_argument("--out", metavar="PATH", help=out)
+        force = "overwrite a file of that name"
+        command.add_argument("--force", action="store_true", help=force)
+
+    about = "the tables of a run; of several, the best and the worst of each row"
+    report = commands.add_parser("report", help=about)
+    report.add_argument("files", metavar="FILE", nargs="+", help="what a run has saved")
+    report.add_argument("--plot", metavar="PNG", help="draw the first one's ratios")
+    report.set_defaults(go=_report)
+    tune = commands.add_parser("tune", help="measure what the library's choices rest on")
+    tune.add_argument("choice", nargs="*", help="of the schedule's table (default: all)")
+    tune.add_argument("--rounds", type=_count, default=9)
+    tune.set_defaults(go=_tune)
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    from benchmarks.plan import FULL, GPU, QUICK, Limits
+
+    whole = GPU if args.device == "gpu" else FULL
+    if args.dry and args.device != "gpu":
+        raise InputError("--dry rehearses a run on a GPU: it needs --device gpu")
+    known = {
+        "workload": [step.workload.name for step in whole.steps],
+        "subject": [name for step in whole.steps for name in step.subjects],
+        "measure": [name for step in whole.steps for name in step.measures],
+    }
+    for option, names in known.items():
+        for name in getattr(args, option) or ():
+            if name not in names:
+                there = ", ".join(map(repr, dict.fromkeys(names)))
+                raise InputError(f"--{option}: no {name!r}; there are {there}")
+    quick = args.quick and args.device == "cpu"
+    chosen = args.workload, args.measure, args.subject
+    plan = (QUICK if quick and not any(chosen) else whole).only(*chosen)
+    if not plan.steps:
+        raise InputError("expected options that some row fits, got none that fits all")
+
+    def limit(limits: Limits) -> Limits:
+        if args.rounds is not None:
+            limits = replace(limits, most=args.rounds, least=min(limits.least, args.rounds))
+        return limits if args.budget is None else replace(limits, budget=args.budget)
+
+    label = "-quick" if args.quick else "-part" if any(chosen) else ""
+    return _measure(args, plan.limited(limit), label)
+
+
+def _first(args: argparse.Namespace) -> int:
+    from benchmarks.plan import FIRST
+
+    return _measure(args, FIRST, "-first")
+
+
+def _measure(args: argparse.Namespace, plan: Any, label: str) -> int:
+    from benchmarks import dry, results
+    from benchmarks.crew import Crew, TimeIsUpError, Worker
+    from benchmarks.run import NoDeviceError, Run, describe_workers
+    from benchmarks.subjects.registry import listed
+
+    start = time.monotonic()
+    plan = plan if args.minutes is None else replace(plan, minutes=args.minutes)
+    plan = dry.rehearsal(plan) if args.dry else plan
+    until = None if plan.minutes is None else start + 60 * plan.minutes
+    versions = results.versions(args.device)
+    options = {k: v for k, v in vars(args).items() if k not in ("go", "command", "out", "force")}
+    document = results.new(versions, options)
+    names = {name for step in plan.steps for name in step.subjects}
+    subjects = {s.name: s for s in listed(args.device) if s.name in names}
+    document["subjects"] = [
+        {"name": s.name, "package": s.package, "kind": s.kind} for s in subjects.values()
+    ]
+    path, ended = None, 0
+
+    def say(line: str) -> None:
+        seconds = time.monotonic() - start
+        print(f"[{seconds:4.0f} s] {line}", file=sys.stderr, flush=True)
+
+    try:
+        with (
+            _heeding_sigterm(),
+            Crew(args.device, dry.make_worker if args.dry else Worker, until) as crew,
+        ):
+            say(", ".join(f"{name} {found}" for name, found in versions.items() if found))
+            kinds = list(dict.fromkeys(subject.kind for subject in subjects.values()))
+            crew.start(kinds)
+            describe_workers(crew, kinds, args.device, document)
+            path = results.new_path(_wanted(args, document, label), args.force)
+            say(f"{results.slug(document['device'])}; results go to {path}")
+            save = lambda: results.write(document, path)  # noqa: E731
+            Run(crew, plan, subjects, document, say, save).go()
+    except NoDeviceError as error:
+        raise InputError(f"--device {args.device}: {error}") from error
+    except TimeIsUpError as error:
+        raise InputError("--minutes: the time was up before a worker had started") from error
+    except OSError as error:
+        raise InputError(f"cannot write the results: {error}") from error
+    except KeyboardInterrupt as error:
+        ended = EXIT_TERMINATED if isinstance(error, TerminatedError) else EXIT_INTERRUPTED
+    rows = document["rows"]
+    if rows:
+        _show([document])
+    seconds = time.monotonic() - start
+    if ended:
+        kept = f"; what was measured is in {path}" if rows else ""
+        print(f"stopped after {seconds:.0f} s{kept}", file=sys.stderr)
+        return ended
+    timed = sum(bool(row["seconds"]) for row in rows)
+    print(f"{timed} rows in {seconds:.0f} s; again: python -m benchmarks report {path}")
+    return EXIT_FAILED_ROWS if any(row["status"] == "failed" for row in rows) else 0
+
+
+@contextmanager
+def _heeding_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the work as Ctrl-C does: schedulers send it when a job's time is up."""
+
+    def terminate(*_: object) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what was measured is being kept
+        raise TerminatedError
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _wanted(args: argparse.Namespace, document: dict[str, Any], label: str) -> Path:
+    from benchmarks.results import slug
+
+    if args.out and args.out.endswith(".json"):
+        return Path(args.out)
+    name = f"{document['date']}{label}.json"
+    if args.out:
+        return Path(args.out) / name
+    return (Path(tempfile.mkdtemp()) if args.dry else RESULTS / slug(document["device"])) / name
+
+
+def _show(documents: list[dict[str, Any]]) -> None:
+    from benchmarks import kernels, report
+
+    for document in documents if documents[0]["device"]["gpu"] else ():
+        print("\n\n".join(kernels.tables(document)))
+    if not documents[0]["device"]["gpu"]:
+        print("\n\n".join(report.tables(documents)))
+
+
+def _report(args: argparse.Namespace) -> int:
+    from benchmarks.results import ResultsError, read
+
+    try:
+        documents = [read(Path(file)) for file in args.files]
+    except ResultsError as error:
+        raise InputError(str(error)) from error
+    _show(documents)
+    if args.plot:
+        from benchmarks.picture import plot
+
+        try:
+            plot(documents[0], Path(args.plot))
+        except OSError as error:
+            raise InputError(f"--plot: cannot be written: {error}") from error
+    return 0
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from benchmarks.tune import CHOICES, tune
+
+    for choice in args.choice:
+        if choice not in CHOICES:
+            raise InputError(f"no choice {choice!r}; there are {', '.join(map(repr, CHOICES))}")
+    return tune(args.choice or CHOICES, args.rounds)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+      argv: its arguments; by default those of the process.
+
+    Returns:
+      0; 1 where a row failed; 2 for bad input, with one line on standard error; 130 after
+      Ctrl-C, 143 after SIGTERM, both of which keep what was measured.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] not in (*COMMANDS, "-h", "--help"):
+        arguments = ["run", *arguments]
+    args = make_parser().parse_args(arguments)
+    try:
+        return args.go(args)
+    except InputError as error:
+        print(f"benchmarks: error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except ModuleNotFoundError as error:
+        name = (error.name or "").split(".")[0]
+        print(f"benchmarks: error: {name} is missing: pip install '.[bench]'", file=sys.stderr)
+    return EXIT_BAD_INPUT
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,65 +1,77 @@
-"""What a run on a GPU says of the kernels: exact, repeatable, there, and how fast."""
+"""What a run on a GPU says of the kernels: exact, repeatable, in the program, and how fast."""
 
 from collections.abc import Iterator
-from itertools import combinations, product
 from typing import Any
 
-from benchmarks.measures import BACKWARD, FORWARD
-from benchmarks.roofline import least_seconds
-from benchmarks.tables import NOTHING, Table, number, ratio
-from benchmarks.view import ROOFLINE, View
-from benchmarks.workloads import Workload
-from jaxrnn._backends.select import LARGEST as ALL_LARGEST
+from benchmarks.programs import KERNEL_NAMES
+from benchmarks.report import NOTHING, Table, View, not_timed, number
+from benchmarks.results import caption
+from benchmarks.subjects.registry import (
+    ASSOCIATIVE,
+    IMPLEMENTATION,
+    KERNEL,
+    LARGEST,
+    NAIVE,
+    ROOFLINE,
+    SCAN,
+)
+from benchmarks.workloads import BACKWARD, FORWARD, Workload
 from jaxrnn._backends.select import Measured
 
-KERNEL, SCAN, IMPLEMENTATION = "jaxrnn, kernel", "jaxrnn, scan", "mosaic_gpu"
-ASSOCIATIVE = "jaxrnn, associative"
-# The largest H of each dtype, in the order in which they are measured: float16 last, whose kernel
-# is that of bfloat16, as time may be up by then.
-LARGEST = {d: ALL_LARGEST[IMPLEMENTATION][d] for d in ("bfloat16", "float32", "float16")}
-# The largest H of a kernel that is one block; above it a cluster of blocks is.
-MOST_OF_A_BLOCK = 320
 # The step between numbers of about 1: of TensorFloat-32 where the dtype is float32.
 EPS = {"bfloat16": 2.0**-7, "float32": 2.0**-10, "float16": 2.0**-10}
 # How kernels are called in the programs of a measure.
-NAMED = {FORWARD: ("jaxrnn_states",), BACKWARD: ("jaxrnn_states", "jaxrnn_adjoint")}
-NAMES = tuple(dict.fromkeys(name for names in NAMED.values() for name in names))
+NAMED = {FORWARD: KERNEL_NAMES[:1], BACKWARD: KERNEL_NAMES}
 # Columns of times, and the subjects in them.
 COLUMNS = {
-    "kernel": KERNEL + ", {}", "jaxrnn's scan": SCAN + ", {}",
-    "associative": ASSOCIATIVE + ", {}", "naive scan": "naive scan, {}",
+    "kernel": f"{KERNEL}, {{}}",
+    "scan": f"{SCAN}, {{}}",
+    "associative": f"{ASSOCIATIVE}, {{}}",
+    "naive scan": f"{NAIVE}, {{}}",
     "naive, unroll 8": "naive scan, unroll 8, {}",
-    "command buffers": "jaxrnn, command buffers, {}", "products alone": ROOFLINE + ", {}",
-    "cuDNN": "cuDNN {}", "cuDNN TF32": "cuDNN TF32",
-}  # fmt: skip
+    "products alone": f"{ROOFLINE}, {{}}",
+    "cuDNN": "cuDNN {}",
+    "cuDNN TF32": "cuDNN TF32",
+}
 
 
-def kernels_in(text: str) -> list[str]:
-    """The kernels that a program's text names."""
-    return sorted(name for name in NAMES if name in text)
+def verdict(row: dict[str, Any]) -> str:
+    """A kernel's row in a line: how far it is off, and whether its calls are alike."""
+    where = f"{row['subject']}, {row['workload']['name']}, {row['measure']}"
+    if row["status"] != "ready":
+        return f"{where}: {row['status']}, {row['reason']}"
+    errors = ", ".join(f"{name} {error:.1e}" for name, error in row["errors"].items())
+    same = "alike" if row["alike"] else "NOT alike"
+    return f"{where}: off by {errors}; {row['calls']} calls {same}"
 
 
-def on_gpu(document: dict[str, Any]) -> bool:
-    """Whether the results are those of a GPU."""
-    return bool(document["device"]["gpu"])
+def times(rows: list[dict[str, Any]]) -> str:
+    """Rows of one measure in a line: microseconds a step, or what became of them."""
+    parts = []
+    for row in rows:
+        if row["status"] == "ready" and row["seconds"]:
+            each = 1e6 * sorted(row["seconds"])[len(row["seconds"]) // 2] / row["workload"]["T"]
+            parts.append(f"{row['subject']} {number(each)}")
+        else:
+            parts.append(f"{row['subject']} {row['status']}")
+    return f"µs a step: {', '.join(parts)}"
 
 
-def allowed(scan: dict[str, Any] | None, array: str, dtype: str) -> float:
+def allowed(scan: dict[str, Any], array: str, dtype: str) -> float:
     """How large an error of a kernel still counts as exact.
 
     Args:
-      scan: the row of the scan in the same dtype; None where it was not compared.
+      scan: the row of the scan in the same dtype; empty where it was not compared.
       array: which error.
       dtype: of both.
 
     Returns:
       Twice the scan's own error, or a few roundings of the dtype.
     """
-    of_scan = scan["errors"].get(array, 0.0) if scan else 0.0
-    return max(2 * of_scan, 4 * EPS[dtype])
+    return max(2 * scan.get("errors", {}).get(array, 0.0), 4 * EPS[dtype])
 
 
-def worst(row: dict[str, Any], scan: dict[str, Any] | None, dtype: str) -> str:
+def worst(row: dict[str, Any], scan: dict[str, Any], dtype: str) -> str:
     """The array whose error is the largest beside what is allowed."""
 
     def beyond(array):
@@ -70,47 +82,18 @@ def worst(row: dict[str, Any], scan: dict[str, Any] | None, dtype: str) -> str:
 
 
 def doubt(view: View, workload: Workload, measure: str, dtype: str) -> str | None:
-    """Why the kernel of a dtype cannot be trusted on a workload, or None.
-
-    Args:
-      view: the results of a run.
-      workload: which.
-      measure: FORWARD or BACKWARD.
-      dtype: which.
-    """
-    row, scan = (view.checked(workload, measure, f"{name}, {dtype}") for name in (KERNEL, SCAN))
-    if row is None or row["status"] != "ready":
-        return view.reason(workload, measure, f"{KERNEL}, {dtype}") or "not measured"
+    """Why the kernel of a dtype cannot be trusted on a workload, or None."""
+    row, scan = (view.row(workload, measure, f"{name}, {dtype}") for name in (KERNEL, SCAN))
+    if row.get("status") != "ready" or not row.get("errors"):
+        return row.get("reason", "not measured")
     array = worst(row, scan, dtype)
     error, limit = row["errors"][array], allowed(scan, array, dtype)
     if not error <= limit:  # NaN too
         return f"{array} is off by {error:.1e}, allowed is {limit:.1e}"
     if not row["alike"] or row["calls"] < 2:
         return f"{row['calls']} calls gave different results"
-    missing = [name for name in NAMED[measure] if name not in row.get("kernels", [])]
+    missing = [name for name in NAMED[measure] if name not in row["kernels"]]
     return f"its program has no {' and no '.join(missing)}" if missing else None
-
-
-def verdict(row: dict[str, Any]) -> str:
-    """A kernel's row in a line: how far it is off, and whether its calls are alike."""
-    subject, where = row["subject"], f"{row['workload']['name']}, {row['measure']}"
-    if row["status"] != "ready":
-        return f"{subject}, {where}: {row['status']}, {row['reason']}"
-    errors = ", ".join(f"{name} {error:.1e}" for name, error in row["errors"].items())
-    alike = "alike" if row["alike"] else "NOT alike"
-    return f"{subject}, {where}: off by {errors}; {row['calls']} calls {alike}"
-
-
-def times(rows: list[dict[str, Any]]) -> str:
-    """A trial's rows in a line: microseconds a step, or what became of them."""
-    parts = []
-    for row in rows:
-        if row.get("seconds"):
-            each = 1e6 * sorted(row["seconds"])[len(row["seconds"]) // 2] / row["workload"]["T"]
-            parts.append(f"{row['subject']} {number(each)}")
-        else:
-            parts.append(f"{row['subject']} {row['status']}")
-    return f"µs a step: {', '.join(parts)}"
 
 
 def won(document: dict[str, Any]) -> tuple[Measured, ...]:
@@ -122,111 +105,91 @@ def won(document: dict[str, Any]) -> tuple[Measured, ...]:
       document: the results of a run.
 
     Returns:
-      As few boxes of (H, B) as hold every such point of the run, and no other one.
+      Ranges of H and B whose every measured point is one of these: of each H the ranges of B, and
+      neighbours in H together where theirs are the same.
     """
     view, found = View(document), []
     for dtype in LARGEST:
-        there = [w for w in view.workloads if view.listed(w, KERNEL, dtype) and w.tuned]
-        grid = {(w.H, w.B): w for w in there}
-        points = {
-            (H, B)
-            for (H, B), w in grid.items()
-            if all(_proved(view, w, measure, dtype) for measure in NAMED)
-        }
-        for hidden, batch in boxes(points, set(grid)):
-            kind = document["device"]["gpu"]
-            found.append(Measured(kind, dtype, hidden, batch, IMPLEMENTATION))
+        grid: dict[int, dict[int, bool]] = {}
+        for w in view.workloads:
+            if w.tuned and any(view.row(w, m, f"{KERNEL}, {dtype}") for m in NAMED):
+                proved = all(_proved(view, w, measure, dtype) for measure in NAMED)
+                grid.setdefault(w.H, {})[w.B] = proved
+        entries: list[Measured] = []
+        neighbours: dict[tuple, int] = {}
+        for H in sorted(grid):
+            now = {}
+            for batch in _ranges(grid[H]):
+                key = batch, tuple(sorted(grid[H]))
+                if key in neighbours:
+                    n = neighbours[key]
+                    entries[n] = entries[n]._replace(hidden=(entries[n].hidden[0], H))
+                else:
+                    n = len(entries)
+                    kind = document["device"]["gpu"]
+                    entries.append(Measured(kind, dtype, (H, H), batch, IMPLEMENTATION))
+                now[key] = n
+            neighbours = now
+        found += entries
     return tuple(found)
 
 
+def _ranges(points: dict[int, bool]) -> list[tuple[int, int]]:
+    """(first, last) of each run of neighbouring points that hold."""
+    found, start, last = [], None, 0
+    for point in sorted(points):
+        if points[point]:
+            start, last = (point if start is None else start), point
+        elif start is not None:
+            found.append((start, last))
+            start = None
+    return found if start is None else [*found, (start, last)]
+
+
 def _proved(view: View, workload: Workload, measure: str, dtype: str) -> bool:
-    kernel, scan = (f"{name}, {dtype}" for name in (KERNEL, SCAN))
-    faster = view.ratio(workload, measure, scan, kernel)
+    faster = view.ratio(workload, measure, f"{SCAN}, {dtype}", f"{KERNEL}, {dtype}")
     exact = doubt(view, workload, measure, dtype) is None
     return exact and faster is not None and faster.low > 1
 
 
-Range = tuple[int, int]
-
-
-def boxes(points: set[Range], grid: set[Range]) -> list[tuple[Range, Range]]:
-    """The fewest boxes that hold all points, and nothing else of the grid.
-
-    A pair of coordinates that the grid lacks, where nothing is known, is in none of them.
-
-    Args:
-      points: pairs of coordinates.
-      grid: all pairs that were measured.
-
-    Returns:
-      ((least, most), (least, most)) of each, in order.
-    """
-    across, along = (sorted({pair[n] for pair in grid}) for n in (0, 1))
-
-    def inside(box):
-        (a, b), (c, d) = box
-        return {(x, y) for x, y in product(across, along) if a <= x <= b and c <= y <= d}
-
-    ranges = [[(a, b) for a, b in product(axis, axis) if a <= b] for axis in (across, along)]
-    full = [box for box in product(*ranges) if inside(box) <= points]
-    largest = [box for box in full if not any(inside(box) < inside(other) for other in full)]
-    for count in range(1, len(largest) + 1):
-        for chosen in combinations(largest, count):
-            if set().union(*map(inside, chosen)) == points:
-                return sorted(chosen)
-    return []
-
-
-def pasted(entries: tuple[Measured, ...]) -> str:
-    """The table of jaxrnn/_backends/select.py, as Python."""
-    lines = [f"    Measured({', '.join(map(_quoted, entry))}),\n" for entry in entries]
-    return f"MEASURED: tuple[Measured, ...] = ({''.join(['', chr(10), *lines]) if lines else ''})"
-
-
-def _quoted(value: Any) -> str:
-    return f'"{value}"' if isinstance(value, str) else repr(value)
-
-
-def tables(document: dict[str, Any]) -> Iterator[Table]:
+def tables(document: dict[str, Any]) -> Iterator[str]:
     """What was found out about each kernel, and times beside those of its rivals.
 
     Args:
-      document: the results of a run.
+      document: the results of a run on a GPU.
 
     Yields:
-      The tables.
+      A caption, tables, what was not timed, and the table of jaxrnn/_backends/select.py.
     """
     view = View(document)
-    rows = []
-    for dtype, workload in _kernels(view):
-        for measure in NAMED:
-            rows.append(_verdict(view, workload, measure, dtype))
+    early = " The run was stopped early." if document["interrupted"] else ""
+    early += " A dry run: interpreted on the CPU." if document["options"].get("dry") else ""
+    yield f"{caption(document)}.{early}"
+    points = sorted(view.workloads, key=lambda w: (w.H, w.B, w.T, w.tuned))
+    rows = [
+        _verdict(view, workload, measure, dtype)
+        for dtype in LARGEST
+        for workload in points
+        for measure in NAMED
+        if view.row(workload, measure, f"{KERNEL}, {dtype}")
+    ]
     header = ["kernel", "H", "B", "direction", "array", "error", "the scan's", "allowed", "verdict"]
-    title = "kernels and scan beside float64: errors in terms of the largest entry"
     if rows:
-        yield Table(title, header, rows, left=(3, 4, 8))
+        title = "**Kernels beside float64: errors in terms of the largest entry**"
+        yield str(Table(title, header, rows))
     for measure in view.measures:
-        rows = [
-            _times(view, workload, measure, dtype)
-            for dtype in LARGEST
-            for workload in sorted(view.workloads, key=lambda w: (w.H, w.B, w.T, w.tuned))
-        ]
+        rows = [_times(view, w, measure, dtype) for dtype in LARGEST for w in points]
         rows = [row for row in rows if any(cell != NOTHING for cell in row[4:])]
-        header = ["dtype", "H", "B", "T", *COLUMNS, "scan / kernel", "scan / associative",
-                  "cuDNN / kernel", "fraction of roofline"]  # fmt: skip
+        ratios = ["scan / kernel", "scan / associative", "cuDNN / kernel"]
+        header = ["dtype", "H", "B", "T", *COLUMNS, *ratios]
         # Without the columns of those who took no part.
         full = [n for n in range(len(header)) if any(row[n] != NOTHING for row in rows)]
         if full:
             cells = [[row[n] for n in full] for row in rows]
-            yield Table(f"{measure}: microseconds a step", [header[n] for n in full], cells)
-
-
-def _kernels(view: View) -> Iterator[tuple[str, Workload]]:
-    """The dtype and the workload of each kernel that was tried."""
-    for dtype in LARGEST:
-        for workload in sorted(view.workloads, key=lambda w: (w.H, w.B, w.tuned)):
-            if view.listed(workload, KERNEL, dtype):
-                yield dtype, workload
+            yield str(Table(f"**{measure}: µs a step**", [header[n] for n in full], cells))
+    yield from not_timed([document])
+    entries = "".join(f"    {entry!r},\n" for entry in won(document))
+    yield f"MEASURED: tuple[Measured, ...] = ({chr(10) + entries if entries else ''})"
 
 
 def _dtype(dtype: str, workload: Workload) -> str:
@@ -234,14 +197,13 @@ def _dtype(dtype: str, workload: Workload) -> str:
 
 
 def _verdict(view: View, workload: Workload, measure: str, dtype: str) -> list[str]:
-    row, scan = (view.checked(workload, measure, f"{name}, {dtype}") for name in (KERNEL, SCAN))
-    figures = [NOTHING] * 4
-    said = doubt(view, workload, measure, dtype)
-    if row is not None:
+    row, scan = (view.row(workload, measure, f"{name}, {dtype}") for name in (KERNEL, SCAN))
+    figures, said = [NOTHING] * 4, doubt(view, workload, measure, dtype)
+    if row.get("errors"):
         array = worst(row, scan, dtype)
+        of_scan = scan.get("errors", {}).get(array)
         limit = allowed(scan, array, dtype)
-        of_scan = f"{scan['errors'][array]:.1e}" if scan else NOTHING
-        figures = [array, f"{row['errors'][array]:.1e}", of_scan, f"{limit:.1e}"]
+        figures = [array, f"{row['errors'][array]:.1e}", number(of_scan), f"{limit:.1e}"]
         said = said or f"exact, {row['calls']} calls alike"
     where = [_dtype(dtype, workload), str(workload.H), str(workload.B), measure]
     return [*where, *figures, str(said)]
@@ -254,15 +216,12 @@ def _times(view: View, workload: Workload, measure: str, dtype: str) -> list[str
     cells = [_dtype(dtype, workload), str(workload.H), str(workload.B), str(workload.T)]
     for name, subject in columns.items():
         seconds = view.seconds(workload, measure, subject)
-        failed = view.status(workload, measure, subject) == "failed"
+        failed = view.row(workload, measure, subject).get("status") == "failed"
         cell = "failed" if failed else number(seconds and 1e6 * seconds / workload.T)
         cells.append(NOTHING if name == "cuDNN TF32" and not tf32 else cell)
-    kernel, cudnn = columns["kernel"], columns["cuDNN TF32" if tf32 else "cuDNN"]
-    scan = columns["jaxrnn's scan"]
+    kernel, scan = columns["kernel"], columns["scan"]
+    cudnn = columns["cuDNN TF32" if tf32 else "cuDNN"]
     for slow, fast in ((scan, kernel), (scan, columns["associative"]), (cudnn, kernel)):
-        cells.append(ratio(view.ratio(workload, measure, slow, fast)))
-    took, least = view.seconds(workload, measure, kernel), None
-    if measure in NAMED:
-        least = least_seconds(view.document["device"]["gpu"], workload, measure, dtype)
-    cells.append(number(least / took if least and took else None))
+        ratio = view.ratio(workload, measure, slow, fast)
+        cells.append(f"{ratio.median:.2f} ({ratio.low:.2f}–{ratio.high:.2f})" if ratio else NOTHING)
     return cells

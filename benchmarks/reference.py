@@ -1,288 +1,262 @@
-"""What every subject is compared with before it is timed: NumPy, float64, plain loops."""
+"""What every subject is compared with before it is timed: NumPy, float64, plain loops over time."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from benchmarks.networks import Network
-from benchmarks.workloads import Data, Workload
+from benchmarks.workloads import (
+    BACKWARD,
+    BACKWARD_ALONE,
+    FORWARD,
+    HVP,
+    JVP,
+    PARAMETERS,
+    Data,
+    Network,
+    Workload,
+)
 
-PHI = {"tanh": np.tanh, "relu": lambda a, out: np.maximum(a, 0, out=out)}
-# φ', written with φ.
-SLOPE = {"tanh": lambda hs: 1 - np.square(hs), "relu": lambda hs: (hs > 0).astype(np.float64)}
-NAMES = ("hs", "dU", "dW", "db", "dxs")
+PHI = {"tanh": np.tanh, "relu": lambda a: np.maximum(a, 0)}
+# Of the central differences that stand for derivatives of the reference.
+DIFFERENCE = 1e-6
+Arrays = dict[str, np.ndarray]
+
+
+def parameter_names(cells: int) -> list[str]:
+    """Of the gradients of every cell: "dU of 2" is that of the second one."""
+    return [f"{d}{f' of {n}' if n > 1 else ''}" for n in range(1, cells + 1) for d in _PARAMETERS]
+
+
+_PARAMETERS = ("dU", "dW", "db")
+
+
+class Reference:
+    """What is right on one workload, computed once for all subjects.
+
+    Args:
+      workload: the shapes.
+      data: the numbers.
+      tangent: the direction of derivatives.
+      dtype: of the subjects that are compared.
+      tf32: whether their products round factors to TensorFloat-32.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        data: Data,
+        tangent: Data,
+        dtype: str = "float32",
+        tf32: bool = False,
+    ):
+        self.workload, self.dtype, self.tf32 = workload, dtype, tf32
+        self.data, self.tangent = _float64(data), _float64(tangent)
+        self.times = 1
+        if workload.distinct:
+            few, self.times = workload.compared, workload.B // workload.distinct
+            self.data = replace(self.data, xs=self.data.xs[:, few], g=self.data.g[:, few])
+            self.tangent = replace(self.tangent, xs=self.tangent.xs[:, few])
+        self.known: dict[tuple[str, str], tuple[Arrays, dict[str, float]]] = {}
+
+    def expected(self, measure: str, activation: str) -> tuple[Arrays, dict[str, float]]:
+        """The arrays of a measure, and how far each may be off beyond rounding (see `_kinks`)."""
+        kind = BACKWARD if measure in (BACKWARD_ALONE, PARAMETERS) else measure
+        if (kind, activation) not in self.known:
+            network = replace(self.workload.network, activation=activation)
+            if kind == BACKWARD:
+                found = self._gradients(network), self._kinks(network)
+            else:
+                found = self._others(kind, network), {}
+            self.known[kind, activation] = found
+        arrays, slack = self.known[kind, activation]
+        if measure == PARAMETERS:
+            arrays = {name: array for name, array in arrays.items() if name != "dxs"}
+        return arrays, slack
+
+    def compare(
+        self, measure: str, activation: str, arrays: Arrays
+    ) -> tuple[dict[str, float], str | None]:
+        """How far a subject's arrays are off.
+
+        Args:
+          measure: what was computed.
+          activation: the subject's φ.
+          arrays: its results as float64 in Data's layout, by name.
+
+        Returns:
+          (the largest error of each array in terms of the array's largest entry, a line that says
+          which is off by more than rounding explains or None).
+        """
+        expected, slack = self.expected(measure, activation)
+        errors, wrong = {}, None
+        for name, right in expected.items():
+            array = arrays.get(name)
+            if array is None or array.shape != right.shape:
+                shape = None if array is None else list(array.shape)
+                return errors, f"{name} has shape {shape}, not {list(right.shape)}"
+            # A gradient can be 0 throughout: a relu unit that is off gives its W none.
+            error = float(np.max(np.abs(array - right)) / (np.max(np.abs(right)) or 1.0))
+            allowed = tolerance(name, self.workload, self.dtype, self.tf32) + slack.get(name, 0.0)
+            errors[name] = error
+            if wrong is None and not error <= allowed:  # NaN too
+                wrong = f"{name} is off by {error:.1e} of its largest entry, allowed {allowed:.1e}"
+        return errors, wrong
+
+    def _gradients(self, network: Network, kink: float = 0.0) -> Arrays:
+        found = gradients(self.data, network, kink)
+        return {n: array if n == "dxs" else self.times * array for n, array in found.items()}
+
+    def _kinks(self, network: Network) -> dict[str, float]:
+        """How far gradients jump, where relu's argument is 0 but for rounding.
+
+        It falls to either side of the kink: the gradients of one side, and of the other.
+        """
+        if network.activation != "relu":
+            return {}
+        largest = np.max(np.abs(states(self.data, network)))
+        near = tolerance("hs", self.workload, self.dtype, self.tf32) / 4 * largest
+        low, high = (self._gradients(network, kink) for kink in (near, -near))
+        return {
+            name: float(np.max(np.abs(high[name] - low[name])) / (np.max(np.abs(low[name])) or 1))
+            for name in low
+        }
+
+    def _others(self, measure: str, network: Network) -> Arrays:
+        if measure == FORWARD:
+            return {"hs": states(self.data, network)}
+        if measure == JVP:
+            moved = replace(self.tangent, xs=0 * self.data.xs) if self.workload.ids else None
+
+            def result(data):
+                return {"hs": states(data, network)}
+        else:
+            moved = replace(self.tangent, xs=0 * self.data.xs)
+
+            def result(data):
+                every = gradients(data, network)
+                return {name: every[name] for name in parameter_names(network.cells)}
+
+        found = _derivative(result, self.data, moved or self.tangent)
+        found = {f"tangent of {name}": array for name, array in found.items()}
+        return found if measure == HVP else {**result(self.data), **found}
 
 
 def states(data: Data, network: Network) -> np.ndarray:
-    """What a network of h_0 = 0 puts out.
+    """What a network of h_0 = 0 puts out, for each member.
 
     Args:
-      data: the numbers of a workload.
+      data: the numbers of a workload, float64.
       network: see `Network`.
 
     Returns:
-      hs, float64 `[*members, T, B, H]`, 0 after a sequence's end; of both directions
-      `[T, B, 2 H]`; or the last state, `[*members, B, H]`.
+      hs `[*members, T, B, H]`, 0 after a sequence's end; of both directions `[T, B, 2 H]`; or the
+      last state, `[*members, B, H]`.
     """
-    found = [hs for _, hs in _each(data, network)]
-    hs = found[-1]
+    every = [hs for _, hs, _ in _cells(data, network)]
+    hs = every[-1]
     if network.bidirectional:
-        return np.concatenate([found[0], _reversed(hs)], -1)
+        return np.concatenate([every[0], np.flip(hs, -3)], -1)
     if network.lengths:
         return hs * _valid(data)
     return hs[..., -1, :, :] if network.last else hs
 
 
-def slopes(data: Data, network: Network, hs: np.ndarray) -> np.ndarray:
-    """φ' at every step of one layer whose states these are.
-
-    Args:
-      data: the numbers of a workload.
-      network: of one cell.
-      hs: `[*members, T, B, H]`.
-
-    Returns:
-      Float64, of the shape of hs.
-    """
-    hs = np.asarray(hs, np.float64)
-    return _slopes(_float64(*data.cells[0]), np.asarray(data.xs, np.float64), network, hs)
-
-
-def preactivations(data: Data, hs: np.ndarray) -> np.ndarray:
-    """The a_t of one layer of the rate form whose states these are.
-
-    Args:
-      data: the numbers of a workload.
-      hs: `[*members, T, B, H]`.
-
-    Returns:
-      Float64, of the shape of hs.
-    """
-    cell, xs = _float64(*data.cells[0]), np.asarray(data.xs, np.float64)
-    return _preactivations(cell, xs, np.asarray(hs, np.float64))
-
-
-def gradients(data: Data, network: Network, slopes: np.ndarray | None = None) -> tuple[Any, ...]:
+def gradients(data: Data, network: Network, kink: float = 0.0) -> Arrays:
     """The gradients of Σ hs · g, by backpropagation through time.
 
     Args:
-      data: the numbers of a workload.
+      data: the numbers of a workload, float64.
       network: see `Network`.
-      slopes: φ' at every step of one layer, as in `slopes`, of the states of the subject that is
-        compared. Where a pre-activation is 0 but for rounding, it may have fallen to either side
-        of relu's kink, and its gradients, which jump there, are right on its own side. By
-        default those of the reference.
+      kink: where relu's slope jumps.
 
     Returns:
-      (dU, dW, db, dxs) of Data's shapes, float64, with the dU, dW and db of further cells before
-      dxs, which is summed over members, which share xs, and None for ids.
+      By name, in Data's shapes; dxs, which is summed over members, is left out for ids.
     """
-    g, both = np.asarray(data.g, np.float64), list(_each(data, network))
+    g, cells = data.g, _cells(data, network)
     if network.last:
         g = np.concatenate([np.zeros((len(data.xs) - 1, *g.shape)), g[None]])
     if network.lengths:
         g = g * _valid(data)
-    asked = data.ids is None
+    found: list[np.ndarray] = []
     if network.bidirectional:
-        parts = g[..., : g.shape[-1] // 2], _reversed(g[..., g.shape[-1] // 2 :])
-        given = zip(data.cells, both, parts, strict=True)
-        (*first, dxs), (*second, dxs_reversed) = (
-            _gradients(_float64(*cell), network, *found, part, None, asked)
-            for cell, found, part in given
+        ahead, back = np.split(g, 2, -1)
+        (*first, dxs), (*second, dxs_back) = (
+            _pull(cell, *ran, part, network, kink)
+            for cell, ran, part in zip(data.cells, cells, (ahead, np.flip(back, -3)), strict=True)
         )
-        return *first, *second, dxs + _reversed(dxs_reversed) if asked else None
-    found: tuple[np.ndarray, ...] = ()
-    for n, cell in reversed(list(enumerate(data.cells))):
-        *parameters, g = _gradients(_float64(*cell), network, *both[n], g, slopes, asked or n > 0)
-        found = *parameters, *found
-    dxs = g.sum(0) if g is not None and g.ndim == 4 else g
-    return *found, dxs
+        found, g = [*first, *second], dxs + np.flip(dxs_back, -3)
+    else:
+        for cell, ran in zip(reversed(data.cells), reversed(cells), strict=True):
+            *parameters, g = _pull(cell, *ran, g, network, kink)
+            found = [*parameters, *found]
+    named = dict(zip(parameter_names(network.cells), found, strict=True))
+    return named if data.ids is not None else {**named, "dxs": g.sum(0) if g.ndim == 4 else g}
 
 
-def _each(data, network):
-    """(inputs, states) of each cell, in the order in which it reads."""
-    inputs = np.asarray(data.xs, np.float64)
+def _cells(data, network):
+    """(inputs, states, arguments of φ') of each cell, in the order in which it reads."""
+    found, inputs = [], data.xs
     for n, cell in enumerate(data.cells):
         if network.bidirectional and n == 1:
-            inputs = _reversed(inputs)
-        hs = _states(_float64(*cell), inputs, network)
-        yield inputs, hs
+            inputs = np.flip(inputs, -3)
+        hs, before_phi = _unroll(cell, inputs, network)
+        found.append((inputs, hs, before_phi))
         inputs = inputs if network.bidirectional else hs
+    return found
 
 
-def _states(cell, xs, network):
-    _, W, _ = cell
-    drive, leak = _drive(cell, xs), network.leak
-    voltage, phi = network.form == "voltage", PHI[network.activation]
-    hs, Wt = np.empty_like(drive), _transposed(W)
-    h, a = np.zeros_like(drive[..., 0, :, :]), np.empty_like(drive[..., 0, :, :])
-    for t in range(xs.shape[0]):
-        np.matmul(phi(h, out=np.empty_like(h)) if voltage else h, Wt, out=a)
-        a += drive[..., t, :, :]
-        if not voltage:
-            phi(a, out=a)
-        if leak is not None:
-            a *= leak
-            a += (1 - leak) * h
-        hs[..., t, :, :] = a
-        h, a = a, h
-    return hs
+def _unroll(cell, xs, network):
+    U, W, b = cell
+    phi, leak, voltage = PHI[network.activation], network.leak, network.form == "voltage"
+    drive = xs @ _over_time(_transposed(U)) + b[..., None, None, :]
+    hs, before_phi = np.empty_like(drive), np.empty_like(drive)
+    h, Wt = np.zeros_like(drive[..., 0, :, :]), _transposed(W)
+    for t in range(xs.shape[-3]):
+        a = (phi(h) if voltage else h) @ Wt + drive[..., t, :, :]
+        new = a if voltage else phi(a)
+        h = new if leak is None else (1 - leak) * h + leak * new
+        hs[..., t, :, :] = h
+        before_phi[..., t, :, :] = h if voltage else a
+    return hs, before_phi
 
 
-def _drive(cell, xs):
-    U, _, b = cell
-    return np.matmul(xs, _transposed(U)[..., None, :, :]) + b[..., None, None, :]
-
-
-def _preactivations(cell, xs, hs):
-    return _before(hs) @ _transposed(cell[1])[..., None, :, :] + _drive(cell, xs)
-
-
-def _slopes(cell, xs, network, hs):
-    phi, slope = PHI[network.activation], SLOPE[network.activation]
-    if network.form == "voltage":
-        return slope(phi(hs, out=np.empty_like(hs)))
-    if network.leak is None:
-        return slope(hs)
-    a = _preactivations(cell, xs, hs)
-    return slope(phi(a, out=a))
-
-
-def _gradients(cell, network, xs, hs, g, slopes, inputs_asked):
+def _pull(cell, xs, hs, before_phi, g, network, kink):
     """(dU, dW, db, dxs) of one cell, g the cotangent of its states."""
-    (U, W, _), voltage = cell, network.form == "voltage"
+    (U, W, _), voltage, phi = cell, network.form == "voltage", PHI[network.activation]
     kept, taken = (0.0, 1.0) if network.leak is None else (1 - network.leak, network.leak)
-    slopes = _slopes(cell, xs, network, hs) if slopes is None else slopes
+    if network.activation == "tanh":
+        slopes = 1 - np.square(np.tanh(before_phi))
+    else:
+        slopes = (before_phi > kink).astype(np.float64)
     deltas = np.empty_like(hs)
-    later, delta = (np.zeros_like(hs[..., 0, :, :]) for _ in range(2))
-    adjoint = np.empty_like(later)
-    for t in reversed(range(xs.shape[0])):
-        np.matmul(delta, W, out=adjoint)
-        if voltage:
-            adjoint *= slopes[..., t, :, :]
-        if kept:
-            adjoint += kept * later
-        adjoint += g[t]
-        np.multiply(adjoint, taken if voltage else taken * slopes[..., t, :, :], out=delta)
+    later = delta = np.zeros_like(hs[..., 0, :, :])
+    for t in reversed(range(xs.shape[-3])):
+        slope, back = slopes[..., t, :, :], delta @ W
+        later = (slope * back if voltage else back) + kept * later + g[..., t, :, :]
+        delta = taken * (later if voltage else slope * later)
         deltas[..., t, :, :] = delta
-        later, adjoint = adjoint, later
-    before = _before(hs)
-    if voltage:
-        before = PHI[network.activation](before, out=before)
-    over_steps = _transposed(_rows(deltas))
-    dU, dW = over_steps @ _rows(xs), over_steps @ _rows(before)
-    dxs = np.matmul(deltas, U[..., None, :, :]) if inputs_asked else None
-    return dU, dW, over_steps.sum(-1), dxs
+    before = np.concatenate([np.zeros_like(hs[..., :1, :, :]), hs[..., :-1, :, :]], axis=-3)
+    rows = _transposed(_rows(deltas))
+    dW = rows @ _rows(phi(before) if voltage else before)
+    return rows @ _rows(xs), dW, rows.sum(-1), deltas @ _over_time(U)
 
 
-def _before(hs):
-    return np.concatenate([np.zeros_like(hs[..., :1, :, :]), hs[..., :-1, :, :]], axis=-3)
+def _derivative(f: Callable[[Data], Arrays], data: Data, tangent: Data) -> Arrays:
+    """Of f along a direction of weights and inputs, by central differences."""
 
+    def moved(by):
+        pairs = zip(data.cells, tangent.cells, strict=True)
+        cells = tuple(tuple(x + by * dx for x, dx in zip(*p, strict=True)) for p in pairs)
+        return replace(data, cells=cells, xs=data.xs + by * tangent.xs)
 
-def _valid(data):
-    """`[T, B, 1]`: 1 up to a sequence's end."""
-    steps = np.arange(len(data.xs))[:, None]
-    return (steps < np.asarray(data.lengths))[..., None].astype(np.float64)
-
-
-def _reversed(array):
-    return np.flip(array, -3)
-
-
-def directional_derivative(
-    gradients: Sequence[np.ndarray | None], tangents: Sequence[np.ndarray | None]
-) -> float:
-    """Σ ⟨gradient, tangent⟩ in float64.
-
-    Args:
-      gradients: arrays, None where there is no gradient.
-      tangents: as many, of the same shapes.
-
-    Returns:
-      The derivative of the loss in that direction.
-    """
-    pairs = zip(gradients, tangents, strict=True)
-    return float(sum(np.vdot(*_float64(x, y)) for x, y in pairs if x is not None))
-
-
-def mismatch(
-    found: Sequence[Any],
-    expected: Sequence[Any],
-    workload: Workload,
-    dtype: str,
-    tf32: bool = False,
-) -> str | None:
-    """Where a subject's results differ from the reference's by more than rounding explains.
-
-    Args:
-      found: (hs, dU, dW, db, dxs), or the first of them, as `names` says; dxs is ignored for
-        ids.
-      expected: the same arrays, of the reference.
-      workload: the shapes.
-      dtype: the subject's, "float64", "float32", "bfloat16" or "float16".
-      tf32: whether its products round their factors to TF32.
-
-    Returns:
-      None, or a line that says which array, its error relative to its largest entry, and the
-      tolerance.
-    """
-    named = names(workload)
-    count = len(named) - (1 if workload.ids else 0)
-    found, expected = found[:count], expected[:count]
-    for name, array, correct in zip(named, found, expected, strict=False):
-        if array is None or array.shape != correct.shape:
-            shape = None if array is None else list(array.shape)
-            return f"{name} has shape {shape}, not {list(correct.shape)}"
-    for name, error in errors(found, expected, named).items():
-        allowed = tolerance(name, workload, dtype, tf32)
-        if not error <= allowed:  # NaN too
-            return f"{name} is off by {error:.1e} of its largest entry, allowed is {allowed:.1e}"
-    return None
-
-
-def names(workload: Workload) -> tuple[str, ...]:
-    """NAMES with those of every cell: "dU of 2" is the second one's."""
-    more = range(2, workload.network.cells + 1)
-    *first, dxs = NAMES
-    return *first, *(f"{name} of {n}" for n in more for name in first[1:]), dxs
-
-
-def errors(
-    found: Sequence[np.ndarray | None],
-    expected: Sequence[np.ndarray | None],
-    names: Sequence[str] = NAMES,
-) -> dict[str, float]:
-    """The largest error of each array, relative to the largest entry.
-
-    Args:
-      found: arrays.
-      expected: the same arrays, of the reference, in the same shapes.
-      names: of at least as many.
-
-    Returns:
-      By name; NaN where a NaN is.
-    """
-    rows = {}
-    for name, *pair in zip(names, found, expected, strict=False):
-        array, correct = _float64(*pair)
-        # A gradient can be 0 throughout: a relu unit that is off gives its W none.
-        rows[name] = float(np.max(np.abs(array - correct)) / (np.max(np.abs(correct)) or 1.0))
-    return rows
+    ahead, back = f(moved(DIFFERENCE)), f(moved(-DIFFERENCE))
+    return {name: (ahead[name] - back[name]) / (2 * DIFFERENCE) for name in ahead}
 
 
 def tolerance(name: str, workload: Workload, dtype: str, tf32: bool = False) -> float:
-    """How far rounding may take an array from the reference, relative to its largest entry.
-
-    Args:
-      name: of `names`.
-      workload: the shapes.
-      dtype: as for `mismatch`.
-      tf32: as for `mismatch`.
-
-    Returns:
-      The tolerance.
-    """
+    """How far rounding may take an array from the reference, relative to its largest entry."""
     # u is one rounding of a state or a factor, v one addition in a product's accumulator, which
     # is float32 also where the dtype is narrower. Roundings add up as a random walk does:
     #   a pre-activation, a sum of D + H products, errs by u + v √(D + H),
@@ -291,29 +265,40 @@ def tolerance(name: str, workload: Workload, dtype: str, tf32: bool = False) -> 
     #   a parameter's gradient by u √T more where a scan adds up T products over the batch, by
     #   v √(T B) where one product has them all.
     # With a leak α a step forgets less, 0.9 α + 1 − α for 0.9, and takes α of its product's error.
-    # A layer adds its own errors to those of the layers below.
-    # Four is for the largest of many errors; the largest entry of a gradient is itself some
-    # four times a usual one.
+    # A layer adds its own errors to those of the layers below. A tangent adds the errors of what
+    # it is the tangent of to its own. Four is for the largest of many errors; the largest entry of
+    # a gradient is itself some four times a usual one.
     v = 2.0**-53 if dtype == "float64" else 2.0**-24
     # Tensor cores cut a factor to TF32 where nothing rounds it before, which is up to one step of
     # its 10 bits of mantissa, twice what rounding is.
     u = 2.0**-10 if tf32 else {"bfloat16": 2.0**-8, "float16": 2.0**-11}.get(dtype, v)
     T, B, D, H = workload.T, workload.B, workload.D, workload.H
-    network = workload.network
-    leak = 1.0 if network.leak is None else network.leak
-    states = 4 * (u + leak * v * np.sqrt(D + H)) / np.sqrt(1 - (1 - 0.1 * leak) ** 2)
-    states *= network.layers
+    leak = 1.0 if workload.network.leak is None else workload.network.leak
+    of_states = 4 * (u + leak * v * np.sqrt(D + H)) / np.sqrt(1 - (1 - 0.1 * leak) ** 2)
+    of_states *= workload.network.layers
     if name == "hs":
-        return states
-    return 2 * states + u * np.sqrt(T) + v * np.sqrt(T * B)
+        return of_states
+    of_gradients = 2 * of_states + u * np.sqrt(T) + v * np.sqrt(T * B)
+    return 2 * of_gradients if name.startswith("tangent") else of_gradients
 
 
-def _float64(*arrays):
-    return [np.asarray(array, np.float64) for array in arrays]
+def _float64(data: Data) -> Data:
+    cells: Any = tuple(tuple(array.astype(np.float64) for array in cell) for cell in data.cells)
+    return replace(data, cells=cells, xs=data.xs.astype(np.float64), g=data.g.astype(np.float64))
+
+
+def _valid(data):
+    """`[T, B, 1]`: 1 up to a sequence's end."""
+    return (np.arange(len(data.xs))[:, None] < data.lengths)[..., None].astype(np.float64)
 
 
 def _transposed(matrices):
     return np.swapaxes(matrices, -1, -2)
+
+
+def _over_time(matrices):
+    """Matrices of members, to multiply `[*members, T, B, N]` with."""
+    return matrices[..., None, :, :]
 
 
 def _rows(array):

@@ -1,248 +1,282 @@
-"""What a run found, as tables: times, ratios, costs, growth, and who was left out."""
+"""What runs found, as tables: each row, and how many times longer than jaxrnn the others take."""
 
-from collections.abc import Callable, Iterator
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
 
-from rich.console import Console
+import numpy as np
 
-from benchmarks import kernels, machine, tables
-from benchmarks.kernels import ROOFLINE
-from benchmarks.measures import BACKWARD, FORWARD
-from benchmarks.ratios import Spread, geometric_mean, slope, spread
-from benchmarks.tables import NOTHING, Table, number, ratio
-from benchmarks.view import NAIVE, OURS, TWO_DEVICES, Rival, View, means
-from benchmarks.workloads import Workload, is_new
+from benchmarks.results import caption
+from benchmarks.subjects.registry import NAIVE, OURS
+from benchmarks.workloads import TANH, Workload, from_json
 
-MB = 1e6
-BEYOND = "temporaries beyond naive, in [T, B, H] arrays"  # a difference: it has no mean
-Cell = Rival | Spread | float | None
+NOTHING = "–"
+TWO_DEVICES = ", two host devices"
 
 
-def show(document: dict[str, Any], console: Console, costs: bool = True) -> None:
-    """Print tables in a terminal.
+class Spread(NamedTuple):
+    """A median and the quartiles around it."""
 
-    Args:
-      document: the results of a run.
-      console: where.
-      costs: rooflines, compiling and memory too.
-    """
-    console.print(caption(document), highlight=False, markup=False)
-    for table in all_tables(document, costs):
-        console.print()
-        tables.show(table, console)
-    if kernels.on_gpu(document):
-        console.print(f"\n{_proved(document)}", highlight=False, markup=False, soft_wrap=True)
+    median: float
+    low: float
+    high: float
 
 
-def markdown(document: dict[str, Any]) -> str:
-    """All tables as Markdown.
+@dataclass(frozen=True)
+class Table:
+    """Text in rows and columns below a title, printed as Markdown."""
 
-    Args:
-      document: the results of a run.
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def __str__(self):
+        """Columns padded, so that it reads as well in a terminal."""
+        widths = [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
+        padded = [
+            [cell.ljust(w) if n == 0 else cell.rjust(w) for n, (cell, w) in enumerate(cells)]
+            for cells in (zip(row, widths, strict=True) for row in (self.header, *self.rows))
+        ]
+        marks = ["-" * w if n == 0 else f"{'-' * (w - 1)}:" for n, w in enumerate(widths)]
+        lines = [f"| {' | '.join(row)} |" for row in (padded[0], marks, *padded[1:])]
+        return "\n".join([f"{self.title}\n", *lines])
+
+
+def number(value: float | None) -> str:
+    """Three digits, or a dash."""
+    if value is None:
+        return NOTHING
+    if value >= 999.5:
+        return f"{value:,.0f}"
+    text = f"{value:#.3g}".rstrip(".")
+    return text if "e" not in text else f"{value:.1e}"
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median and quartiles of at least one value."""
+    low, median, high = np.quantile(np.asarray(values, np.float64), (0.25, 0.5, 0.75))
+    return Spread(float(median), float(low), float(high))
+
+
+def paired(slow: dict[str, Any], fast: dict[str, Any]) -> Spread | None:
+    """How many times longer one row takes than another, each round by itself.
+
+    What disturbs the machine disturbs neighbours in a round alike, and leaves their ratio.
 
     Returns:
-      The text.
+      The `Spread` of the ratios of the rounds that both have; None where there is none.
     """
-    parts = [caption(document), *map(tables.markdown, all_tables(document))]
-    if kernels.on_gpu(document):
-        parts.append(f"```python\n{_proved(document)}\n```")
-    return "\n\n".join(parts)
+    first = dict(zip(slow["rounds"], slow["seconds"], strict=True))
+    second = dict(zip(fast["rounds"], fast["seconds"], strict=True))
+    ratios = [first[n] / second[n] for n in sorted(first.keys() & second.keys())]
+    return spread(ratios) if ratios else None
 
 
-def _proved(document: dict[str, Any]) -> str:
-    return kernels.pasted(kernels.won(document))
+def geometric_mean(values: Iterable[float]) -> float | None:
+    """The geometric mean, or None of nothing."""
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs)) if logs else None
 
 
-def caption(document: dict[str, Any]) -> str:
-    """The device, the day and the versions, in a sentence or two."""
-    versions = document["versions"]
-    names = [f"{name} {versions[name]}" for name in versions if versions[name] is not None]
-    counts = [len(row["seconds"]) for row in document["rows"] if row.get("seconds")]
-    few, many = min(counts, default=0), max(counts, default=0)
-    rounds = f"Medians of {few if few == many else f'{few} to {many}'} rounds. " if many else ""
-    dtype = "" if kernels.on_gpu(document) else f"{document['dtype']}, "
-    early = " The run was stopped early." if document.get("interrupted") else ""
-    early += " A dry run: interpreted on the CPU." if document["options"].get("dry") else ""
-    return (
-        f"{machine.describe(document['device'])}, {dtype}{document['date']}; "
-        f"{', '.join(names)}. {rounds}A ratio is the median over rounds, quartiles in "
-        f"parentheses; above 1 jaxrnn is faster.{early}"
-    )
-
-
-def all_tables(document: dict[str, Any], costs: bool = True) -> Iterator[Table]:
-    """Every table that has something to say.
+class View:
+    """The rows of a document, by workload, measure and subject.
 
     Args:
       document: the results of a run.
-      costs: rooflines, compiling and memory too.
+    """
+
+    def __init__(self, document: dict[str, Any]):
+        self.document = document
+        rows = document["rows"]
+        self.rows = {(r["workload"]["name"], r["measure"], r["subject"]): r for r in rows}
+        self.measures = list(dict.fromkeys(row["measure"] for row in rows))
+
+    @cached_property
+    def workloads(self) -> list[Workload]:
+        """In the order in which they were measured."""
+        by_name = {row["workload"]["name"]: row["workload"] for row in self.document["rows"]}
+        return [from_json(workload) for workload in by_name.values()]
+
+    def row(self, workload: Workload, measure: str, subject: str) -> dict[str, Any]:
+        """A row, with times or without; empty where there is none."""
+        return self.rows.get((workload.name, measure, subject), {})
+
+    def timed(self, workload: Workload, measure: str, subject: str) -> dict[str, Any] | None:
+        """A row that has times, or None."""
+        row = self.row(workload, measure, subject)
+        return row if row.get("status") == "ready" and row.get("seconds") else None
+
+    def seconds(self, workload: Workload, measure: str, subject: str) -> float | None:
+        """The median."""
+        row = self.timed(workload, measure, subject)
+        return spread(row["seconds"]).median if row else None
+
+    def ratio(self, workload: Workload, measure: str, slow: str, fast: str) -> Spread | None:
+        """How many times longer one takes than the other, round by round."""
+        rows = [self.timed(workload, measure, name) for name in (slow, fast)]
+        return paired(*rows) if all(rows) else None
+
+    def beside_ours(self, workload: Workload, measure: str, subject: str) -> Spread | None:
+        """A subject's time over that of jaxrnn with the same network on as many devices."""
+        ours = OURS
+        if subject.endswith(TWO_DEVICES):
+            ours += TWO_DEVICES
+        elif subject.endswith(", relu") and workload.network.activation != "relu":
+            ours += ", relu"
+        return self.ratio(workload, measure, subject, ours)
+
+    def best(
+        self, workload: Workload, measure: str, package: str = ""
+    ) -> tuple[Spread, str] | None:
+        """The library that comes closest to ours, or leaves it farthest behind, and its name.
+
+        Args:
+          workload: the row.
+          measure: of it.
+          package: of these subjects; by default of all other JAX libraries.
+        """
+        found = []
+        for subject in self.document["subjects"]:
+            theirs = subject["package"] not in ("jax", "jaxrnn", "torch")
+            ratio = self.beside_ours(workload, measure, subject["name"])
+            if ratio and (subject["package"] == package if package else theirs):
+                found.append((ratio, subject["name"]))
+        return min(found, default=None)
+
+
+class Cell(NamedTuple):
+    """A value for each run, what stands behind it, and how it is printed."""
+
+    values: list[float]
+    label: str = ""
+    show: Callable[[float], str] = number
+
+
+def tables(documents: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What was measured on a CPU.
+
+    Args:
+      documents: of a run, or of several of the same rows.
 
     Yields:
-      The tables: ratios first.
+      A caption, a table for each measure, and what was not timed.
     """
-    view = View(document)
-    if kernels.on_gpu(document):
-        yield from kernels.tables(document)
-        yield from _left_out(view)
-        return
-    for measure in view.measures:
-        if any(view.row(w, measure, OURS) for w in view.workloads):
-            yield _summary(view, measure)
-    for measure in view.measures:
-        title = f"{measure}, milliseconds"
-        yield from _by_subject(view, measure, title, 1e3, view.seconds)
-    counted = (FORWARD, BACKWARD) if costs else ()
-    for measure in counted:
-        yield from _rooflines(view, measure)
-    for measure in counted:
-        yield from _costs(view, measure)
-    yield from _growth(document)
-    yield from _left_out(view)
+    views = [View(document) for document in documents]
+    yield "\n".join(caption(document) for document in documents)
+    workloads = {w.name: w for view in views for w in view.workloads}
+    subjects = [s["name"] for view in views for s in view.document["subjects"]]
+    for measure in dict.fromkeys(measure for view in views for measure in view.measures):
+        columns = _columns(views, measure, list(dict.fromkeys(subjects)))
+        cells = {
+            name: [column(workload) for workload in workloads.values()]
+            for name, column in columns.items()
+        }
+        measured = [n for n in range(len(workloads)) if any(c[n].values for c in cells.values())]
+        cells = {name: column for name, column in cells.items() if any(c.values for c in column)}
+        if not cells:
+            continue
+        names = [f"{w.name} {w.shape}" for w in workloads.values()]
+        rows = [[names[n], *(_text(c[n]) for c in cells.values())] for n in measured]
+        rows += _means(list(workloads.values()), cells, measured)
+        runs = f", best / worst of {len(views)} runs" if len(views) > 1 else ""
+        title = f"**{measure}: others' time over jaxrnn's{runs}**"
+        yield str(Table(title, ["row (T, B, D, H)", *cells], rows))
+    yield from not_timed(documents)
 
 
-def _summary(view: View, measure: str) -> Table:
-    """How many times longer than ours the others take, with geometric means."""
+def _columns(
+    views: list[View], measure: str, subjects: list[str]
+) -> dict[str, Callable[[Workload], Cell]]:
+    def of_each(value, show=number):
+        def cell(workload):
+            found = [value(view, workload) for view in views]
+            return Cell([x for x in found if x is not None], show=show)
 
-    def named(rival: Rival | None) -> str:
-        return ratio(rival.ratio, rival.name) if rival else NOTHING
+        return cell
 
-    def against(slow: str) -> Callable[[Workload], Cell]:
-        return lambda w: view.ratio(w, measure, slow, OURS)
+    def milliseconds(view, workload):
+        seconds = view.seconds(workload, measure, OURS)
+        return None if seconds is None else 1e3 * seconds
 
-    columns: dict[str, Callable[[Workload], Cell]] = {
-        "best JAX peer": lambda w: view.best(w, measure, view.jax_peers),
-        "naive scan": against(NAIVE),
-        "torch": lambda w: view.best(w, measure, view.torch_peers),
-        "vmap": against("jaxrnn, vmap"),
-        "vmap axis 1": against("jaxrnn, vmap axis 1"),
-        "fraction of roofline": against(ROOFLINE),
-        TWO_DEVICES: lambda w: view.ratio(
-            w, measure, f"{NAIVE}, {TWO_DEVICES}", f"{OURS}, {TWO_DEVICES}"
-        ),
-        "memory, naive": lambda w: view.figures_ratio("memory", w, measure, "temporaries"),
-        BEYOND: lambda w: view.beyond_naive(w, measure),
-        "trace, naive": lambda w: view.figures_ratio("compile", w, measure, "trace"),
-        "compile, naive": lambda w: view.figures_ratio("compile", w, measure, "trace", "compile"),
+    def ratio_of(subject):
+        def ratio(view, workload):
+            found = view.beside_ours(workload, measure, subject)
+            return None if found is None else found.median
+
+        return of_each(ratio, _ratio)
+
+    def best(workload):
+        found = [view.best(workload, measure) for view in views]
+        pairs = [pair for pair in found if pair]
+        return Cell([ratio.median for ratio, _ in pairs], pairs[0][1] if pairs else "", _ratio)
+
+    def figures(name):
+        def pair(view, workload):
+            rows = [view.timed(workload, measure, subject) or {} for subject in (NAIVE, OURS)]
+            return [row.get(name) for row in rows]
+
+        return pair
+
+    def temporaries(view, workload):
+        theirs, ours = figures("temporaries")(view, workload)
+        if ours is None or theirs is None:
+            return None
+        size = np.dtype(workload.dtype or "float32").itemsize * max(workload.members, 1)
+        return (ours - theirs) / (size * workload.T * workload.B * workload.H)
+
+    def compiling(view, workload):
+        traced, compiled = (figures(name)(view, workload) for name in ("trace", "compile"))
+        if None in (*traced, *compiled):
+            return None
+        return (traced[0] + compiled[0]) / (traced[1] + compiled[1])
+
+    ours = (OURS, f"{OURS}, relu", f"{OURS}{TWO_DEVICES}")
+    return {
+        "jaxrnn, ms": of_each(milliseconds),
+        "best JAX peer": best,
+        **{subject: ratio_of(subject) for subject in subjects if subject not in ours},
+        "naive scan's compiling": of_each(compiling, _ratio),
+        "temporaries beyond naive, [T, B, H]": of_each(temporaries, "{:+.2f}".format),
     }
-    if measure == BACKWARD:
-        columns["backward / forward"] = view.backward_over_forward
-    measured = [w for w in view.workloads if view.row(w, measure, OURS)]
-    found = {name: [cell(w) for w in measured] for name, cell in columns.items()}
-    found = {name: cells for name, cells in found.items() if any(c is not None for c in cells)}
-    rows = []
-    for n, workload in enumerate(measured):
-        cells = [cells[n] for cells in found.values()]
-        texts = [named(c) if isinstance(c, Rival) else ratio(c) for c in cells]
-        rows.append([f"{workload.name} {workload.shape}", *texts])
-    for mean, which in means(measured).items():
+
+
+def _ratio(value):
+    return f"{value:.2f}"
+
+
+def _text(cell):
+    if not cell.values:
+        return NOTHING
+    ends = dict.fromkeys((cell.show(max(cell.values)), cell.show(min(cell.values))))
+    return f"{' / '.join(ends)} {cell.label}".strip()
+
+
+def _means(workloads: list[Workload], cells: dict[str, list[Cell]], measured: list[int]):
+    """Geometric means of ratios: of one tanh layer, of the other networks, of all."""
+    tanh = {workload.name for workload in TANH}
+    first = [n for n in measured if workloads[n].name in tanh]
+    others = [n for n in measured if workloads[n].name not in tanh]
+    groups = {"one tanh layer": first, "others": others} if first and others else {}
+    for name, which in {**groups, "all": measured}.items():
         texts = []
-        for name, cells in found.items():
-            some = [cell for cell in (cells[n] for n in which) if cell is not None]
-            values = [_middle(cell) for cell in some if name != BEYOND]
-            texts.append(ratio(geometric_mean(value for value in values if value > 0)))
-        rows.append([mean, *texts])
-    return Table(f"{measure}: others / jaxrnn", ["workload (T, B, D, H)", *found], rows)
-
-
-def _middle(cell: Rival | Spread | float) -> float:
-    cell = cell.ratio if isinstance(cell, Rival) else cell
-    return cell.median if isinstance(cell, Spread) else cell
-
-
-def _by_subject(view, measure, title, scale, value) -> Iterator[Table]:
-    """A row for each subject: names are long, and numbers are not. New rows are many: turned."""
-    for new in (False, True):
-        workloads = [w for w in view.workloads if is_new(w) == new]
-        columns = {}
-        for subject in view.subjects:
-            values = [value(w, measure, subject) for w in workloads]
-            if all(v is None for v in values):
+        for column in cells.values():
+            values = [column[n].values for n in which if column[n].values]
+            if column[0].show is not _ratio or not values:
+                texts.append(NOTHING)
                 continue
-            columns[subject] = texts = []
-            for workload, found in zip(workloads, values, strict=True):
-                failed = view.status(workload, measure, subject) == "failed"
-                figure = number(None if found is None else scale * found)
-                texts.append("failed" if failed else figure)
-        names = [f"{w.name} {w.shape}" for w in workloads]
-        if columns and new:
-            turned = zip(names, *columns.values(), strict=True)
-            yield Table(f"{title}, new rows", ["", *columns], [list(row) for row in turned])
-        elif columns:
-            yield Table(title, ["", *names], [[name, *texts] for name, texts in columns.items()])
+            ends = [geometric_mean(map(end, values)) for end in (max, min)]
+            texts.append(_text(Cell(ends, show=_ratio)))
+        yield [f"geometric mean, {name}", *texts]
 
 
-def _rooflines(view: View, measure: str) -> Iterator[Table]:
-    rows = []
-    for w in view.workloads:
-        flops, limit = view.flops(w, measure), view.seconds(w, measure, ROOFLINE)
-        ours, naive = (view.seconds(w, measure, subject) for subject in (OURS, NAIVE))
-        if flops and limit:
-            speeds = [None if s is None else flops / s / 1e9 for s in (limit, ours, naive)]
-            part = view.ratio(w, measure, ROOFLINE, OURS)
-            name = f"{w.name} {w.shape}"
-            rows.append([name, number(flops / 1e9), *map(number, speeds), ratio(part)])
-    if rows:
-        header = ["workload", "GFLOP", "products alone, GFLOP/s", OURS, NAIVE, "fraction"]
-        yield Table(f"{measure}: the matrix products alone", header, rows)
-
-
-def _costs(view: View, measure: str) -> Iterator[Table]:
-    """What compiling takes, and what memory."""
-    figures = [
-        ("seconds to trace and compile", 1, "compile", ("trace", "compile")),
-        ("seconds of the first call", 1, "compile", ("first_call",)),
-        ("megabytes of temporaries", 1 / MB, "memory", ("temporaries",)),
-        ("megabytes more at the peak of a call", 1 / MB, "memory", ("peak_bytes",)),
-    ]
-    for title, scale, table, names in figures:
-
-        def value(workload, measure, subject, table=table, names=names):
-            return view.figure(table, workload, measure, subject, *names)
-
-        yield from _by_subject(view, measure, f"{measure}, {title}", scale, value)
-
-
-def _growth(document: dict[str, Any]) -> Iterator[Table]:
-    """Exponents of T, B and H in time and memory."""
-    rows = []
-    for axis, subject, points in curves(document):
-        values = [value for value, _, _ in points]
-        times, sizes = [t for _, t, _ in points], [m or 0 for _, _, m in points]
-        fitted = [slope(values, ys, last) for ys in (times, sizes) for last in (None, 3)]
-        ends = [f"{number(scale * ys[0])} – {number(scale * ys[-1])}"
-                for ys, scale in ((times, 1e3), (sizes, 1 / MB))]  # fmt: skip
-        slopes = [ratio(found) for found in fitted]
-        span = f"{values[0]} – {values[-1]}"
-        rows.append([axis, subject, span, ends[0], *slopes[:2], ends[1], *slopes[2:]])
-    if rows:
-        header = ["axis", "subject", "from – to", "ms", "slope", "of the last three",
-                  "MB of temporaries", "slope", "of the last three"]  # fmt: skip
-        yield Table(f"{BACKWARD}: growth, slopes in log-log", header, rows, left=(1,))
-
-
-def curves(document: dict[str, Any]) -> Iterator[tuple[str, str, list[tuple]]]:
-    """The sweeps, a curve at a time.
-
-    Args:
-      document: the results of a run.
-
-    Yields:
-      axis, subject, and (value, median seconds, bytes of temporaries) in the order of values.
-    """
-    found: dict[tuple[str, str], list[tuple]] = {}
-    for point in document["sweeps"]:
-        if point.get("seconds"):
-            figures = point["value"], spread(point["seconds"]).median, point["temporaries"]
-            found.setdefault((point["axis"], point["subject"]), []).append(figures)
-    for (axis, subject), points in found.items():
-        yield axis, subject, sorted(points)
-
-
-def _left_out(view: View) -> Iterator[Table]:
-    rows = []
-    for subject, status, reason, where in view.without_times():
-        places = "; ".join(where) if len(where) <= 3 else f"{where[0]}; and {len(where) - 1} more"
-        rows.append([subject, status, reason, places])
-    if rows:
-        header = ["subject", "status", "reason", "where"]
-        yield Table("Not timed", header, rows, left=(1, 2, 3))
+def not_timed(documents: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What has no times, and why."""
+    found: dict[str, list[str]] = {}
+    for row in (row for document in documents for row in document["rows"] if "reason" in row):
+        line = f"{row['subject']}: {row['status']}, {row['reason']}"
+        found.setdefault(line, []).append(f"{row['workload']['name']}: {row['measure']}")
+    if found:
+        lines = [f"- {line} ({where[0]}; {len(where)} in all)" for line, where in found.items()]
+        yield "\n".join(["Not timed:", "", *lines])

@@ -9,82 +9,61 @@ flags       XLA_FLAGS of each worker
 dtype       of weights, inputs and results, where a subject's name says no other
 options     of the run
 interrupted whether it ended early
-subjects    name, package, activation, kind (of worker) of each
+subjects    name, package and kind (of worker) of each
 rows        workload, subject, measure, status: "ready" with seconds (per call, one for each of
-            the rounds) and the kernels in its program; or "failed", "not installed", "not
-            offered", "not measured" with a reason. On a GPU also errors, by array and in terms of
-            its largest entry ("copies": how far sequences that are equal differ); of kernels
-            alike, whether the results of so many calls were, bit by bit; died, where it took
-            the process with it
-compile     workload, subject, measure, and seconds of trace, compile, first_call
-memory      workload, subject, measure, and bytes of temporaries and at the peak of a call
-sweeps      axis, value, and a row with its bytes of temporaries
-
-Of one program each: texts, bytes of memory by the size of a text (`text_memory`), and training,
-beside torch (`torch_training`).
+            the rounds); or "failed", "not installed", "not offered", "not measured" with a
+            reason. Also errors, by array and in terms of its largest entry ("copies": how far
+            sequences that are equal differ); seconds to trace, to compile and of the first_call,
+            bytes of temporaries, kernels in the program; of kernels alike, whether the results of
+            so many calls were, bit by bit; died, where it took the process with it
 """
 
 import json
 import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
 from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
-LISTS = ("subjects", "rows", "compile", "memory", "sweeps")
-KEYS = ("schema", "date", "device", "versions", "threads", "flags", "dtype", "options", *LISTS)
+KEYS = ("schema", "date", "device", "versions", "dtype", "options", "subjects", "rows")
+DISTRIBUTIONS = (
+    *("jax", "jaxlib", "numpy", "jaxrnn", "flax", "dm-haiku", "equinox", "keras", "torch"),
+)
+ON_GPU = ("jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
+# Where NVIDIA's installer puts toolkits.
+SYSTEM = Path("/usr/local")
 
 
 class ResultsError(ValueError):
-    """A file that is none of ours; the message says what was expected."""
+    """A file that does not hold results; the message says what was expected."""
 
 
-def new(device: dict, versions: dict, options: dict, dtype: str = "float32") -> dict[str, Any]:
-    """An empty document of today.
-
-    Args:
-      device: see `machine.device`.
-      versions: see `machine.versions`.
-      options: what was asked for.
-      dtype: of all arrays.
-
-    Returns:
-      The document.
-    """
+def new(versions: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """An empty document of today and this machine."""
+    device = {"processor": processor(), "cores": cores(), "memory_gib": memory_gib(), "gpu": None}
     return {
-        "schema": SCHEMA, "date": date.today().isoformat(), "device": device,
-        "versions": versions, "threads": {}, "flags": {}, "dtype": dtype, "options": options,
-        "interrupted": False, **{name: [] for name in LISTS},
-    }  # fmt: skip
-
-
-def measured(document: dict[str, Any]) -> bool:
-    """Whether there is anything worth keeping."""
-    return bool(document["rows"] or document["sweeps"])
-
-
-def check_writable(path: Path) -> None:
-    """Make the file's directory, and find out whether it can be written before hours are spent.
-
-    Args:
-      path: the file.
-
-    Raises:
-      OSError: it cannot.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"{path} cannot be written")
+        "schema": SCHEMA,
+        "date": date.today().isoformat(),
+        "device": device,
+        "versions": versions,
+        "threads": {},
+        "flags": {},
+        "dtype": "float32",
+        "options": options,
+        "interrupted": False,
+        "subjects": [],
+        "rows": [],
+    }
 
 
 def write(document: dict[str, Any], path: Path) -> None:
-    """Write the document whole or not at all; an old file is replaced when the new one is complete.
-
-    Args:
-      document: what to write.
-      path: the file; its directory is made.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write the document; an old file is replaced when the new one is complete."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.write_text(_compact(document) + "\n", encoding="utf-8")
@@ -94,7 +73,7 @@ def write(document: dict[str, Any], path: Path) -> None:
 
 
 def _compact(document: dict[str, Any]) -> str:
-    """Indented, but one line for each row, and six digits of each second."""
+    """One line for each row, and six digits of each number."""
     text = []
     for key, value in document.items():
         if isinstance(value, list) and value:
@@ -118,14 +97,8 @@ def _rounded(value: Any) -> Any:
 def read(path: Path) -> dict[str, Any]:
     """The document of a file.
 
-    Args:
-      path: what `write` wrote.
-
-    Returns:
-      The document.
-
     Raises:
-      ResultsError: it cannot be read, or is none.
+      ResultsError: it cannot be read, or holds something else.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -138,6 +111,18 @@ def read(path: Path) -> dict[str, Any]:
     missing = [key for key in KEYS if key not in document]
     if missing:
         raise ResultsError(f"{path}: lacks {', '.join(missing)}")
+    return _with_figures(document)
+
+
+def _with_figures(document):
+    """Older files have compilation and memory in lists of their own."""
+
+    def key(row):
+        return row["workload"]["name"], row["measure"], row["subject"]
+
+    rows = {key(row): row for row in document["rows"]}
+    for figures in (*document.pop("compile", ()), *document.pop("memory", ())):
+        rows[key(figures)].update(figures)
     return document
 
 
@@ -145,14 +130,106 @@ def new_path(wanted: Path, force: bool = False) -> Path:
     """Where to write without overwriting: the wanted path, or the first free of -2, -3 and so on.
 
     Args:
-      wanted: the path.
+      wanted: the path; its directory is made.
       force: take it even where a file is.
 
-    Returns:
-      The path.
+    Raises:
+      OSError: it cannot be written.
     """
     path, n = wanted, 1
     while path.exists() and not force:
         n += 1
         path = wanted.with_name(f"{wanted.stem}-{n}{wanted.suffix}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{path} cannot be written")
     return path
+
+
+def slug(device: dict[str, Any]) -> str:
+    """A directory's name for a device, such as `cpu-amd-epyc-2-cores` or `gpu-nvidia-h200`."""
+    if device["gpu"]:
+        text = f"gpu {device['gpu']}"
+    else:
+        text = f"cpu {device['processor']} {device['cores']} cores"
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def caption(document: dict[str, Any]) -> str:
+    """The device, the day and the versions of a run."""
+    device, versions = document["device"], document["versions"]
+    count = device["cores"]
+    where = f"{count} core{'s' if count > 1 else ''} of {device['processor']}"
+    where = f"{device['gpu']} ({where})" if device["gpu"] else where
+    names = ", ".join(f"{name} {versions[name]}" for name in versions if versions[name])
+    return f"{where}, {document['date']}; {names}"
+
+
+def cores() -> int:
+    """The processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def processor() -> str:
+    """The processor's model, without the marks and the frequency."""
+    try:
+        line = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        line = None
+    name = line[1] if line else platform.processor() or platform.machine()
+    return " ".join(re.sub(r"\((R|TM|tm|r)\)|\bCPU\b|@.*$", " ", name).split())
+
+
+def memory_gib() -> float | None:
+    """The machine's memory, or None where it is not known."""
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def versions(device: str) -> dict[str, str | None]:
+    """Of Python and each distribution; on a GPU of JAX's plugin, cuDNN, driver and ptxas too."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in (*DISTRIBUTIONS, *(ON_GPU if device == "gpu" else ())):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    if device == "gpu":
+        root = cuda_root()
+        said = _output(str(root / "bin" / "ptxas") if root else "ptxas", "--version")
+        release = re.search(r"release [\d.]+, V([\d.]+)", said)
+        query = "--query-gpu=driver_version", "--format=csv,noheader"
+        driver = _output("nvidia-smi", *query).splitlines()
+        found |= {"driver": driver[0] if driver else None, "ptxas": release[1] if release else None}
+    return found
+
+
+def cuda_root() -> Path | None:
+    """The CUDA toolkit that XLA and Mosaic compile with: where both ptxas and libdevice are.
+
+    JAX by itself takes the directory of NVIDIA's packages as soon as one of them is installed,
+    whether or not these two are in it. CUDA_ROOT goes before.
+    """
+    if "CUDA_ROOT" in os.environ:
+        return Path(os.environ["CUDA_ROOT"])
+    packages = sorted(Path(path) / "nvidia" for path in sys.path)
+    roots = [root for path in packages for root in sorted(path.glob("c*"))]
+    for root in (*roots, *sorted(SYSTEM.glob("cuda*"))):
+        parts = ("bin/ptxas", "nvvm/libdevice/libdevice.10.bc")
+        if all((root / part).exists() for part in parts):
+            return root
+    return None
+
+
+def _output(*command: str) -> str:
+    """What a program prints; nothing where there is none, or it takes too long."""
+    if shutil.which(command[0]) is None:
+        return ""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""

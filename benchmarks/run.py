@@ -1,244 +1,229 @@
-"""A whole run: each step of a plan measured in turn, and saved as it goes."""
+"""A whole run: each step of a plan in turn, its subjects round by round, saved as it goes."""
 
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
-from typing import Any
+from dataclasses import asdict
+from typing import Any, Protocol
 
-from benchmarks import kernels, sweeps
-from benchmarks.catalogue import Listed
-from benchmarks.kernels import KERNEL, MOST_OF_A_BLOCK, ROOFLINE
-from benchmarks.measures import BACKWARD, COUNTED, FORWARD
-from benchmarks.plans import Plan, Step
-from benchmarks.progress import Reporter
-from benchmarks.results import measured
-from benchmarks.rounds import COMPILE, MEMORY, Trial
-from benchmarks.text import without_directories
-from benchmarks.workers import (
-    COMMAND_BUFFERS,
-    JAX,
-    KERNELS,
-    TORCH,
-    Crew,
-    TimeIsUpError,
-    WorkerDiedError,
-)
-from benchmarks.workloads import Workload, untuned
+from benchmarks import kernels
+from benchmarks.crew import TimeIsUpError, WorkerDiedError
+from benchmarks.plan import MOST_OF_A_BLOCK, Limits, Plan
+from benchmarks.subjects.registry import KERNEL, TORCH, Subject
+from benchmarks.worker import without_directories
+from benchmarks.workloads import Workload
 
+# An idle worker's threads go on spinning for a moment after its last call, and would take a core
+# from the next worker. They are waited for rather than told not to spin (OMP_WAIT_POLICY=PASSIVE),
+# which would cost torch alone.
+PAUSE_SECONDS = 0.02
 # Kernels of one kind that hang or crash before the others of it are left alone: each costs time.
 DEATHS = 2
-# Where one program takes longer to compile, XLA's tuning takes the time of what is to follow.
-TUNING_SECONDS = 40.0
 
 
 class NoDeviceError(Exception):
-    """The device that was asked for is not there; the message says so."""
+    """The device is not there; the message says so."""
 
 
-def describe_workers(
-    crew: Crew, listed: Sequence[Listed], device: str, document: dict[str, Any]
-) -> None:
-    """Ask the workers for accelerator, threads, flags and subjects, and note them.
+class Caller(Protocol):
+    """What answers requests: `crew.Crew`."""
 
-    Args:
-      crew: the workers.
-      listed: who takes part.
-      device: "cpu" or "gpu".
-      document: the results.
+    def call(self, kind: str, /, **request: Any) -> dict[str, Any]:
+        """One request to the worker of a kind."""
+        ...
+
+
+def describe_workers(crew: Caller, kinds: Sequence[str], device: str, document: dict) -> None:
+    """Ask the workers for accelerator, threads and flags, and note them.
 
     Raises:
-      NoDeviceError: there is no GPU where one is asked for.
+      NoDeviceError: JAX finds no GPU where the run is on one.
       TimeIsUpError: the time was up before a worker had started.
     """
-    asked = {s.kind: [other.name for other in listed if other.kind == s.kind] for s in listed}
-    machines = crew.call_each({kind: {"do": "machine"} for kind in asked})
-    if all(isinstance(about, TimeIsUpError) for about in machines.values()):
-        raise TimeIsUpError
-    lacking: dict[str, str] = {}
-    for kind, about in machines.items():
-        if isinstance(about, WorkerDiedError):
-            lacking[kind] = str(about)
-        elif about["status"] != "ready" or (device == "gpu" and not about["gpu"]):
-            package = "torch" if kind == TORCH else "JAX"
-            lacking[kind] = about.get("reason", f"{package} finds no GPU here")
-        else:
+    for kind in kinds:
+        try:
+            about = crew.call(kind, do="machine")
+        except TimeIsUpError:
+            raise
+        except WorkerDiedError as error:
+            about = {"reason": str(error)}
+        if kind != TORCH and device == "gpu" and not about.get("gpu"):
+            raise NoDeviceError(about.get("reason", "JAX finds no GPU here"))
+        if "threads" in about:
             document["threads"][kind] = about["threads"]
-            document["flags"][kind] = without_directories(about["flags"])
+            document["flags"][kind] = without_directories(about.get("flags", ""))
             document["device"]["gpu"] = document["device"]["gpu"] or about["gpu"]
-            if about.get("cudnn"):
-                document["versions"]["cuDNN of torch"] = about["cudnn"]
-    if device == "gpu" and lacking.keys() >= (asked.keys() - {TORCH} or {TORCH}):
-        raise NoDeviceError(next(iter(lacking.values())))
-    # torch itself says what it lacks: CUDA, or all of it.
-    there = {kind: names for kind, names in asked.items() if kind not in lacking or kind == TORCH}
-    replies = crew.call_each({k: {"do": "subjects", "names": n} for k, n in there.items()})
-    described: dict[str, dict[str, Any]] = {}
-    for kind, names in asked.items():
-        reply = replies.get(kind, lacking.get(kind))
-        failed = [{"name": n, "status": "failed", "reason": str(reply)} for n in names]
-        found = reply["subjects"] if isinstance(reply, dict) else failed
-        described |= {subject["name"]: subject for subject in found}
-    for subject in listed:
-        about = {"activation": "", **asdict(subject), **described[subject.name]}
-        document["subjects"].append(about)
+        if about.get("cudnn"):
+            document["versions"]["cuDNN of torch"] = about["cudnn"]
 
 
-def run(
-    crew: Crew,
-    plan: Plan,
-    document: dict[str, Any],
-    report: Reporter,
-    save: Callable[[], None],
-) -> None:
-    """Measure all that is planned.
+class Run:
+    """Measures all that is planned.
 
     Args:
       crew: the workers.
       plan: what.
-      document: the results so far; what is measured goes into it.
-      report: is told each step.
-      save: called after each measure and each verdict on a kernel, and at the end, however it
-        comes.
+      subjects: of the plan, by name.
+      document: the results so far; rows are added as they are begun.
+      say: is told a line for each measure, and one for each verdict on a kernel.
+      save: called after each of them, and at the end, however it comes.
     """
-    trials: list[Trial] = []
-    refused = Refused()
 
-    def keep():
-        # Put together anew each time: Ctrl-C may come in the middle of it.
-        document["rows"] = [row for trial in trials for row in trial.kept()]
-        for table, names in (("compile", COMPILE), ("memory", MEMORY)):
-            document[table] = [row for trial in trials for row in trial.kept_records(names)]
-        if measured(document):
-            save()
-
-    def checked(row):
-        refused.note(row)
-        report.note(kernels.verdict(row))
-        keep()
-
-    tuned = True
-    try:
-        for step in plan.steps:
-            workload = step.workload if tuned else untuned(step.workload)
-            taking_part = {
-                measure: refused.without(
-                    _taking_part(document["subjects"], step, measure), workload, measure
-                )
-                for measure in plan.measures_of(step)
-            }
-            if plan.ahead and not crew.late():
-                workload, in_time = _get_ready(crew, taking_part, workload, report)
-                tuned = tuned and in_time
-            for measure, them in taking_part.items():
-                if not them:
-                    continue
-                them = refused.without(them, workload, measure)
-                limits = plan.limits_of(step)
-                if measure not in (FORWARD, BACKWARD):
-                    limits = replace(limits, compiles=1)  # no table shows what they cost
-                trial = Trial(crew, them, workload, measure, limits, report, checked)
-                trials.append(trial)
-                if plan.ahead:
-                    trial.summary = kernels.times
-                if crew.late():
-                    trial.leave_out(str(TimeIsUpError()))
-                else:
-                    trial.run()
-                    keep()
-        if plan.sweeps:
-            both = [s for s in document["subjects"] if s["name"] in sweeps.SUBJECTS]
-            sweeps.run(crew, both, report, document["sweeps"])
-    except KeyboardInterrupt:
-        document["interrupted"] = True
-        raise
-    finally:
-        keep()
-
-
-class Refused:
-    """Which kernels are not tried any more, after others took their process with them."""
-
-    def __init__(self):
+    def __init__(
+        self,
+        crew: Caller,
+        plan: Plan,
+        subjects: dict[str, Subject],
+        document: dict[str, Any],
+        say: Callable[[str], None],
+        save: Callable[[], None],
+    ):
+        self.crew, self.plan, self.subjects = crew, plan, subjects
+        self.document, self.say, self.save = document, say, save
         self.deaths: Counter[tuple[str, bool]] = Counter()
         self.died: dict[tuple[str, str], str] = {}
 
-    def note(self, row: dict[str, Any]) -> None:
-        """See a kernel's row."""
-        key = row["subject"], row["workload"]["name"]
-        if row.get("died"):
-            self.died[key] = row["reason"]
-            self.deaths[_family(row["subject"], row["workload"]["H"])] += 1
-        elif row["status"] == "ready":
-            self.died.pop(key, None)
+    def go(self) -> None:
+        """Measure; an interruption leaves what was measured."""
+        count, done = sum(len(step.measures) for step in self.plan.steps), 0
+        try:
+            for step in self.plan.steps:
+                for measure in step.measures:
+                    done, start = done + 1, time.monotonic()
+                    rows = self.measure(step.workload, measure, step.subjects, step.limits)
+                    title = f"[{done}/{count}] {step.workload.name}, {measure}"
+                    self.say(f"{title}: {kernels.times(rows)} ({time.monotonic() - start:.0f} s)")
+                    self.save()
+        except KeyboardInterrupt:
+            self.document["interrupted"] = True
+            raise
+        finally:
+            if self.document["rows"]:
+                self.save()
 
-    def without(
-        self, subjects: Sequence[dict[str, Any]], workload: Workload, measure: str
+    def measure(
+        self, workload: Workload, measure: str, names: Sequence[str], limits: Limits
     ) -> list[dict[str, Any]]:
-        """The subjects, where they are kernels only those that are still tried."""
-        found = []
-        for subject in subjects:
-            name, reason = subject["name"], None
-            if self.deaths[_family(name, workload.H)] >= DEATHS:
-                reason = f"{DEATHS} kernels of this kind took their process with them"
-            elif measure == BACKWARD and (name, workload.name) in self.died:
-                # A gradient begins with the states.
-                reason = f"forward it failed: {self.died[name, workload.name]}"
-            if subject["base"] == KERNEL and subject["status"] == "ready" and reason:
-                subject = subject | {"status": "not measured", "reason": reason}
-            found.append(subject)
-        return found
+        """Prepare every subject, then go round: one sample from each, and again.
+
+        Args:
+          workload: the shapes.
+          measure: what.
+          names: the subjects.
+          limits: how much.
+
+        Returns:
+          The rows, which are in the document too.
+        """
+        rows: dict[str, dict[str, Any]] = {}
+        for name in names:
+            row = {"workload": asdict(workload), "subject": name, "measure": measure}
+            reason = "the run was stopped"
+            rows[name] = row | {"status": "not measured", "reason": reason, **_no_times()}
+            self.document["rows"].append(rows[name])
+        for row in rows.values():
+            self._prepare(row, rows, limits)
+        start = time.monotonic()
+        for n in range(limits.most):
+            if n >= limits.least and time.monotonic() - start > limits.budget:
+                break
+            if not self._round(n, rows, limits):
+                break
+        for row in _live(rows):
+            if not row["seconds"]:
+                row |= {"status": "not measured", "reason": str(TimeIsUpError())}
+        for kind in {self._kind(row) for row in _live(rows)}:
+            self._call(kind, do="forget")
+        return list(rows.values())
+
+    def _prepare(self, row: dict[str, Any], rows: dict[str, Any], limits: Limits) -> None:
+        name, kernel = row["subject"], row["subject"].startswith(KERNEL)
+        reason = self._refused(row)
+        if reason is not None:
+            row |= {"status": "not measured", "reason": reason}
+        else:
+            reply = self._call(
+                self._kind(row),
+                do="prepare",
+                subject=name,
+                workload=row["workload"],
+                measure=row["measure"],
+                alike=limits.alike,
+            )
+            if reply["status"] == "not measured" and row["seconds"]:
+                return  # what was measured before its worker was started again stays
+            row |= reply
+            if reply["status"] == "ready":
+                row.pop("reason", None)
+            if reply.get("died"):
+                self._died(row, rows, limits)
+        if kernel:
+            self.say(kernels.verdict(row))
+            self.save()
+
+    def _round(self, n: int, rows: dict[str, Any], limits: Limits) -> bool:
+        """One sample of each, another one first in each round; whether there was time for it."""
+        live = _live(rows)
+        first, before = n % max(len(live), 1), None
+        for row in live[first:] + live[:first]:
+            if row["status"] != "ready":  # its worker died in this round
+                continue
+            kind = self._kind(row)
+            if before not in (None, kind):
+                time.sleep(PAUSE_SECONDS)
+            before = kind
+            reply = self._call(kind, do="sample", subject=row["subject"])
+            if reply["status"] == "not measured":
+                return False
+            if reply["status"] == "ready":
+                row["rounds"].append(n)
+                row["seconds"].append(reply["seconds"])
+                continue
+            row |= {**reply, **_no_times()}
+            if reply.get("died"):
+                self._died(row, rows, limits)
+            if row["subject"].startswith(KERNEL):
+                self.say(kernels.verdict(row))
+        return True
+
+    def _died(self, row: dict[str, Any], rows: dict[str, Any], limits: Limits) -> None:
+        """Its worker died over it: the others of that worker are prepared again, in a new one."""
+        self.deaths[_family(row)] += 1
+        self.died[row["subject"], row["workload"]["name"]] = row["reason"]
+        for other in _live(rows):
+            # Looked at again: a worker that dies over one of them takes that one's turn.
+            if self._kind(other) == self._kind(row) and other["status"] == "ready":
+                self._prepare(other, rows, limits)
+
+    def _refused(self, row: dict[str, Any]) -> str | None:
+        """Why a subject is left alone, after it took its process with it."""
+        reason = self.died.get((row["subject"], row["workload"]["name"]))
+        if reason is not None:
+            return f"before it failed here: {reason}"
+        if self.deaths[_family(row)] >= DEATHS and row["subject"].startswith(KERNEL):
+            return f"{DEATHS} kernels of this kind took their process with them"
+        return None
+
+    def _kind(self, row: dict[str, Any]) -> str:
+        return self.subjects[row["subject"]].kind
+
+    def _call(self, kind: str, /, **request: Any) -> dict[str, Any]:
+        try:
+            return self.crew.call(kind, **request)
+        except TimeIsUpError as error:
+            return {"status": "not measured", "reason": str(error)}
+        except WorkerDiedError as error:
+            return {"status": "failed", "reason": str(error), "died": True}
 
 
-def _family(name: str, hidden: int) -> tuple[str, bool]:
+def _no_times() -> dict[str, list]:
+    return {"rounds": [], "seconds": []}
+
+
+def _live(rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows.values() if row["status"] == "ready"]
+
+
+def _family(row: dict[str, Any]) -> tuple[str, bool]:
     """Kernels that fail for the same reason: of one block, or of a cluster of them."""
-    return name, hidden > MOST_OF_A_BLOCK
-
-
-def _taking_part(
-    subjects: Sequence[dict[str, Any]], step: Step, measure: str
-) -> list[dict[str, Any]]:
-    """Those that are measured there."""
-    workload = step.workload
-    return [
-        subject for subject in subjects
-        if (step.dtype or subject["dtype"]) == subject["dtype"]
-        and (step.bases is None or subject["base"] in step.bases)
-        and (subject["base"] != ROOFLINE or measure in COUNTED)
-        and workload.H <= (subject["hidden"] or workload.H)
-    ]  # fmt: skip
-
-
-def _get_ready(
-    crew: Crew,
-    subjects: dict[str, list[dict[str, Any]]],
-    workload: Workload,
-    report: Reporter,
-) -> tuple[Workload, bool]:
-    """Let all workers compile, and find what is right.
-
-    They work side by side; but what is tuned is tuned in one process after the other: they would
-    disturb each other, and all but the first would not find what was tuned. What fails to compile
-    does so again, by itself.
-
-    Returns:
-      (the workload to measure, without tuning where a worker did not survive that; whether to go on
-      tuning).
-    """
-    pairs: dict[str, list[tuple[str, str]]] = {}
-    for measure, them in subjects.items():
-        for subject in them:
-            if subject["status"] == "ready":
-                pairs.setdefault(subject["kind"], []).append((subject["name"], measure))
-    report.begin(f"{workload.name}, before it is timed", 1)
-    report.step(f"{sum(map(len, pairs.values()))} programs are compiled")
-    how = {"do": "compile", "workload": asdict(workload)}
-    requests = {kind: {**how, "pairs": names} for kind, names in pairs.items()}
-    reply = None
-    for kinds in ((JAX, TORCH), (KERNELS,), (COMMAND_BUFFERS,)) if workload.tuned else (requests,):
-        replies = crew.call_each({kind: requests[kind] for kind in kinds if kind in requests})
-        reply = replies.get(JAX, reply)
-    if not workload.tuned or isinstance(reply, TimeIsUpError):
-        return workload, True
-    if isinstance(reply, WorkerDiedError):
-        return untuned(workload), False
-    return workload, reply is None or reply.get("seconds", 0.0) < TUNING_SECONDS
+    return row["subject"], row["workload"]["H"] > MOST_OF_A_BLOCK

@@ -1,43 +1,119 @@
-"""A process that measures: `python -m benchmarks.worker KIND DEVICE`, driven by the parent.
+"""A process that measures: `python -m benchmarks.worker KIND DEVICE`, driven by `crew`.
 
 Each line on standard input is a request, a JSON object whose `do` names it; each gets one line
 on standard output. Whatever else the process or its libraries print goes to standard error. It
 ends when its input does.
 """
 
+import gc
 import json
 import os
+import re
 import signal
 import sys
+import time
 from collections.abc import Callable
-from typing import IO, Any
+from dataclasses import replace
+from typing import Any
 
-from benchmarks import timing
-from benchmarks.side import NotOfferedError, Side
-from benchmarks.text import one_line
-from benchmarks.workloads import Workload
+from benchmarks import programs
+from benchmarks.reference import Reference
+from benchmarks.subjects import NotOfferedError, Prepared, registry
+from benchmarks.subjects.registry import KERNEL, TORCH, Subject
+from benchmarks.workloads import direction, draw, from_json
+
+# A sample lasts at least this long, so that the clock and its reading do not matter.
+SAMPLE_SECONDS = 5e-3
+LONGEST_REASON = 200
+
+
+def seconds(
+    call: Callable[[], Any], repeats: int = 1, wait: Callable[[Any], object] | None = None
+) -> float:
+    """Seconds per call, over so many calls.
+
+    Python's collector waits: with so many libraries imported, one full collection takes longer
+    than a sample, and would be charged to whichever subject is measured just then.
+
+    Args:
+      call: computes once; without `wait`, returns when that is done.
+      repeats: how often.
+      wait: returns when the result of a call is there. Calls are queued then, as a GPU takes
+        them: to start one takes no time while another runs.
+    """
+    gc.disable()
+    try:
+        start, result = time.perf_counter(), None
+        for _ in range(repeats):
+            result = call()
+        if wait is not None:
+            wait(result)
+        return (time.perf_counter() - start) / repeats
+    finally:
+        gc.enable()
+
+
+def calibrate(call: Callable[[], Any], wait: Callable[[Any], object] | None = None) -> int:
+    """How often to call for a sample of at least SAMPLE_SECONDS."""
+    seconds(call, 1, wait)  # the first call allocates
+    repeats, each = 1, seconds(call, 1, wait)
+    while repeats * each < SAMPLE_SECONDS:
+        # A little more than it takes, at most ten times more: the first guess is a rough one.
+        repeats = min(10 * repeats, int(1.2 * SAMPLE_SECONDS / max(each, 1e-9)) + 1)
+        each = seconds(call, repeats, wait)
+    return repeats
+
+
+def sample(
+    call: Callable[[], Any], repeats: int, wait: Callable[[Any], object] | None = None
+) -> float:
+    """One sample. Where calls are short one goes untimed: it finds another's data in the caches."""
+    if repeats > 1:
+        seconds(call, 1, wait)
+    return seconds(call, repeats, wait)
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of what an error says, with its kind and without directories."""
+    lines = str(error).strip().splitlines()
+    text = f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
+    return without_directories(text)[:LONGEST_REASON]
+
+
+def without_directories(text: str) -> str:
+    """A text whose absolute paths are cut down to the files' names."""
+    return re.sub(r"(?<![\w.])/(?:[\w.+@~-]+/)+", "", text)
 
 
 class Bench:
-    """Answers requests: what the subjects of one framework cost on one workload and measure.
+    """Answers requests: what some subjects cost on a workload.
 
     Args:
-      side: the framework.
+      kind: of worker.
+      device: "cpu" or "gpu".
+      subjects: who; by default all of the registry that this kind of worker runs.
     """
 
-    def __init__(self, side: Side):
-        self.side = side
-        self.ready: dict[str, tuple[Callable[[], Any], int, Callable[[Any], object] | None]] = {}
-        self.called: set[str] = set()  # since another was prepared
+    def __init__(self, kind: str, device: str = "cpu", subjects: list[Subject] | None = None):
+        listed = registry.listed(device) if subjects is None else subjects
+        self.device, self.kind = device, kind
+        self.subjects = {subject.name: subject for subject in listed if subject.kind == kind}
+        self.ready: dict[str, tuple[Prepared, int]] = {}
+        self.numbers: dict[Any, Any] = {}
+        self.side: Any = programs
+        if kind == TORCH:
+            self.side = _torch_side(device)
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """The reply to one request: never an exception, but for the interpreter's own end."""
         request = dict(request)
         do = request.pop("do")
         try:
-            return getattr(self, f"do_{do}")(**request)
+            return {"status": "ready", **getattr(self, f"do_{do}")(**request)}
         except NotOfferedError as error:
-            return {"status": "not offered", "reason": str(error)}
+            return {"status": "not offered", "reason": str(error)[:LONGEST_REASON]}
+        except ImportError as error:
+            return {"status": "not installed", "reason": one_line(error)}
         except Exception as error:
             reason = one_line(error)
             if do != "machine" and not self.side.healthy():
@@ -48,67 +124,92 @@ class Bench:
 
     def do_machine(self) -> dict[str, Any]:
         """The accelerator, threads and flags of this process."""
-        flags = os.environ.get("XLA_FLAGS", "")
-        return {"status": "ready", "flags": flags, **self.side.machine()}
-
-    def do_subjects(self, names: list[str] | None) -> dict[str, Any]:
-        """Who can be measured here, and who is not installed."""
-        return {"status": "ready", "subjects": self.side.subjects(names)}
+        return {"flags": os.environ.get("XLA_FLAGS", ""), **self.side.machine()}
 
     def do_prepare(
-        self, subject: str, workload: dict[str, Any], measure: str, compiles: int, alike: int = 0
+        self, subject: str, workload: dict[str, Any], measure: str, alike: int = 0
     ) -> dict[str, Any]:
-        """Compile, check against the reference, and find out how often to call for a sample."""
-        self.ready.pop(subject, None)
-        self.called.clear()
-        prepared = self.side.prepare(subject, Workload(**workload), measure, compiles, alike)
-        wrong = prepared.check()
-        if wrong is not None:
-            return {"status": "failed", "reason": wrong, **prepared.record}
-        call, wait = prepared.call, prepared.wait
-        repeats, seconds = timing.calibrate(call, wait)
-        self.ready[subject] = call, repeats, wait
-        peak = self.side.peak_bytes(lambda: timing.seconds(call, 1, wait))
-        reply = {"status": "ready", "repeats": repeats, "seconds": seconds, "peak_bytes": peak}
-        return {**reply, **prepared.record}
+        """Compile, compare with the reference, and find out how often to call for a sample.
 
-    def do_compile(self, pairs: list[list[str]], workload: dict[str, Any]) -> dict[str, Any]:
-        """Get (subject, measure)s ready for `prepare`, side by side with other workers."""
-        return {"status": "ready", "seconds": self.side.compile(pairs, Workload(**workload))}
+        The results of `alike` calls of a kernel are compared bit by bit.
+        """
+        self.ready.pop(subject, None)
+        which, shapes = self.subjects[subject], from_json(workload)
+        dtype = shapes.dtype or which.dtype
+        tf32 = which.tf32 or (self.device, self.kind == TORCH, dtype) == ("gpu", False, "float32")
+        data, tangent, reference = self._numbers(shapes, dtype, tf32)
+        network = which.network(shapes.network)
+        prepared = self.side.prepare(
+            which, replace(shapes, network=network), measure, data, tangent
+        )
+        record, arrays, wrong = dict(prepared.record), prepared.arrays(), None
+        if arrays:
+            record["errors"], wrong = reference.compare(measure, network.activation, arrays)
+            if "copies" in arrays:
+                record["errors"]["copies"] = arrays["copies"]
+        if subject.startswith(KERNEL):
+            record["alike"] = programs.alike(prepared.call, alike)
+            record["calls"] = alike
+        if wrong is not None:
+            return {**record, "status": "failed", "reason": wrong}
+        repeats = calibrate(prepared.call, prepared.wait)
+        self.ready[subject] = prepared, repeats
+        return {"repeats": repeats, **record}
 
     def do_sample(self, subject: str) -> dict[str, Any]:
-        """One sample, in seconds per call.
-
-        Preparing another dropped what JAX had compiled: the first call afterwards compiles again.
-        """
-        call, repeats, wait = self.ready[subject]
-        if subject not in self.called:
-            timing.seconds(call, 1, wait)
-            self.called.add(subject)
-        return {"status": "ready", "seconds": timing.sample(call, repeats, wait)}
+        """One sample, in seconds per call."""
+        prepared, repeats = self.ready[subject]
+        return {"seconds": sample(prepared.call, repeats, prepared.wait)}
 
     def do_forget(self) -> dict[str, Any]:
         """Give back all that was prepared."""
         self.ready.clear()
         self.side.forget()
-        return {"status": "ready"}
+        return {}
+
+    def _numbers(self, workload, dtype, tf32):
+        """A workload's numbers and reference, kept while the workload is the same."""
+        if self.numbers.get("of") != workload:
+            self.numbers = {"of": workload}
+        if (dtype, tf32) not in self.numbers:
+            data = draw(workload, dtype)
+            tangent = direction(data)
+            reference = Reference(workload, data, tangent, dtype, tf32)
+            self.numbers[dtype, tf32] = data, tangent, reference
+        return self.numbers[dtype, tf32]
 
 
-def serve(make_side: Callable[[], Side]) -> None:
+class _NoTorch:
+    """What takes torch's place where it is not installed: each row says so."""
+
+    def __init__(self, error: ImportError):
+        self.error = error
+
+    def machine(self) -> dict[str, Any]:
+        return {"gpu": None, "threads": None}
+
+    def prepare(self, *_: Any) -> Prepared:
+        raise self.error
+
+    def forget(self) -> None: ...
+
+
+def _torch_side(device: str) -> Any:
+    try:
+        from benchmarks.subjects import torch_rnn
+    except ImportError as error:
+        return _NoTorch(error)
+    torch_rnn.DEVICE = "cuda" if device == "gpu" else "cpu"
+    return torch_rnn
+
+
+def serve(make_bench: Callable[[], Any]) -> None:
     """Answer requests until there are no more.
 
     Args:
-      make_side: makes the framework's side; called when prints can do no harm any more.
+      make_bench: makes what answers; called when prints can do no harm any more.
     """
-    requests, replies = _streams()
-    bench = Bench(make_side())
-    for line in requests:
-        replies.write(json.dumps(bench.answer(json.loads(line))) + "\n")
-        replies.flush()
-
-
-def _streams() -> tuple[IO[str], IO[str]]:
-    """The two ends of the pipe, out of reach of everything else in the process."""
+    # Both ends of the pipe, out of reach of everything else in the process.
     requests = os.fdopen(os.dup(0), encoding="utf-8")
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     nothing = os.open(os.devnull, os.O_RDONLY)
@@ -116,34 +217,18 @@ def _streams() -> tuple[IO[str], IO[str]]:
     os.close(nothing)
     sys.stdout.flush()
     os.dup2(2, 1)  # a library's own prints, from C too
-    return requests, replies
+    bench = make_bench()
+    for line in requests:
+        replies.write(json.dumps(bench.answer(json.loads(line))) + "\n")
+        replies.flush()
 
 
-def main(arguments: list[str], make_side: Callable[[str, str], Side] | None = None) -> int:
-    """Run the worker of a kind on a device.
-
-    Args:
-      arguments: KIND and DEVICE.
-      make_side: makes the framework's side of them; by default the real one.
-
-    Returns:
-      0.
-    """
+def main(arguments: list[str]) -> int:
+    """Run the worker of a KIND on a DEVICE."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when it ends
     kind, device = arguments
-    serve(lambda: (make_side or side_of)(kind, device))
+    serve(lambda: Bench(kind, device))
     return 0
-
-
-def side_of(kind: str, device: str) -> Side:
-    """The framework of a kind of worker."""
-    if kind == "torch":
-        from benchmarks.torch_side import TorchSide
-
-        return TorchSide(device)
-    from benchmarks.jax_side import JaxSide
-
-    return JaxSide(kind, device)
 
 
 if __name__ == "__main__":

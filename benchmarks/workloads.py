@@ -1,29 +1,75 @@
-"""The shapes that are measured, and the numbers that every subject gets."""
+"""The rows: a network, its shape, and the numbers that every subject gets; and what is measured."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401  # with it NumPy knows "bfloat16"
 import numpy as np
 
-from benchmarks.networks import ONE_LAYER, Network
+# With the loss L = Σ hs · g:
+FORWARD = "forward"  # hs
+BACKWARD = "forward+backward"  # the gradient in weights and inputs; for ids in the weights
+BACKWARD_ALONE = "backward alone"  # the same gradient, from what a forward pass has kept
+PARAMETERS = "parameters only"  # the gradient in the weights
+JVP = "jvp"  # the tangent of hs in one direction of weights and inputs
+HVP = "Hessian-vector product"  # the Hessian in the weights times one direction
+MEASURES = (FORWARD, BACKWARD, PARAMETERS, JVP, HVP)
+
+
+@dataclass(frozen=True)
+class Network:
+    """What is unrolled.
+
+    a_t = W s_{t−1} + U x_t + b;  rate: h_t = (1 − α) h_{t−1} + α φ(a_t), s = h;
+    voltage: h_t = (1 − α) h_{t−1} + α a_t, s = φ(h).
+
+    Args:
+      activation: φ, "tanh" or "relu".
+      leak: α, a constant; None is 1.
+      form: "rate" or "voltage".
+      lengths: sequences end early, each at its own step; the states after it are 0.
+      layers: of a stack, each of H units; the result is that of the last one.
+      bidirectional: two layers that read from either end; the result is both side by side.
+      remat: only some √T states are kept for the gradient, the others computed again.
+      last: the result is the last state, not all states.
+    """
+
+    activation: str = "tanh"
+    leak: float | None = None
+    form: str = "rate"
+    lengths: bool = False
+    layers: int = 1
+    bidirectional: bool = False
+    remat: bool = False
+    last: bool = False
+
+    @property
+    def cells(self) -> int:
+        """How many sets of U, W and b there are."""
+        return self.layers * (2 if self.bidirectional else 1)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is one layer without options, of any φ."""
+        return self == Network(self.activation)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A recurrent network over a batch of sequences; the loss is Σ hs · g for a given g.
+    """A recurrent network over a batch of sequences.
 
     Args:
-      name: how the tables call it.
+      name: of the row.
       T: time steps.
       B: sequences in the batch.
       D: features of an input.
       H: hidden units.
-      ids: the inputs are ids of D characters; who has no use for them gets one-hot rows.
+      ids: the inputs are ids of D characters; subjects that do not take ids get one-hot rows.
       members: parameter sets that are mapped over, on the same inputs; 0 for a single one.
-      distinct: sequences that differ; the others repeat them, and only as many are compared with
+      distinct: sequences that differ; the others repeat them, and only these are compared with
         the reference. Its square divides B. 0: all differ, and are compared.
       tuned: whether XLA tries, on a GPU, which program for each product is the fastest.
-      network: what is unrolled: one tanh layer by default.
+      network: what is unrolled.
       dtype: of weights, inputs and results; None for the subject's own.
     """
 
@@ -36,13 +82,8 @@ class Workload:
     members: int = 0
     distinct: int = 0
     tuned: bool = True
-    network: Network = ONE_LAYER
+    network: Network = Network()
     dtype: str | None = None
-
-    def __post_init__(self):
-        """Take a network as JSON has it."""
-        if isinstance(self.network, dict):
-            object.__setattr__(self, "network", Network(**self.network))
 
     @property
     def compared(self) -> slice:
@@ -56,7 +97,17 @@ class Workload:
         return f"({self.T}, {self.B}, {self.D}, {self.H}){many}"
 
 
-WORKLOADS = (
+def from_json(values: dict[str, Any]) -> Workload:
+    """The workload of a row of results."""
+    names = {field.name for field in fields(Workload)} & values.keys()
+    return Workload(**{name: values[name] for name in names} | _network(values.get("network")))
+
+
+def _network(values):
+    return {"network": Network(**values or {})}
+
+
+TANH = (
     Workload("document", 4, 1, 4, 1),
     Workload("char-rnn, ids", 25, 32, 65, 128, ids=True),
     Workload("char-rnn, one-hot", 25, 32, 65, 128),
@@ -68,7 +119,6 @@ WORKLOADS = (
     Workload("large", 100, 128, 512, 512),
     Workload("ensemble", 100, 8, 16, 64, members=64),
 )
-
 LEAK = 0.2
 LEAKY = (
     *(
@@ -96,40 +146,8 @@ OTHERS = (
     Workload("bfloat16, T 60", 60, 64, 16, 128, dtype="bfloat16"),
     Workload("bfloat16, T 256", 256, 32, 128, 128, dtype="bfloat16"),
 )
-# What WORKLOADS lack: another network, another dtype, or a batch of another size.
-NEW_WORKLOADS = (*LEAKY, *RELU, *SMALL, LAST, *OTHERS)
 
-
-def is_new(workload: Workload) -> bool:
-    """Whether it is of NEW_WORKLOADS, by its name."""
-    return workload.name in {new.name for new in NEW_WORKLOADS}
-
-
-def on_gpu(H: int, B: int) -> Workload:
-    """What kernels are measured on."""
-    return Workload(f"H {H}, B {B}", 1024, B, 64, H, distinct=4)
-
-
-def untuned(workload: Workload) -> Workload:
-    """The same, without tuning."""
-    name = f"{workload.name}, not tuned" if workload.tuned else workload.name
-    return replace(workload, name=name, tuned=False)
-
-
-def one_sequence(H: int, T: int) -> Workload:
-    """What the associative scan is measured on."""
-    return Workload(f"H {H}, T {T}", T, 1, 4, H)
-
-
-# The most telling first: a run has only so many minutes.
-MAIN_BATCH = 64
-GRID = tuple(
-    on_gpu(H, B)
-    for hidden in ((128, 256, 320, 64), (512, 1024, 768))
-    for batches in ((MAIN_BATCH,), (16, 128))
-    for H in hidden
-    for B in batches
-)
+Cell = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,79 +155,73 @@ class Data:
     """The numbers of one workload, float32 NumPy arrays, time first.
 
     Args:
-      U: `[*members, H, D]`.
-      W: `[*members, H, H]`, 0.9 times an orthogonal matrix.
-      b: `[*members, H]`.
+      cells: (U, W, b) of each cell: `[*members, H, D]`, `[*members, H, H]`, 0.9 times an
+        orthogonal matrix, and `[*members, H]`.
       xs: `[T, B, D]`; for ids the one-hot rows.
       g: the cotangent of the result, `[T, B, H]`, of both directions `[T, B, 2 H]`, of the last
         state `[B, H]`; members share it.
       ids: `[T, B]` int32, or None.
       lengths: how many steps of each sequence are valid, `[B]` int32, or None for all.
-      more: U, W and b of the other layers, or of the other direction.
     """
 
-    U: np.ndarray
-    W: np.ndarray
-    b: np.ndarray
+    cells: tuple[Cell, ...]
     xs: np.ndarray
     g: np.ndarray
     ids: np.ndarray | None = None
     lengths: np.ndarray | None = None
-    more: tuple[tuple[np.ndarray, np.ndarray, np.ndarray], ...] = ()
-
-    @property
-    def cells(self) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], ...]:
-        """(U, W, b) of each cell."""
-        return (self.U, self.W, self.b), *self.more
 
 
-def draw(workload: Workload, seed: int = 0, dtype: str = "float32") -> Data:
-    """The same numbers for every subject, and at every run.
+def draw(workload: Workload, dtype: str = "float32") -> Data:
+    """The same numbers for every subject, and in every run.
 
     Args:
       workload: the shapes.
-      seed: of the draws.
-      dtype: numbers are rounded to it, so that what differs from the reference comes from
-        computing; of "float32", "float64" and those of 16 bits.
+      dtype: numbers are rounded to it, so that only computing differs from the reference.
 
     Returns:
       The `Data`.
     """
-    rng = np.random.default_rng(seed)
+    rng, network = np.random.default_rng(0), workload.network
     T, B, D, H = workload.T, workload.B, workload.D, workload.H
     members = (workload.members,) if workload.members else ()
+    distinct = workload.distinct or B
 
     def rounded(array):
-        array = array.astype(np.float32)
-        if dtype == "bfloat16":
-            return array.astype(ml_dtypes.bfloat16).astype(np.float32)
-        return array.astype(np.float16).astype(np.float32) if dtype == "float16" else array
+        return array.astype(np.float32).astype(dtype).astype(np.float32)
 
     def normal(*shape, scale=1.0):
         return rounded(scale * rng.standard_normal(shape))
+
+    def repeated(array):
+        return np.tile(array, (1, B // distinct, 1)) if distinct < B else array
 
     def cell(inputs):
         U = normal(*members, H, inputs, scale=inputs**-0.5)
         W = 0.9 * np.linalg.qr(rng.standard_normal((*members, H, H)))[0]
         return U, rounded(W), normal(*members, H, scale=0.1)
 
-    network, (U, W, b), ids = workload.network, cell(D), None
+    first, ids = cell(D), None
     if workload.ids or "one-hot" in workload.name:
         ids = rng.integers(0, D, (T, B)).astype(np.int32)
         xs = np.eye(D, dtype=np.float32)[ids]
     else:
-        xs = _repeated(normal(T, workload.distinct or B, D), B)
-    if network.last:
-        g = normal(B, H)
-    else:
-        wide = 2 * H if network.bidirectional else H
-        g = _repeated(normal(T, workload.distinct or B, wide), B)
-    lengths = None
-    if network.lengths:
-        lengths = rng.integers(T // 4, T + 1, B).astype(np.int32)
-    more = tuple(cell(D if network.bidirectional else H) for _ in range(1, network.cells))
-    return Data(U, W, b, xs, g, ids if workload.ids else None, lengths, more)
+        xs = repeated(normal(T, distinct, D))
+    width = 2 * H if network.bidirectional else H
+    g = normal(B, H) if network.last else repeated(normal(T, distinct, width))
+    lengths = rng.integers(T // 4, T + 1, B).astype(np.int32) if network.lengths else None
+    others = (cell(D if network.bidirectional else H) for _ in range(1, network.cells))
+    return Data((first, *others), xs, g, ids if workload.ids else None, lengths)
 
 
-def _repeated(array: np.ndarray, batch: int) -> np.ndarray:
-    return np.tile(array, (1, batch // array.shape[1], 1)) if array.shape[1] < batch else array
+def direction(data: Data) -> Data:
+    """A random tangent of weights and inputs, each array as long as what it is the tangent of."""
+    rng = np.random.default_rng(1)
+
+    def like(array):
+        drawn = rng.standard_normal(array.shape)
+        return (drawn * np.linalg.norm(array) / np.linalg.norm(drawn)).astype(np.float32)
+
+    U, W, b = map(like, data.cells[0])
+    xs = like(data.xs)
+    others = (tuple(map(like, cell)) for cell in data.cells[1:])
+    return replace(data, cells=((U, W, b), *others), xs=xs)

@@ -6,77 +6,49 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from benchmarks.networks import ONE_LAYER
-from benchmarks.subjects import JaxSubject
+from benchmarks.subjects import Layer, only_plain
+from benchmarks.workloads import Network
 
 PHI = {"tanh": jnp.tanh, "relu": jax.nn.relu}
 
 
 class Weights(NamedTuple):
-    """Of h_t = φ(U x_t + W h_{t−1} + b).
-
-    Args:
-      U: `[H, D]`.
-      W: `[H, H]`.
-      b: `[H]`.
-    """
+    """Of h_t = φ(U x_t + W h_{t−1} + b): `[H, D]`, `[H, H]` and `[H]`."""
 
     U: jax.Array
     W: jax.Array
     b: jax.Array
 
 
-def batched(activation: str = "tanh") -> JaxSubject:
-    """A scan over `[T, B, D]`."""
-    name = "naive scan" if activation == "tanh" else f"naive scan, {activation}"
-    unroll = _scan(PHI[activation])
-    return _subject(name, unroll, activation, of=None if activation != "tanh" else _of)
+def batched(network: Network, unroll: int = 1) -> Layer:
+    """A scan over `[T, B, D]`, with so many steps in each turn of its loop."""
+    return _layer(network, unroll)
 
 
-def mapped() -> JaxSubject:
+def mapped(network: Network) -> Layer:
     """`jax.vmap` of the scan over `[T, D]`, the batch in front."""
-    unroll = jax.vmap(_scan(jnp.tanh), in_axes=(None, 0))
-    return _subject("naive scan, vmap", unroll, batch_first=True)
+    only_plain(network)
+    layer = _layer(network)
+    vmapped = jax.vmap(layer.unroll, in_axes=(None, 0))
+    return Layer(vmapped, layer.load, layer.unload, batch_first=True, takes_ids=True)
 
 
-def unrolled(steps: int = 8) -> JaxSubject:
-    """The scan with so many steps in each turn of the loop."""
-    return _subject(f"naive scan, unroll {steps}", _scan(jnp.tanh, steps=steps))
+def _layer(network: Network, turns: int = 1) -> Layer:
+    phi = PHI[network.activation]
 
-
-def _of(network):
-    unroll = _scan(PHI[network.activation], network)
-    return _subject("naive scan", unroll, network.activation)
-
-
-def _subject(name, unroll, activation="tanh", batch_first=False, of=None):
-    return JaxSubject(
-        name=name,
-        package="jax",
-        unroll=unroll,
-        load=lambda U, W, b: Weights(*map(jnp.asarray, (U, W, b))),
-        unload=tuple,
-        batch_first=batch_first,
-        takes_ids=True,
-        activation=activation,
-        of=of,
-    )
-
-
-def _scan(phi, network=ONE_LAYER, steps=1):
     def unroll(weights, xs, lengths=None):
         if network.bidirectional:
-            forward, backward = weights
-            hs, hs_back = layer(forward, xs)[1], layer(backward, xs, reverse=True)[1]
-            return jnp.concatenate([hs, hs_back], -1)
+            ahead, back = weights
+            both = scan(ahead, xs)[1], scan(back, xs, reverse=True)[1]
+            return jnp.concatenate(both, -1)
         if network.layers > 1:
             for each in weights:
-                xs = layer(each, xs)[1]
+                xs = scan(each, xs)[1]
             return xs
-        h, hs = layer(weights, xs, lengths)
+        h, hs = scan(weights, xs, lengths)
         return h if network.last else hs
 
-    def layer(weights, xs, lengths=None, reverse=False) -> Any:
+    def scan(weights, xs, lengths=None, reverse=False) -> Any:
         ids = jnp.issubdtype(xs.dtype, jnp.integer)
 
         def following(h, x):
@@ -91,7 +63,7 @@ def _scan(phi, network=ONE_LAYER, steps=1):
             h = following(h, x)
             return h, None if network.last else h
 
-        def step_to_the_end(h, t_and_x):
+        def step_until_the_end(h, t_and_x):
             t, x = t_and_x
             new, valid = following(h, x), (t < lengths)[:, None]
             return jnp.where(valid, new, h), jnp.where(valid, new, 0)
@@ -99,12 +71,15 @@ def _scan(phi, network=ONE_LAYER, steps=1):
         batch = xs.shape[1:] if ids else xs.shape[1:-1]
         h0 = jnp.zeros((*batch, weights.b.size), weights.b.dtype)
         if lengths is not None:
-            return jax.lax.scan(step_to_the_end, h0, (jnp.arange(len(xs)), xs))
+            return jax.lax.scan(step_until_the_end, h0, (jnp.arange(len(xs)), xs))
         if network.remat:
             return _checkpointed(step, h0, xs)
-        return jax.lax.scan(step, h0, xs, unroll=steps, reverse=reverse)
+        return jax.lax.scan(step, h0, xs, unroll=turns, reverse=reverse)
 
-    return unroll
+    def load(U, W, b):
+        return Weights(*map(jnp.asarray, (U, W, b)))
+
+    return Layer(unroll, load, tuple, takes_ids=True)
 
 
 def _checkpointed(step, h0, xs):

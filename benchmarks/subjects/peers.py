@@ -1,8 +1,7 @@
 """The recurrent layers of other JAX libraries, each as its documentation uses it.
 
-Each function imports its library and returns the subject; the tables' names are the
-distribution's or the module's. Weights are kept in the library's own containers, so that its
-own flattening is part of a call.
+Each function imports its library and returns the layer. Weights are kept in the library's own
+containers, so that its own flattening is part of a call.
 """
 
 import os
@@ -11,19 +10,20 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 
-from benchmarks.networks import Network
-from benchmarks.side import NotOfferedError
-from benchmarks.subjects import JaxSubject, of_activation
+from benchmarks.subjects import Layer, only_plain
 from benchmarks.subjects.naive import PHI
+from benchmarks.workloads import Network
 
 
-def flax_nnx(activation: str = "tanh") -> JaxSubject:
+def flax_nnx(network: Network) -> Layer:
     """`nnx.RNN(nnx.SimpleCell)`, split into a graph and parameters, merged inside the function."""
     from flax import nnx
 
+    only_plain(network)
+
     def layer(input_size, hidden_size, dtype):
         rngs = nnx.Rngs(0)
-        how = dict(dtype=dtype, param_dtype=dtype, activation_fn=PHI[activation])
+        how = dict(dtype=dtype, param_dtype=dtype, activation_fn=PHI[network.activation])
         cell = nnx.SimpleCell(input_size, hidden_size, rngs=rngs, **how)
         return nnx.RNN(cell, time_major=True, rngs=False)
 
@@ -42,25 +42,22 @@ def flax_nnx(activation: str = "tanh") -> JaxSubject:
     def unroll(params, xs):
         kernel = params.cell.dense_i.kernel[...]
         model = nnx.merge(graph(*kernel.shape, kernel.dtype), params)
-        # Without a carry of one's own, jax.grad fails: RNN would draw one from its generator.
+        # Without a carry, jax.grad fails: RNN would draw one from its generator.
         carry = jnp.zeros((xs.shape[1], kernel.shape[1]), kernel.dtype)
         return model(xs, initial_carry=carry)
 
     def unload(grads):
         cell = grads.cell
-        return (
-            cell.dense_i.kernel[...].mT,
-            cell.dense_h.kernel[...].mT,
-            cell.dense_i.bias[...],
-        )
+        return cell.dense_i.kernel[...].mT, cell.dense_h.kernel[...].mT, cell.dense_i.bias[...]
 
-    of = of_activation(flax_nnx)
-    return JaxSubject("flax.nnx", "flax", unroll, load, unload, activation=activation, of=of)
+    return Layer(unroll, load, unload)
 
 
-def flax_linen(activation: str = "tanh") -> JaxSubject:
+def flax_linen(network: Network) -> Layer:
     """`nn.RNN(nn.SimpleCell)`, applied."""
     from flax import linen as nn
+
+    only_plain(network)
 
     def load(U, W, b):
         U, W, b = map(jnp.asarray, (U, W, b))
@@ -68,21 +65,21 @@ def flax_linen(activation: str = "tanh") -> JaxSubject:
 
     def unroll(variables, xs):
         hidden_size = variables["params"]["cell"]["h"]["kernel"].shape[0]
-        cell = nn.SimpleCell(hidden_size, activation_fn=PHI[activation])
+        cell = nn.SimpleCell(hidden_size, activation_fn=PHI[network.activation])
         return nn.RNN(cell, time_major=True).apply(variables, xs)
 
     def unload(grads):
         cell = grads["params"]["cell"]
         return cell["i"]["kernel"].mT, cell["h"]["kernel"].mT, cell["i"]["bias"]
 
-    of = of_activation(flax_linen)
-    return JaxSubject("flax.linen", "flax", unroll, load, unload, activation=activation, of=of)
+    return Layer(unroll, load, unload)
 
 
-def haiku() -> JaxSubject:
+def haiku(network: Network) -> Layer:
     """`hk.dynamic_unroll` of `hk.VanillaRNN`, which is a relu network."""
     import haiku as hk
 
+    only_plain(network)
     inputs, recurrent = "vanilla_rnn/linear", "vanilla_rnn/linear_1"
 
     def load(U, W, b):
@@ -102,20 +99,15 @@ def haiku() -> JaxSubject:
     def unload(grads):
         return grads[inputs]["w"].mT, grads[recurrent]["w"].mT, grads[inputs]["b"]
 
-    def of(network):
-        if network != Network("relu"):
-            raise NotOfferedError("it is a relu network, of one layer without more")
-        return subject
-
-    subject = JaxSubject("haiku, relu", "dm-haiku", unroll, load, unload, activation="relu", of=of)
-    return subject
+    return Layer(unroll, load, unload)
 
 
-def keras(activation: str = "tanh") -> JaxSubject:
+def keras(network: Network) -> Layer:
     """`keras.layers.SimpleRNN` on the JAX backend, through `stateless_call`."""
     os.environ["KERAS_BACKEND"] = "jax"
     import keras as library
 
+    only_plain(network)
     if library.backend.backend() != "jax":
         raise RuntimeError("keras was imported before, with another backend than jax")
 
@@ -124,7 +116,7 @@ def keras(activation: str = "tanh") -> JaxSubject:
         # A layer's variables must hold arrays, also when it is built while JAX traces.
         with jax.ensure_compile_time_eval():
             rnn = library.layers.SimpleRNN(
-                hidden_size, activation=activation, return_sequences=True, dtype=dtype
+                hidden_size, activation=network.activation, return_sequences=True, dtype=dtype
             )
             rnn.build((None, None, input_size))
         return rnn
@@ -142,18 +134,17 @@ def keras(activation: str = "tanh") -> JaxSubject:
     def unload(grads):
         return grads[0].mT, grads[1].mT, grads[2]
 
-    of = of_activation(keras)
-    return JaxSubject(
-        "keras", "keras", unroll, load, unload, batch_first=True, activation=activation, of=of
-    )
+    return Layer(unroll, load, unload, batch_first=True)
 
 
-def equinox(activation: str = "tanh") -> JaxSubject:
+def equinox(network: Network) -> Layer:
     """A cell of two `eqx.nn.Linear`, scanned and mapped: equinox has no Elman cell.
 
     The scan and the map are those of the documentation of its `GRUCell`.
     """
     import equinox as eqx
+
+    only_plain(network)
 
     class Elman(eqx.Module):
         inputs: eqx.nn.Linear
@@ -166,7 +157,7 @@ def equinox(activation: str = "tanh") -> JaxSubject:
 
         def __call__(self, xs):
             def step(h, x):
-                h = PHI[activation](self.inputs(x) + self.recurrent(h))
+                h = PHI[network.activation](self.inputs(x) + self.recurrent(h))
                 return h, h
 
             h0 = jnp.zeros(self.recurrent.out_features, self.recurrent.weight.dtype)
@@ -182,7 +173,4 @@ def equinox(activation: str = "tanh") -> JaxSubject:
     def unroll(model, xs):
         return jax.vmap(model)(xs)
 
-    of = of_activation(equinox)
-    return JaxSubject(
-        "equinox", "equinox", unroll, load, arrays, batch_first=True, activation=activation, of=of
-    )
+    return Layer(unroll, load, arrays, batch_first=True)

@@ -1,0 +1,223 @@
+"""The processes that measure, as the parent sees them: a request is a line, and so is the reply."""
+
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from typing import Any
+
+from benchmarks.results import cuda_root
+from benchmarks.subjects.registry import TWO_DEVICES
+from benchmarks.worker import without_directories
+
+# Only the end of a process ends what hangs. Seconds for a reply, and more for the first one: JAX
+# is imported, and the device found.
+SECONDS = {
+    "cpu": {"prepare": 900.0, "other": 300.0, "start": 300.0},
+    "gpu": {"prepare": 90.0, "other": 20.0, "start": 120.0},
+}
+# More for each step of a workload: some ten calls of a scan that takes 30 µs a step.
+STEP_SECONDS = 3e-4
+# How long a process that was killed may take to end: the driver can hold it.
+KILL_SECONDS = 5.0
+# How often a kind of worker may die; on a GPU the run leaves alone what makes them die.
+LIVES = {"cpu": 4, "gpu": 99}
+
+
+class WorkerDiedError(Exception):
+    """A worker ended without an answer; the message is its last words."""
+
+
+class TimeIsUpError(WorkerDiedError):
+    """The time of the run was up before the answer came."""
+
+    def __init__(self):
+        super().__init__("the time of the run was up")
+
+
+def environment(kind: str, device: str) -> dict[str, str]:
+    """What a worker runs under."""
+    more = {
+        "JAX_PLATFORMS": "cpu" if device == "cpu" else "cuda,cpu",
+        # Compiling is measured, so nothing may come from a disk.
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+        # JAX and torch share the GPU's memory.
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "KERAS_BACKEND": "jax",
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+    }
+    if kind == TWO_DEVICES:
+        flag = "--xla_force_host_platform_device_count=2"
+        more["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    if device == "gpu" and (root := cuda_root()) is not None:
+        more["CUDA_ROOT"] = str(root)  # where JAX and Mosaic look for ptxas and libdevice
+    return {**os.environ, **more}
+
+
+class Worker:
+    """One process of `benchmarks.worker`, started at once.
+
+    Args:
+      kind: of worker.
+      device: "cpu" or "gpu".
+      command: what to run; by default `python -m benchmarks.worker KIND DEVICE`.
+      seconds: for replies, as SECONDS has them.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        device: str = "cpu",
+        command: list[str] | None = None,
+        seconds: Mapping[str, float] | None = None,
+    ):
+        self.seconds = SECONDS[device] if seconds is None else seconds
+        self.answered = False
+        self.noise = tempfile.TemporaryFile()
+        self.process = subprocess.Popen(
+            command or [sys.executable, "-m", "benchmarks.worker", kind, device],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.noise,
+            env=environment(kind, device),
+            # Ctrl-C in a terminal is for the parent alone, which then ends the workers.
+            process_group=0 if os.name == "posix" else None,
+        )
+
+    def ask(self, request: dict[str, Any], until: float | None = None) -> dict[str, Any]:
+        """The reply to a request.
+
+        Args:
+          request: what the worker reads.
+          until: when the run is over, by `time.monotonic`.
+
+        Raises:
+          WorkerDiedError: the process ended before it answered, or was killed for taking too long.
+          TimeIsUpError: it was killed because the run is over.
+        """
+        assert self.process.stdin
+        with suppress(BrokenPipeError):  # a process that has ended shows at the reply
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.process.stdin.flush()
+        limit = self.seconds.get(request["do"], self.seconds["other"])
+        limit += STEP_SECONDS * request.get("workload", {}).get("T", 0)
+        limit += 0.0 if self.answered else self.seconds["start"]
+        left = float("inf") if until is None else max(until - time.monotonic(), 0.0)
+        try:
+            line = self._line(min(limit, left))
+        except TimeoutError as error:
+            self.process.kill()
+            if left < limit:
+                raise TimeIsUpError from error
+            raise WorkerDiedError(f"the process gave no answer in {limit:.0f} s") from error
+        if not line.endswith(b"\n"):
+            raise WorkerDiedError(self._last_words())
+        self.answered = True
+        return json.loads(line)
+
+    def _line(self, wait: float) -> bytes:
+        """What the process writes, to the end of a line, or to its own end."""
+        assert self.process.stdout
+        # Not by a timer that kills: a process that the driver holds keeps its pipe open.
+        line, pipe, end = b"", self.process.stdout.fileno(), time.monotonic() + wait
+        while not line.endswith(b"\n"):
+            if not select.select([pipe], [], [], max(end - time.monotonic(), 0.0))[0]:
+                raise TimeoutError
+            part = os.read(pipe, 2**16)
+            if not part:
+                break
+            line += part
+        return line
+
+    def _last_words(self) -> str:
+        try:
+            code = self.process.wait(KILL_SECONDS)
+        except subprocess.TimeoutExpired:
+            return "the process closed its output and did not end"
+        self.noise.seek(0)
+        lines = self.noise.read().decode(errors="replace").strip().splitlines()
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        said = f": {without_directories(lines[-1].strip())}" if lines else ""
+        return f"the process {how}{said}"[:200]
+
+    def close(self) -> None:
+        """End the process: it holds nothing that is worth waiting for."""
+        self.process.kill()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(KILL_SECONDS)
+        for stream in (self.process.stdin, self.process.stdout):
+            with suppress(BrokenPipeError):  # a request that was not read any more
+                stream.close()
+        self.noise.close()
+
+
+class Crew:
+    """The workers of a run, each started when it is first needed, and again when it died.
+
+    Args:
+      device: "cpu" or "gpu".
+      make: starts a worker.
+      until: when the run is over, by `time.monotonic`: nothing is asked after it, and nothing
+        waited for.
+    """
+
+    def __init__(
+        self,
+        device: str = "cpu",
+        make: Callable[..., Worker] = Worker,
+        until: float | None = None,
+    ):
+        self.device, self.make, self.until = device, make, until
+        self.workers: dict[str, Worker] = {}
+        self.deaths: dict[str, int] = {}
+
+    def call(self, kind: str, /, **request: Any) -> dict[str, Any]:
+        """The reply of the worker of a kind to one request; `do` names the request.
+
+        Raises:
+          WorkerDiedError: it died, now or too often before.
+          TimeIsUpError: the run is over.
+        """
+        if self.late():
+            raise TimeIsUpError
+        self.start([kind])
+        worker = self.workers[kind]
+        try:
+            if not worker.answered and request["do"] != "machine":
+                # To start takes longer than what hangs may take.
+                worker.ask({"do": "machine"}, self.until)
+            return worker.ask(request, self.until)
+        except WorkerDiedError:
+            self.workers.pop(kind).close()
+            self.deaths[kind] = self.deaths.get(kind, 0) + 1
+            raise
+
+    def start(self, kinds: Iterable[str]) -> None:
+        """Start workers side by side.
+
+        Raises:
+          WorkerDiedError: one died too often before.
+        """
+        for kind in kinds:
+            if self.deaths.get(kind, 0) >= LIVES[self.device]:
+                raise WorkerDiedError(f"its process died {self.deaths[kind]} times before")
+            if kind not in self.workers:
+                self.workers[kind] = self.make(kind, self.device)
+
+    def late(self) -> bool:
+        """Whether the run is over."""
+        return self.until is not None and time.monotonic() > self.until
+
+    def __enter__(self) -> "Crew":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.workers.values():
+            worker.process.kill()  # all at once: each may take its time
+        for worker in self.workers.values():
+            worker.close()

@@ -1,0 +1,190 @@
+"""What a run measures, in which order, and in what time."""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+
+from benchmarks.subjects.registry import (
+    ASSOCIATIVE,
+    KERNEL,
+    LARGEST,
+    NAIVE,
+    ON_CPU,
+    ON_GPU,
+    OURS,
+    SCAN,
+)
+from benchmarks.workloads import (
+    BACKWARD,
+    BACKWARD_ALONE,
+    FORWARD,
+    HVP,
+    LAST,
+    LEAKY,
+    MEASURES,
+    OTHERS,
+    RELU,
+    SMALL,
+    TANH,
+    Workload,
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much is measured.
+
+    Args:
+      most: rounds at most.
+      least: rounds at least, whatever they take.
+      budget: seconds for the rounds of one measure of a workload.
+      alike: calls of a kernel whose results are compared bit by bit.
+    """
+
+    most: int
+    least: int
+    budget: float
+    alike: int = 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One workload, what is measured on it, and of whom, by name."""
+
+    workload: Workload
+    measures: tuple[str, ...]
+    subjects: tuple[str, ...]
+    limits: Limits
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps in order; the run is over after so many minutes, where they are given."""
+
+    steps: tuple[Step, ...]
+    minutes: float | None = None
+
+    def only(
+        self,
+        workloads: Collection[str] | None,
+        measures: Collection[str] | None,
+        subjects: Collection[str] | None,
+    ) -> "Plan":
+        """The same with these names only; None for all."""
+        steps = []
+        for step in self.steps:
+            if workloads is not None and step.workload.name not in workloads:
+                continue
+            few = tuple(m for m in step.measures if measures is None or m in measures)
+            them = tuple(s for s in step.subjects if subjects is None or s in subjects)
+            if few and them:
+                steps.append(replace(step, measures=few, subjects=them))
+        return replace(self, steps=tuple(steps))
+
+    def limited(self, change: Callable[[Limits], Limits]) -> "Plan":
+        """The same with other limits."""
+        return replace(self, steps=tuple(replace(s, limits=change(s.limits)) for s in self.steps))
+
+
+BOTH = FORWARD, BACKWARD
+
+# On a CPU. Every network is measured beside its naive twin, and beside the libraries that have it.
+EVERYONE = tuple(subject.name for subject in ON_CPU)
+TWINS = OURS, NAIVE
+OF_RELU = (
+    *TWINS,
+    "flax.nnx",
+    "flax.linen",
+    "equinox",
+    "keras",
+    "haiku, relu",
+    "torch",
+    "torch.compile",
+)
+LONG, BRIEF = Limits(15, 5, 25.0), Limits(15, 5, 2.0)
+FULL = Plan(
+    (
+        *(Step(workload, MEASURES, EVERYONE, LONG) for workload in TANH),
+        *(Step(workload, BOTH, TWINS, BRIEF) for workload in LEAKY),
+        *(Step(workload, BOTH, OF_RELU, BRIEF) for workload in RELU),
+        *(Step(workload, BOTH, EVERYONE, BRIEF) for workload in SMALL),
+        Step(LAST, (*BOTH, HVP), TWINS, BRIEF),
+        *(Step(workload, BOTH, TWINS, BRIEF) for workload in OTHERS),
+    )
+)
+# The most telling part, without those that do the same as another, or take long to start.
+NOT_QUICK = {
+    *("jaxrnn, vmap axis 1", "naive scan, vmap", "naive scan, relu", "flax.linen", "equinox"),
+    *("torch.compile", f"{OURS}, two host devices", f"{NAIVE}, two host devices"),
+}
+QUICK = FULL.only(
+    ("document", "char-rnn, ids", "medium", "one long stream"),
+    BOTH,
+    [name for name in EVERYONE if name not in NOT_QUICK],
+).limited(lambda _: Limits(7, 5, 3.0))  # fmt: skip
+
+# On a GPU: the most telling first, as a run has only so many minutes.
+MAIN_BATCH = 64
+# The largest H of a kernel that is one block; above it a cluster of blocks is.
+MOST_OF_A_BLOCK = 320
+
+
+def on_gpu(H: int, B: int) -> Workload:
+    """What kernels are measured on."""
+    return Workload(f"H {H}, B {B}", 1024, B, 64, H, distinct=4)
+
+
+def untuned(workload: Workload) -> Workload:
+    """The same without XLA's tuning, which takes its time."""
+    return replace(workload, name=f"{workload.name}, not tuned", tuned=False)
+
+
+def _of(dtype: str, *bases: str) -> tuple[str, ...]:
+    return tuple(f"{base}, {dtype}" for base in bases)
+
+
+def _beside_cudnn(dtype: str) -> tuple[str, ...]:
+    """The kernel of a dtype, the scan and cuDNN."""
+    tf32 = ("cuDNN TF32",) if dtype == "float32" else ()
+    return *_of(dtype, KERNEL, SCAN), f"cuDNN {dtype}", *tf32
+
+
+def _first() -> Plan:
+    """What a few minutes on a GPU are to say."""
+    limits, main = Limits(5, 2, 1.0, alike=20), on_gpu(128, MAIN_BATCH)
+    sizes = ((128, 64), (256, 64), (320, 64), (64, 64), (128, 16), (128, 128))
+    bfloat16, float32 = _beside_cudnn("bfloat16"), _beside_cudnn("float32")
+    # float16 is the dtype in which cuDNN keeps a large W on the chip.
+    large = *bfloat16, "cuDNN float16"
+    linear = _of("float32", SCAN, ASSOCIATIVE)
+    streams = [(f"H {H}, T {T}", T, 1, 4, H) for T in (10_000, 100_000) for H in (1, 4, 16)]
+    steps = (
+        Step(untuned(main), BOTH, _of("bfloat16", KERNEL, SCAN), limits),
+        *(Step(on_gpu(*size), BOTH, bfloat16, limits) for size in sizes),
+        Step(main, BOTH, float32, limits),
+        *(Step(on_gpu(H, MAIN_BATCH), BOTH, large, limits) for H in (512, 1024)),
+        *(Step(Workload(*each), (BACKWARD_ALONE,), linear, limits) for each in streams),
+    )
+    return Plan(steps, minutes=5.7)
+
+
+def _whole() -> Plan:
+    """Every kernel at every H and B that it takes; at the main batch beside all rivals."""
+    limits, steps = Limits(9, 5, 1.0, alike=100), []
+    sizes = [
+        (H, B)
+        for hidden in ((128, 256, 320, 64), (512, 1024, 768))
+        for batches in ((MAIN_BATCH,), (16, 128))
+        for H in hidden
+        for B in batches
+    ]
+    for dtype, largest in LARGEST.items():
+        rivals = [subject.name for subject in ON_GPU if subject.dtype == dtype]
+        everyone = tuple(name for name in rivals if not name.startswith(ASSOCIATIVE))
+        for H, B in sizes:
+            them = everyone if B == MAIN_BATCH else _beside_cudnn(dtype)
+            if H <= largest:
+                steps.append(Step(on_gpu(H, B), BOTH, them, limits))
+    return Plan(tuple(steps), minutes=8.0)
+
+
+FIRST, GPU = _first(), _whole()
