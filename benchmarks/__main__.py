@@ -30,22 +30,6 @@ class _Parser(argparse.ArgumentParser):
         self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number, at least 1, got {text}")
-    return int(text)
-
-
-def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1e9:
-        raise argparse.ArgumentTypeError(f"expected a number, at least 0, got {text}")
-    return value
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The options of all commands."""
     about = f"How fast jaxrnn is. {' | '.join(COMMANDS)}; `run` if none is named."
@@ -58,9 +42,9 @@ def make_parser() -> argparse.ArgumentParser:
     for name in ("workload", "subject", "measure"):
         also = f"only that {name}; may be repeated"
         run.add_argument(f"--{name}", action="append", metavar="NAME", help=also)
-    run.add_argument("--rounds", type=_count, metavar="N", help="at most so many (default: 15)")
+    run.add_argument("--rounds", type=int, metavar="N", help="at most so many (default: 15)")
     budget = "for the rounds of one measure of a row, five rounds at least (default: 25, or 2)"
-    run.add_argument("--budget", type=_number, metavar="SECONDS", help=budget)
+    run.add_argument("--budget", type=float, metavar="SECONDS", help=budget)
     run.set_defaults(go=_run)
 
     about = "the first minutes on a GPU of the Hopper generation: are the kernels exact and fast"
@@ -68,13 +52,11 @@ def make_parser() -> argparse.ArgumentParser:
     first.set_defaults(go=_first, device="gpu")
     for command in (run, first):
         minutes = "the run is over by then (default: none; on a GPU 8, of `first` 5.7)"
-        command.add_argument("--minutes", type=_number, metavar="N", help=minutes)
+        command.add_argument("--minutes", type=float, metavar="N", help=minutes)
         dry = "rehearse a run on a GPU: tiny, on the CPU, kernels interpreted"
         command.add_argument("--dry", action="store_true", help=dry)
         out = "a file that ends in .json, or a directory (default: in benchmarks/results/)"
         command.add_argument("--out", metavar="PATH", help=out)
-        force = "overwrite a file of that name"
-        command.add_argument("--force", action="store_true", help=force)
 
     about = "the tables of a run; of several, the best and the worst of each row"
     report = commands.add_parser("report", help=about)
@@ -83,7 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
     report.set_defaults(go=_report)
     tune = commands.add_parser("tune", help="measure what the library's choices rest on")
     tune.add_argument("choice", nargs="*", help="of the schedule's table (default: all)")
-    tune.add_argument("--rounds", type=_count, default=9)
+    tune.add_argument("--rounds", type=int, metavar="N", default=9)
     tune.set_defaults(go=_tune)
     return parser
 
@@ -91,22 +73,22 @@ def make_parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> int:
     from benchmarks.plan import FULL, GPU, QUICK, Limits
 
-    whole = GPU if args.device == "gpu" else FULL
-    if args.dry and args.device != "gpu":
+    on_gpu = args.device == "gpu"
+    if args.dry and not on_gpu:
         raise InputError("--dry rehearses a run on a GPU: it needs --device gpu")
+    plan = GPU if on_gpu else QUICK if args.quick else FULL
     known = {
-        "workload": [step.workload.name for step in whole.steps],
-        "subject": [name for step in whole.steps for name in step.subjects],
-        "measure": [name for step in whole.steps for name in step.measures],
+        "workload": [step.workload.name for step in plan.steps],
+        "measure": [name for step in plan.steps for name in step.measures],
+        "subject": [name for step in plan.steps for name in step.subjects],
     }
     for option, names in known.items():
         for name in getattr(args, option) or ():
             if name not in names:
                 there = ", ".join(map(repr, dict.fromkeys(names)))
                 raise InputError(f"--{option}: no {name!r}; there are {there}")
-    quick = args.quick and args.device == "cpu"
-    chosen = args.workload, args.measure, args.subject
-    plan = (QUICK if quick and not any(chosen) else whole).only(*chosen)
+    chosen = [getattr(args, option) for option in known]
+    plan = plan.only(*chosen)
     if not plan.steps:
         raise InputError("expected options that some row fits, got none that fits all")
 
@@ -129,39 +111,32 @@ def _measure(args: argparse.Namespace, plan: Any, label: str) -> int:
     from benchmarks import dry, results
     from benchmarks.crew import Crew, TimeIsUpError, Worker
     from benchmarks.run import NoDeviceError, Run, describe_workers
-    from benchmarks.subjects.registry import listed
+    from benchmarks.subjects.registry import SUBJECTS
 
-    start = time.monotonic()
+    start, path, ended = time.monotonic(), None, 0
     plan = plan if args.minutes is None else replace(plan, minutes=args.minutes)
     plan = dry.rehearsal(plan) if args.dry else plan
-    until = None if plan.minutes is None else start + 60 * plan.minutes
-    versions = results.versions(args.device)
-    options = {k: v for k, v in vars(args).items() if k not in ("go", "command", "out", "force")}
-    document = results.new(versions, options)
+    options = {k: v for k, v in vars(args).items() if k not in ("go", "command", "out")}
+    document = results.new(args.device, options)
     names = {name for step in plan.steps for name in step.subjects}
-    subjects = {s.name: s for s in listed(args.device) if s.name in names}
+    subjects = {s.name: s for s in SUBJECTS[args.device] if s.name in names}
     document["subjects"] = [
         {"name": s.name, "package": s.package, "kind": s.kind} for s in subjects.values()
     ]
-    path, ended = None, 0
+    kinds = list(dict.fromkeys(subject.kind for subject in subjects.values()))
+    crew = Crew(args.device, dry.make_worker if args.dry else Worker, start + 60 * plan.minutes)
 
     def say(line: str) -> None:
         seconds = time.monotonic() - start
         print(f"[{seconds:4.0f} s] {line}", file=sys.stderr, flush=True)
 
     try:
-        with (
-            _heeding_sigterm(),
-            Crew(args.device, dry.make_worker if args.dry else Worker, until) as crew,
-        ):
-            say(", ".join(f"{name} {found}" for name, found in versions.items() if found))
-            kinds = list(dict.fromkeys(subject.kind for subject in subjects.values()))
-            crew.start(kinds)
+        with _heeding_sigterm(), crew:
             describe_workers(crew, kinds, args.device, document)
-            path = results.new_path(_wanted(args, document, label), args.force)
-            say(f"{results.slug(document['device'])}; results go to {path}")
-            save = lambda: results.write(document, path)  # noqa: E731
-            Run(crew, plan, subjects, document, say, save).go()
+            path = results.new_path(_wanted(args, document, label))
+            say(f"{results.caption(document)}; results go to {path}")
+            run = Run(crew, plan, subjects, document, say, lambda: results.write(document, path))
+            run.go()
     except NoDeviceError as error:
         raise InputError(f"--device {args.device}: {error}") from error
     except TimeIsUpError as error:
@@ -170,16 +145,15 @@ def _measure(args: argparse.Namespace, plan: Any, label: str) -> int:
         raise InputError(f"cannot write the results: {error}") from error
     except KeyboardInterrupt as error:
         ended = EXIT_TERMINATED if isinstance(error, TerminatedError) else EXIT_INTERRUPTED
-    rows = document["rows"]
+    rows, seconds = document["rows"], time.monotonic() - start
     if rows:
         _show([document])
-    seconds = time.monotonic() - start
     if ended:
-        kept = f"; what was measured is in {path}" if rows else ""
-        print(f"stopped after {seconds:.0f} s{kept}", file=sys.stderr)
+        where = f"; what was measured is in {path}" if rows else ""
+        print(f"stopped after {seconds:.0f} s{where}", file=sys.stderr)
         return ended
     timed = sum(bool(row["seconds"]) for row in rows)
-    print(f"{timed} rows in {seconds:.0f} s; again: python -m benchmarks report {path}")
+    print(f"\n{timed} rows in {seconds:.0f} s; again: python -m benchmarks report {path}")
     return EXIT_FAILED_ROWS if any(row["status"] == "failed" for row in rows) else 0
 
 
@@ -212,10 +186,11 @@ def _wanted(args: argparse.Namespace, document: dict[str, Any], label: str) -> P
 def _show(documents: list[dict[str, Any]]) -> None:
     from benchmarks import kernels, report
 
-    for document in documents if documents[0]["device"]["gpu"] else ():
-        print("\n\n".join(kernels.tables(document)))
-    if not documents[0]["device"]["gpu"]:
-        print("\n\n".join(report.tables(documents)))
+    if documents[0]["device"]["gpu"]:
+        parts = [part for document in documents for part in kernels.tables(document)]
+    else:
+        parts = report.tables(documents)
+    print("\n\n".join(parts))
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -223,33 +198,27 @@ def _report(args: argparse.Namespace) -> int:
 
     try:
         documents = [read(Path(file)) for file in args.files]
-    except ResultsError as error:
-        raise InputError(str(error)) from error
-    _show(documents)
-    if args.plot:
-        from benchmarks.picture import plot
+        _show(documents)
+        if args.plot:
+            from benchmarks.picture import plot
 
-        try:
             plot(documents[0], Path(args.plot))
-        except OSError as error:
-            raise InputError(f"--plot: cannot be written: {error}") from error
+    except (ResultsError, OSError) as error:
+        raise InputError(str(error)) from error
     return 0
 
 
 def _tune(args: argparse.Namespace) -> int:
-    from benchmarks.tune import CHOICES, tune
+    from benchmarks.tune import SHAPES, tune
 
     for choice in args.choice:
-        if choice not in CHOICES:
-            raise InputError(f"no choice {choice!r}; there are {', '.join(map(repr, CHOICES))}")
-    return tune(args.choice or CHOICES, args.rounds)
+        if choice not in SHAPES:
+            raise InputError(f"no choice {choice!r}; there are {', '.join(map(repr, SHAPES))}")
+    return tune(args.choice or list(SHAPES), args.rounds)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
-
-    Args:
-      argv: its arguments; by default those of the process.
 
     Returns:
       0; 1 where a row failed; 2 for bad input, with one line on standard error; 130 after
@@ -260,6 +229,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = ["run", *arguments]
     args = make_parser().parse_args(arguments)
     try:
+        if (getattr(args, "rounds", None) or 1) < 1:
+            raise InputError(f"--rounds: expected at least 1, got {args.rounds}")
         return args.go(args)
     except InputError as error:
         print(f"benchmarks: error: {error}", file=sys.stderr)

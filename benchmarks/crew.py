@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
@@ -25,8 +26,8 @@ SECONDS = {
 STEP_SECONDS = 3e-4
 # How long a process that was killed may take to end: the driver can hold it.
 KILL_SECONDS = 5.0
-# How often a kind of worker may die; on a GPU the run leaves alone what makes them die.
-LIVES = {"cpu": 4, "gpu": 99}
+# How often a kind of worker may die.
+LIVES = 12
 
 
 class WorkerDiedError(Exception):
@@ -60,14 +61,7 @@ def environment(kind: str, device: str) -> dict[str, str]:
 
 
 class Worker:
-    """One process of `benchmarks.worker`, started at once.
-
-    Args:
-      kind: of worker.
-      device: "cpu" or "gpu".
-      command: what to run; by default `python -m benchmarks.worker KIND DEVICE`.
-      seconds: for replies, as SECONDS has them.
-    """
+    """One process, started at once: by default `python -m benchmarks.worker KIND DEVICE`."""
 
     def __init__(
         self,
@@ -89,12 +83,8 @@ class Worker:
             process_group=0 if os.name == "posix" else None,
         )
 
-    def ask(self, request: dict[str, Any], until: float | None = None) -> dict[str, Any]:
-        """The reply to a request.
-
-        Args:
-          request: what the worker reads.
-          until: when the run is over, by `time.monotonic`.
+    def ask(self, request: dict[str, Any], until: float = float("inf")) -> dict[str, Any]:
+        """The reply to a request, before the run is over by `time.monotonic`.
 
         Raises:
           WorkerDiedError: the process ended before it answered, or was killed for taking too long.
@@ -107,12 +97,12 @@ class Worker:
         limit = self.seconds.get(request["do"], self.seconds["other"])
         limit += STEP_SECONDS * request.get("workload", {}).get("T", 0)
         limit += 0.0 if self.answered else self.seconds["start"]
-        left = float("inf") if until is None else max(until - time.monotonic(), 0.0)
+        end = min(time.monotonic() + limit, until)
         try:
-            line = self._line(min(limit, left))
+            line = self._line(end)
         except TimeoutError as error:
             self.process.kill()
-            if left < limit:
+            if end == until:
                 raise TimeIsUpError from error
             raise WorkerDiedError(f"the process gave no answer in {limit:.0f} s") from error
         if not line.endswith(b"\n"):
@@ -120,11 +110,11 @@ class Worker:
         self.answered = True
         return json.loads(line)
 
-    def _line(self, wait: float) -> bytes:
+    def _line(self, end: float) -> bytes:
         """What the process writes, to the end of a line, or to its own end."""
         assert self.process.stdout
         # Not by a timer that kills: a process that the driver holds keeps its pipe open.
-        line, pipe, end = b"", self.process.stdout.fileno(), time.monotonic() + wait
+        line, pipe = b"", self.process.stdout.fileno()
         while not line.endswith(b"\n"):
             if not select.select([pipe], [], [], max(end - time.monotonic(), 0.0))[0]:
                 raise TimeoutError
@@ -159,22 +149,18 @@ class Worker:
 class Crew:
     """The workers of a run, each started when it is first needed, and again when it died.
 
-    Args:
-      device: "cpu" or "gpu".
-      make: starts a worker.
-      until: when the run is over, by `time.monotonic`: nothing is asked after it, and nothing
-        waited for.
+    After `until`, by `time.monotonic`, nothing is asked, and nothing waited for.
     """
 
     def __init__(
         self,
         device: str = "cpu",
         make: Callable[..., Worker] = Worker,
-        until: float | None = None,
+        until: float = float("inf"),
     ):
         self.device, self.make, self.until = device, make, until
         self.workers: dict[str, Worker] = {}
-        self.deaths: dict[str, int] = {}
+        self.deaths: Counter[str] = Counter()
 
     def call(self, kind: str, /, **request: Any) -> dict[str, Any]:
         """The reply of the worker of a kind to one request; `do` names the request.
@@ -183,8 +169,10 @@ class Crew:
           WorkerDiedError: it died, now or too often before.
           TimeIsUpError: the run is over.
         """
-        if self.late():
+        if time.monotonic() > self.until:
             raise TimeIsUpError
+        if self.deaths[kind] >= LIVES:
+            raise WorkerDiedError(f"its process died {LIVES} times before")
         self.start([kind])
         worker = self.workers[kind]
         try:
@@ -194,24 +182,14 @@ class Crew:
             return worker.ask(request, self.until)
         except WorkerDiedError:
             self.workers.pop(kind).close()
-            self.deaths[kind] = self.deaths.get(kind, 0) + 1
+            self.deaths[kind] += 1
             raise
 
     def start(self, kinds: Iterable[str]) -> None:
-        """Start workers side by side.
-
-        Raises:
-          WorkerDiedError: one died too often before.
-        """
+        """Start workers side by side."""
         for kind in kinds:
-            if self.deaths.get(kind, 0) >= LIVES[self.device]:
-                raise WorkerDiedError(f"its process died {self.deaths[kind]} times before")
             if kind not in self.workers:
                 self.workers[kind] = self.make(kind, self.device)
-
-    def late(self) -> bool:
-        """Whether the run is over."""
-        return self.until is not None and time.monotonic() > self.until
 
     def __enter__(self) -> "Crew":
         return self

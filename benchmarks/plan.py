@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from itertools import product
 
 from benchmarks.subjects.registry import (
     ASSOCIATIVE,
@@ -28,22 +29,17 @@ from benchmarks.workloads import (
     Workload,
 )
 
+Names = Collection[str] | None  # None for all
+
 
 @dataclass(frozen=True)
 class Limits:
-    """How much is measured.
+    """How much is measured."""
 
-    Args:
-      most: rounds at most.
-      least: rounds at least, whatever they take.
-      budget: seconds for the rounds of one measure of a workload.
-      alike: calls of a kernel whose results are compared bit by bit.
-    """
-
-    most: int
-    least: int
-    budget: float
-    alike: int = 0
+    most: int  # rounds at most
+    least: int  # rounds at least, whatever they take
+    budget: float  # seconds for the rounds of one measure of a workload
+    alike: int = 0  # calls of a kernel whose results are compared bit by bit
 
 
 @dataclass(frozen=True)
@@ -58,31 +54,32 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps in order; the run is over after so many minutes, where they are given."""
+    """The steps in order; the run is over after so many minutes."""
 
     steps: tuple[Step, ...]
-    minutes: float | None = None
+    minutes: float = float("inf")
 
-    def only(
-        self,
-        workloads: Collection[str] | None,
-        measures: Collection[str] | None,
-        subjects: Collection[str] | None,
-    ) -> "Plan":
-        """The same with these names only; None for all."""
-        steps = []
-        for step in self.steps:
-            if workloads is not None and step.workload.name not in workloads:
-                continue
-            few = tuple(m for m in step.measures if measures is None or m in measures)
-            them = tuple(s for s in step.subjects if subjects is None or s in subjects)
-            if few and them:
-                steps.append(replace(step, measures=few, subjects=them))
-        return replace(self, steps=tuple(steps))
+    def only(self, workloads: Names, measures: Names, subjects: Names) -> "Plan":
+        """The same with these names only."""
+
+        def among(values, names):
+            return tuple(value for value in values if names is None or value in names)
+
+        steps = [
+            replace(
+                step,
+                measures=among(step.measures, measures),
+                subjects=among(step.subjects, subjects),
+            )
+            for step in self.steps
+            if workloads is None or step.workload.name in workloads
+        ]
+        return replace(self, steps=tuple(s for s in steps if s.measures and s.subjects))
 
     def limited(self, change: Callable[[Limits], Limits]) -> "Plan":
         """The same with other limits."""
-        return replace(self, steps=tuple(replace(s, limits=change(s.limits)) for s in self.steps))
+        steps = (replace(step, limits=change(step.limits)) for step in self.steps)
+        return replace(self, steps=tuple(steps))
 
 
 BOTH = FORWARD, BACKWARD
@@ -90,16 +87,8 @@ BOTH = FORWARD, BACKWARD
 # On a CPU. Every network is measured beside its naive twin, and beside the libraries that have it.
 EVERYONE = tuple(subject.name for subject in ON_CPU)
 TWINS = OURS, NAIVE
-OF_RELU = (
-    *TWINS,
-    "flax.nnx",
-    "flax.linen",
-    "equinox",
-    "keras",
-    "haiku, relu",
-    "torch",
-    "torch.compile",
-)
+NOT_RELU = ("vmap", "vmap axis 1", "two host devices", "jaxrnn, relu", "naive scan, relu")
+OF_RELU = tuple(name for name in EVERYONE[1:] if not name.endswith(NOT_RELU))
 LONG, BRIEF = Limits(15, 5, 25.0), Limits(15, 5, 2.0)
 FULL = Plan(
     (
@@ -111,16 +100,12 @@ FULL = Plan(
         *(Step(workload, BOTH, TWINS, BRIEF) for workload in OTHERS),
     )
 )
-# The most telling part, without those that do the same as another, or take long to start.
-NOT_QUICK = {
-    *("jaxrnn, vmap axis 1", "naive scan, vmap", "naive scan, relu", "flax.linen", "equinox"),
-    *("torch.compile", f"{OURS}, two host devices", f"{NAIVE}, two host devices"),
-}
+# The most telling part.
 QUICK = FULL.only(
     ("document", "char-rnn, ids", "medium", "one long stream"),
     BOTH,
-    [name for name in EVERYONE if name not in NOT_QUICK],
-).limited(lambda _: Limits(7, 5, 3.0))  # fmt: skip
+    (*TWINS, "jaxrnn, vmap", "flax.nnx", "keras", "jaxrnn, relu", "haiku, relu", "torch"),
+).limited(lambda _: Limits(7, 5, 3.0))
 
 # On a GPU: the most telling first, as a run has only so many minutes.
 MAIN_BATCH = 64
@@ -152,15 +137,14 @@ def _first() -> Plan:
     """What a few minutes on a GPU are to say."""
     limits, main = Limits(5, 2, 1.0, alike=20), on_gpu(128, MAIN_BATCH)
     sizes = ((128, 64), (256, 64), (320, 64), (64, 64), (128, 16), (128, 128))
-    bfloat16, float32 = _beside_cudnn("bfloat16"), _beside_cudnn("float32")
+    bfloat16, linear = _beside_cudnn("bfloat16"), _of("float32", SCAN, ASSOCIATIVE)
     # float16 is the dtype in which cuDNN keeps a large W on the chip.
     large = *bfloat16, "cuDNN float16"
-    linear = _of("float32", SCAN, ASSOCIATIVE)
     streams = [(f"H {H}, T {T}", T, 1, 4, H) for T in (10_000, 100_000) for H in (1, 4, 16)]
     steps = (
         Step(untuned(main), BOTH, _of("bfloat16", KERNEL, SCAN), limits),
         *(Step(on_gpu(*size), BOTH, bfloat16, limits) for size in sizes),
-        Step(main, BOTH, float32, limits),
+        Step(main, BOTH, _beside_cudnn("float32"), limits),
         *(Step(on_gpu(H, MAIN_BATCH), BOTH, large, limits) for H in (512, 1024)),
         *(Step(Workload(*each), (BACKWARD_ALONE,), linear, limits) for each in streams),
     )
@@ -170,20 +154,13 @@ def _first() -> Plan:
 def _whole() -> Plan:
     """Every kernel at every H and B that it takes; at the main batch beside all rivals."""
     limits, steps = Limits(9, 5, 1.0, alike=100), []
-    sizes = [
-        (H, B)
-        for hidden in ((128, 256, 320, 64), (512, 1024, 768))
-        for batches in ((MAIN_BATCH,), (16, 128))
-        for H in hidden
-        for B in batches
-    ]
-    for dtype, largest in LARGEST.items():
-        rivals = [subject.name for subject in ON_GPU if subject.dtype == dtype]
-        everyone = tuple(name for name in rivals if not name.startswith(ASSOCIATIVE))
-        for H, B in sizes:
-            them = everyone if B == MAIN_BATCH else _beside_cudnn(dtype)
-            if H <= largest:
-                steps.append(Step(on_gpu(H, B), BOTH, them, limits))
+    for dtype, hidden in product(LARGEST, ((128, 256, 320, 64), (512, 1024, 768))):
+        rivals = (s.name for s in ON_GPU if s.dtype == dtype and ASSOCIATIVE not in s.name)
+        who = {MAIN_BATCH: tuple(rivals), 16: _beside_cudnn(dtype), 128: _beside_cudnn(dtype)}
+        points = [*product((MAIN_BATCH,), hidden), *((B, H) for H in hidden for B in (16, 128))]
+        for B, H in points:
+            if H <= LARGEST[dtype]:
+                steps.append(Step(on_gpu(H, B), BOTH, who[B], limits))
     return Plan(tuple(steps), minutes=8.0)
 
 

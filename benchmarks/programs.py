@@ -15,22 +15,13 @@ from benchmarks.reference import parameter_names
 from benchmarks.results import cores
 from benchmarks.subjects import Layer, NotOfferedError, Prepared
 from benchmarks.subjects.registry import Subject
-from benchmarks.workloads import (
-    BACKWARD,
-    BACKWARD_ALONE,
-    FORWARD,
-    HVP,
-    JVP,
-    PARAMETERS,
-    Data,
-    Workload,
-)
+from benchmarks.workloads import BACKWARD, BACKWARD_ALONE, FORWARD, HVP, Data, Workload
 
 # XLA takes any program for a product.
 NOT_TUNED = {"xla_gpu_autotune_level": 0}
 # How jaxrnn's kernels are called in a program's text.
 KERNEL_NAMES = ("jaxrnn_states", "jaxrnn_adjoint")
-Program = tuple[Callable[..., Any], tuple[Any, ...]]
+Program = tuple[Callable[..., Any], tuple[Any, ...]]  # a function and its arguments
 
 
 def device() -> Any:
@@ -62,32 +53,16 @@ def prepare(
 ) -> Prepared:
     """A subject's program, compiled and called once.
 
-    Args:
-      subject: whose.
-      workload: the shapes, with the subject's network.
-      measure: one of the measures.
-      data: the numbers.
-      tangent: the direction of derivatives.
-
-    Returns:
-      The `Prepared`.
-
     Raises:
       NotOfferedError: the subject lacks the network or the measure.
       ImportError: its library is not installed.
     """
     dtype = workload.dtype or subject.dtype
     if subject.make is None:
-        return _compiled(products(workload, measure, dtype), workload, lambda result: {})
-    layer = subject.make(workload.network)
-    program = make(layer, workload, measure, data, tangent, dtype)
-    return _compiled(program, workload, partial(arrays, layer, workload, measure))
-
-
-def _compiled(
-    program: Program, workload: Workload, unload: Callable[[Any], dict[str, Any]]
-) -> Prepared:
-    function, args = program
+        function, args = products(workload, measure, dtype)
+    else:
+        layer = subject.make(workload.network)
+        function, args = make(layer, workload, measure, data, tangent, dtype)
     times = [time.perf_counter()]
     jitted = jax.jit(function)
     lowered = jitted.lower(*args)
@@ -105,46 +80,40 @@ def _compiled(
     call = partial(jitted if workload.tuned else compiled, *args)
     start = time.perf_counter()
     result = jax.block_until_ready(call())
+    first = time.perf_counter() - start
     trace, compiling = (float(seconds) for seconds in np.diff(times))
+    record = {"trace": trace, "compile": compiling, "first_call": trace + compiling + first}
     text = f"{lowered.as_text()}\n{compiled.as_text()}"
-    record: dict[str, Any] = {
-        "trace": trace,
-        "compile": compiling,
-        "first_call": trace + compiling + time.perf_counter() - start,
-        "kernels": [name for name in KERNEL_NAMES if name in text],
-    }
+    record["kernels"] = [name for name in KERNEL_NAMES if name in text]
     if (analysis := compiled.memory_analysis()) is not None:
         record["temporaries"] = analysis.temp_size_in_bytes
-    queued = device().platform == "gpu"  # a call returns before its result is there
-    wait = jax.block_until_ready if queued else None
-    return Prepared(
-        call if queued else lambda: jax.block_until_ready(call()),
-        wait,
-        lambda: unload(result),
-        record,
-    )
+
+    def found():
+        return {} if subject.make is None else arrays(layer, workload, measure, result)
+
+    if device().platform == "gpu":  # a call returns before its result is there
+        return Prepared(call, jax.block_until_ready, found, record)
+    return Prepared(lambda: jax.block_until_ready(call()), None, found, record)
 
 
 def make(
     layer: Layer, workload: Workload, measure: str, data: Data, tangent: Data, dtype: str
 ) -> Program:
-    """The program of one measure and its arguments: nothing that is computed is closed over.
+    """The program of one measure: nothing that is computed is closed over.
 
-    Gradients and tangents have the layer's own layout: see `arrays`.
+    Gradients have the layer's own layout: see `arrays`.
     """
 
     def array(values):
         # Rounded on the device: NumPy takes seconds for large arrays.
         return jnp.asarray(_batch_first(layer, values)).astype(dtype)
 
-    def inputs(numbers):
-        if numbers.ids is None:
-            return array(numbers.xs)
-        return jnp.asarray(numbers.ids.T if layer.batch_first else numbers.ids)
-
     unroll = _on_inputs(layer, workload)
-    weights, moved = (_weights(layer, numbers, dtype) for numbers in (data, tangent))
-    xs, g = inputs(data), array(data.g)
+    weights, g = _weights(layer, data, dtype), array(data.g)
+    if data.ids is not None:
+        xs = jnp.asarray(data.ids.T if layer.batch_first else data.ids)
+    else:
+        xs = array(data.xs)
     lengths = () if data.lengths is None else (jnp.asarray(data.lengths),)
 
     def loss(weights, xs, g, *lengths):
@@ -158,27 +127,15 @@ def make(
 
     if measure == FORWARD:
         return unroll, (weights, xs, *lengths)
-    if measure == PARAMETERS or (measure == BACKWARD and workload.ids):
-        return jax.grad(loss), (weights, xs, g, *lengths)
     if measure == BACKWARD:
-        return jax.grad(loss, (0, 1)), (weights, xs, g, *lengths)
+        return jax.grad(loss, 0 if workload.ids else (0, 1)), (weights, xs, g, *lengths)
     if measure == BACKWARD_ALONE:
         forward = jax.jit(lambda *args: jax.vjp(unroll, *args)[1], compiler_options=NOT_TUNED)
-        return (lambda pull, g: pull(g)), (forward(weights, xs), g)
+        return lambda pull, g: pull(g), (forward(weights, xs), g)
+    assert measure == HVP
     if workload.network.activation == "relu":
-        raise NotOfferedError(f"there is no reference for relu's {measure}")
-    if measure == HVP:
-        return curvature, (weights, moved, xs, g, *lengths)
-    assert measure == JVP
-    moving, still = ((), (xs,)) if workload.ids else ((xs, array(tangent.xs)), ())
-
-    def tangent_of_states(weights, moved, moving, still):
-        def states(weights, *xs):
-            return unroll(weights, *xs, *still)
-
-        return jax.jvp(states, (weights, *moving[:1]), (moved, *moving[1:]))
-
-    return tangent_of_states, (weights, moved, moving, (*still, *lengths))
+        raise NotOfferedError("there is no reference for relu's second derivatives")
+    return curvature, (weights, _weights(layer, tangent, dtype), xs, g, *lengths)
 
 
 def arrays(layer: Layer, workload: Workload, measure: str, result: Any) -> dict[str, Any]:
@@ -193,39 +150,31 @@ def arrays(layer: Layer, workload: Workload, measure: str, result: Any) -> dict[
             array = array[few] if layer.batch_first else array[:, few]
         return _batch_first(layer, np.asarray(array, np.float64))
 
-    copies = {}
-    if workload.distinct and measure in (FORWARD, BACKWARD):
-        copies["copies"] = difference_of_copies(workload, measure, result)
-    if measure == FORWARD:
-        return {"hs": sequences(result), **copies}
-    if measure == JVP:
-        hs, moved = map(sequences, result)
-        return {"hs": hs, "tangent of hs": moved}
     with_inputs = measure in (BACKWARD, BACKWARD_ALONE) and not workload.ids
     gradient, *dxs = result if with_inputs else (result,)
+    copies = {}
+    if workload.distinct and measure in (FORWARD, BACKWARD):
+        whole = result if measure == FORWARD else dxs[0]
+        copies["copies"] = float(_difference_of_copies(whole, workload.distinct))
+    if measure == FORWARD:
+        return {"hs": sequences(result), **copies}
     # NumPy's arrays in the layer's containers: nothing here is compiled.
     gradient = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), gradient)
-    prefix = "tangent of " if measure == HVP else ""
-    names = [f"{prefix}{name}" for name in parameter_names(workload.network.cells)]
+    names = parameter_names(workload.network.cells, "tangent of " if measure == HVP else "")
     found = dict(zip(names, _unload(layer, workload, gradient), strict=True))
     return found | copies | ({"dxs": sequences(dxs[0])} if dxs else {})
 
 
-def difference_of_copies(workload: Workload, measure: str, result: Any) -> float:
-    """How far sequences that are equal differ, in terms of the largest entry.
+@partial(jax.jit, static_argnums=1)
+def _difference_of_copies(array, distinct):
+    """In terms of the largest entry; infinite where a NaN is: a maximum by XLA may lose it.
 
     The reference is compared with each of the distinct sequences once, and this finds a mistake in
-    any of the others. Infinite where a NaN is.
+    any of the others.
     """
-    return float(_difference(result if measure == FORWARD else result[1], workload.distinct))
-
-
-@partial(jax.jit, static_argnums=1)
-def _difference(array, distinct):
     array = array.astype(jnp.float32)
     copies = array.reshape(array.shape[0], -1, distinct, array.shape[-1])
     difference = jnp.abs(copies - copies[:, :1]) / jnp.max(jnp.abs(copies[:, :1]))
-    # A maximum by XLA may lose NaN.
     return jnp.max(jnp.where(jnp.isnan(difference), jnp.inf, difference))
 
 
@@ -249,7 +198,7 @@ def products(workload: Workload, measure: str, dtype: str) -> Program:
     product over all steps: U x, and backward dW, dU and dxs. No nonlinearity, no bias, no states
     kept.
     """
-    if measure not in (FORWARD, BACKWARD, PARAMETERS) or not workload.network.plain:
+    if measure not in (FORWARD, BACKWARD) or not workload.network.plain:
         raise NotOfferedError("its products are not counted")
     T, B, D, H = workload.T, workload.B, workload.D, workload.H
     members, many = ((workload.members,) if workload.members else ()), max(workload.members, 1)
@@ -258,8 +207,8 @@ def products(workload: Workload, measure: str, dtype: str) -> Program:
     W = jnp.asarray(np.linalg.qr(rng.standard_normal((*members, H, H)))[0], dtype)
     # Members share the inputs: their matrices U are rows of one. Where backward needs states and
     # deltas of all steps, any numbers will do.
-    both = (*members, T * B, H)
-    shapes = (*members, B, H), (many * H, D), (T * B, D), both, both, (T * B, many * H)
+    every = (*members, T * B, H)
+    shapes = (*members, B, H), (many * H, D), (T * B, D), every, every, (T * B, many * H)
     others = [jax.random.normal(jax.random.key(n), s, dtype) for n, s in enumerate(shapes)]
 
     def loop(W, h):
@@ -270,13 +219,9 @@ def products(workload: Workload, measure: str, dtype: str) -> Program:
 
     def backward(W, h0, U, xs, hs, deltas, beside):
         h, inputs = forward(W, h0, U, xs)
+        of_inputs = None if workload.ids else (beside.T @ xs, beside @ U)
         # From where the first loop ends, so that the two do not run side by side.
-        found = {"adjoint": loop(W, h), "inputs": inputs, "dW": jnp.swapaxes(deltas, -1, -2) @ hs}
-        if not workload.ids:
-            found["dU"] = beside.T @ xs
-            if measure == BACKWARD:
-                found["dxs"] = beside @ U
-        return found
+        return loop(W, h), inputs, jnp.swapaxes(deltas, -1, -2) @ hs, of_inputs
 
     if measure == FORWARD:
         return forward, (W, *others[:3])
@@ -297,28 +242,25 @@ def _on_inputs(layer: Layer, workload: Workload) -> Callable[..., jax.Array]:
 
 def _weights(layer: Layer, data: Data, dtype: str) -> Any:
     """The layer's pytree; for an ensemble its leaves are stacked, for several cells a tuple."""
-    if len(data.cells) > 1:
-        loaded = tuple(layer.load(*cell) for cell in data.cells)
-    elif data.cells[0][1].ndim == 2:
-        loaded = layer.load(*data.cells[0])
-    else:
-        members = [layer.load(*member) for member in zip(*data.cells[0], strict=True)]
-        loaded = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), loaded)
+    cells = [[jnp.asarray(array, dtype) for array in cell] for cell in data.cells]
+    if len(cells) > 1:
+        return tuple(layer.load(*cell) for cell in cells)
+    if cells[0][1].ndim == 2:
+        return layer.load(*cells[0])
+    members = [layer.load(*member) for member in zip(*cells[0], strict=True)]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
 
 
 def _unload(layer: Layer, workload: Workload, gradient: Any) -> list[np.ndarray]:
     if workload.network.cells > 1:
-        parts = [part for cell in gradient for part in layer.unload(cell)]
-    elif not workload.members:
-        parts = layer.unload(gradient)
-    else:
-        each = [
-            layer.unload(jax.tree.map(lambda leaf, n=n: leaf[n], gradient))
-            for n in range(workload.members)
-        ]
-        parts = [np.stack(part) for part in zip(*each, strict=True)]
-    return [np.asarray(part) for part in parts]
+        return [np.asarray(part) for cell in gradient for part in layer.unload(cell)]
+    if not workload.members:
+        return [np.asarray(part) for part in layer.unload(gradient)]
+    each = [
+        layer.unload(jax.tree.map(lambda leaf, n=n: leaf[n], gradient))
+        for n in range(workload.members)
+    ]
+    return [np.stack(parts) for parts in zip(*each, strict=True)]
 
 
 def _batch_first(layer: Layer, array: np.ndarray) -> np.ndarray:

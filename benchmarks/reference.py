@@ -1,195 +1,120 @@
 """What every subject is compared with before it is timed: NumPy, float64, plain loops over time."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from benchmarks.workloads import (
-    BACKWARD,
-    BACKWARD_ALONE,
-    FORWARD,
-    HVP,
-    JVP,
-    PARAMETERS,
-    Data,
-    Network,
-    Workload,
-)
+from benchmarks.workloads import BACKWARD, BACKWARD_ALONE, FORWARD, HVP, Data, Network, Workload
 
 PHI = {"tanh": np.tanh, "relu": lambda a: np.maximum(a, 0)}
-# Of the central differences that stand for derivatives of the reference.
-DIFFERENCE = 1e-6
+# Of the central differences that stand for second derivatives of the reference.
+STEP = 1e-6
 Arrays = dict[str, np.ndarray]
 
 
-def parameter_names(cells: int) -> list[str]:
+def parameter_names(cells: int, prefix: str = "") -> list[str]:
     """Of the gradients of every cell: "dU of 2" is that of the second one."""
-    return [f"{d}{f' of {n}' if n > 1 else ''}" for n in range(1, cells + 1) for d in _PARAMETERS]
-
-
-_PARAMETERS = ("dU", "dW", "db")
+    numbers = ["", *(f" of {n}" for n in range(2, cells + 1))]
+    return [f"{prefix}{d}{number}" for number in numbers for d in ("dU", "dW", "db")]
 
 
 class Reference:
-    """What is right on one workload, computed once for all subjects.
+    """What is right on one workload in a dtype, computed once for all subjects.
 
-    Args:
-      workload: the shapes.
-      data: the numbers.
-      tangent: the direction of derivatives.
-      dtype: of the subjects that are compared.
-      tf32: whether their products round factors to TensorFloat-32.
+    With `tf32` their products round factors to TensorFloat-32.
     """
 
-    def __init__(
-        self,
-        workload: Workload,
-        data: Data,
-        tangent: Data,
-        dtype: str = "float32",
-        tf32: bool = False,
-    ):
-        self.workload, self.dtype, self.tf32 = workload, dtype, tf32
-        self.data, self.tangent = _float64(data), _float64(tangent)
-        self.times = 1
+    def __init__(self, workload: Workload, data: Data, dtype: str = "float32", tf32: bool = False):
+        few, self.workload, self.precision = workload.compared, workload, (dtype, tf32)
         if workload.distinct:
-            few, self.times = workload.compared, workload.B // workload.distinct
-            self.data = replace(self.data, xs=self.data.xs[:, few], g=self.data.g[:, few])
-            self.tangent = replace(self.tangent, xs=self.tangent.xs[:, few])
+            data = replace(data, xs=data.xs[:, few], g=data.g[:, few])
+        self.data = _float64(data)
         self.known: dict[tuple[str, str], tuple[Arrays, dict[str, float]]] = {}
 
-    def expected(self, measure: str, activation: str) -> tuple[Arrays, dict[str, float]]:
-        """The arrays of a measure, and how far each may be off beyond rounding (see `_kinks`)."""
-        kind = BACKWARD if measure in (BACKWARD_ALONE, PARAMETERS) else measure
-        if (kind, activation) not in self.known:
-            network = replace(self.workload.network, activation=activation)
-            if kind == BACKWARD:
-                found = self._gradients(network), self._kinks(network)
-            else:
-                found = self._others(kind, network), {}
-            self.known[kind, activation] = found
-        arrays, slack = self.known[kind, activation]
-        if measure == PARAMETERS:
-            arrays = {name: array for name, array in arrays.items() if name != "dxs"}
-        return arrays, slack
-
     def compare(
-        self, measure: str, activation: str, arrays: Arrays
+        self, measure: str, activation: str, arrays: Arrays, tangent: Data
     ) -> tuple[dict[str, float], str | None]:
-        """How far a subject's arrays are off.
-
-        Args:
-          measure: what was computed.
-          activation: the subject's φ.
-          arrays: its results as float64 in Data's layout, by name.
+        """How far a subject's float64 arrays are off.
 
         Returns:
           (the largest error of each array in terms of the array's largest entry, a line that says
           which is off by more than rounding explains or None).
         """
-        expected, slack = self.expected(measure, activation)
-        errors, wrong = {}, None
+        measure = BACKWARD if measure == BACKWARD_ALONE else measure
+        if (measure, activation) not in self.known:
+            network = replace(self.workload.network, activation=activation)
+            self.known[measure, activation] = self._expected(measure, network, tangent)
+        (expected, slack), errors, wrong = self.known[measure, activation], {}, None
         for name, right in expected.items():
             array = arrays.get(name)
             if array is None or array.shape != right.shape:
                 shape = None if array is None else list(array.shape)
                 return errors, f"{name} has shape {shape}, not {list(right.shape)}"
-            # A gradient can be 0 throughout: a relu unit that is off gives its W none.
-            error = float(np.max(np.abs(array - right)) / (np.max(np.abs(right)) or 1.0))
-            allowed = tolerance(name, self.workload, self.dtype, self.tf32) + slack.get(name, 0.0)
-            errors[name] = error
-            if wrong is None and not error <= allowed:  # NaN too
-                wrong = f"{name} is off by {error:.1e} of its largest entry, allowed {allowed:.1e}"
+            errors[name] = _off(array, right)
+            allowed = tolerance(name, self.workload, *self.precision) + slack.get(name, 0.0)
+            if wrong is None and not errors[name] <= allowed:  # NaN too
+                wrong = f"{name} is off by {errors[name]:.1e} of its largest entry"
+                wrong += f", allowed {allowed:.1e}"
         return errors, wrong
 
-    def _gradients(self, network: Network, kink: float = 0.0) -> Arrays:
-        found = gradients(self.data, network, kink)
-        return {n: array if n == "dxs" else self.times * array for n, array in found.items()}
-
-    def _kinks(self, network: Network) -> dict[str, float]:
-        """How far gradients jump, where relu's argument is 0 but for rounding.
-
-        It falls to either side of the kink: the gradients of one side, and of the other.
-        """
-        if network.activation != "relu":
-            return {}
-        largest = np.max(np.abs(states(self.data, network)))
-        near = tolerance("hs", self.workload, self.dtype, self.tf32) / 4 * largest
-        low, high = (self._gradients(network, kink) for kink in (near, -near))
-        return {
-            name: float(np.max(np.abs(high[name] - low[name])) / (np.max(np.abs(low[name])) or 1))
-            for name in low
-        }
-
-    def _others(self, measure: str, network: Network) -> Arrays:
+    def _expected(self, measure, network, tangent):
+        """The arrays of a measure, and how far each may be off beyond rounding."""
         if measure == FORWARD:
-            return {"hs": states(self.data, network)}
-        if measure == JVP:
-            moved = replace(self.tangent, xs=0 * self.data.xs) if self.workload.ids else None
+            return {"hs": states(self.data, network)}, {}
+        if measure == HVP:
+            ahead, back = (
+                gradients(_moved(self.data, tangent, by), network) for by in (STEP, -STEP)
+            )
+            names = parameter_names(network.cells)
+            return {f"tangent of {n}": (ahead[n] - back[n]) / (2 * STEP) for n in names}, {}
+        right = self._gradients(network)
+        if network.activation != "relu":
+            return right, {}
+        # Where relu's argument is 0 but for rounding it falls to either side of the kink, and
+        # gradients jump: the gradients of one side, and of the other.
+        near = tolerance("hs", self.workload, *self.precision) / 4
+        near *= np.max(np.abs(states(self.data, network)))
+        low, high = (self._gradients(network, kink) for kink in (near, -near))
+        return right, {name: _off(high[name], low[name]) for name in low}
 
-            def result(data):
-                return {"hs": states(data, network)}
-        else:
-            moved = replace(self.tangent, xs=0 * self.data.xs)
-
-            def result(data):
-                every = gradients(data, network)
-                return {name: every[name] for name in parameter_names(network.cells)}
-
-        found = _derivative(result, self.data, moved or self.tangent)
-        found = {f"tangent of {name}": array for name, array in found.items()}
-        return found if measure == HVP else {**result(self.data), **found}
+    def _gradients(self, network, kink=0.0):
+        copies = self.workload.B // (self.workload.distinct or self.workload.B)
+        found = gradients(self.data, network, kink)
+        return {n: array if n == "dxs" else copies * array for n, array in found.items()}
 
 
 def states(data: Data, network: Network) -> np.ndarray:
-    """What a network of h_0 = 0 puts out, for each member.
-
-    Args:
-      data: the numbers of a workload, float64.
-      network: see `Network`.
-
-    Returns:
-      hs `[*members, T, B, H]`, 0 after a sequence's end; of both directions `[T, B, 2 H]`; or the
-      last state, `[*members, B, H]`.
-    """
+    """What a network of h_0 = 0 puts out, for each member: see `Network`."""
     every = [hs for _, hs, _ in _cells(data, network)]
-    hs = every[-1]
     if network.bidirectional:
-        return np.concatenate([every[0], np.flip(hs, -3)], -1)
+        return np.concatenate([every[0], np.flip(every[1], -3)], -1)
     if network.lengths:
-        return hs * _valid(data)
-    return hs[..., -1, :, :] if network.last else hs
+        return every[-1] * _valid(data)
+    return every[-1][..., -1, :, :] if network.last else every[-1]
 
 
 def gradients(data: Data, network: Network, kink: float = 0.0) -> Arrays:
-    """The gradients of Σ hs · g, by backpropagation through time.
+    """The gradients of Σ hs · g by name, in Data's shapes, by backpropagation through time.
 
-    Args:
-      data: the numbers of a workload, float64.
-      network: see `Network`.
-      kink: where relu's slope jumps.
-
-    Returns:
-      By name, in Data's shapes; dxs, which is summed over members, is left out for ids.
+    dxs is summed over members, and left out for ids. At `kink` relu's slope jumps.
     """
     g, cells = data.g, _cells(data, network)
     if network.last:
         g = np.concatenate([np.zeros((len(data.xs) - 1, *g.shape)), g[None]])
     if network.lengths:
         g = g * _valid(data)
-    found: list[np.ndarray] = []
     if network.bidirectional:
         ahead, back = np.split(g, 2, -1)
         (*first, dxs), (*second, dxs_back) = (
-            _pull(cell, *ran, part, network, kink)
+            _backward(cell, *ran, part, network, kink)
             for cell, ran, part in zip(data.cells, cells, (ahead, np.flip(back, -3)), strict=True)
         )
         found, g = [*first, *second], dxs + np.flip(dxs_back, -3)
     else:
+        found = []
         for cell, ran in zip(reversed(data.cells), reversed(cells), strict=True):
-            *parameters, g = _pull(cell, *ran, g, network, kink)
+            *parameters, g = _backward(cell, *ran, g, network, kink)
             found = [*parameters, *found]
     named = dict(zip(parameter_names(network.cells), found, strict=True))
     return named if data.ids is not None else {**named, "dxs": g.sum(0) if g.ndim == 4 else g}
@@ -201,35 +126,35 @@ def _cells(data, network):
     for n, cell in enumerate(data.cells):
         if network.bidirectional and n == 1:
             inputs = np.flip(inputs, -3)
-        hs, before_phi = _unroll(cell, inputs, network)
-        found.append((inputs, hs, before_phi))
+        hs, arguments = _forward(cell, inputs, network)
+        found.append((inputs, hs, arguments))
         inputs = inputs if network.bidirectional else hs
     return found
 
 
-def _unroll(cell, xs, network):
+def _forward(cell, xs, network):
     U, W, b = cell
     phi, leak, voltage = PHI[network.activation], network.leak, network.form == "voltage"
     drive = xs @ _over_time(_transposed(U)) + b[..., None, None, :]
-    hs, before_phi = np.empty_like(drive), np.empty_like(drive)
+    hs, arguments = np.empty_like(drive), np.empty_like(drive)
     h, Wt = np.zeros_like(drive[..., 0, :, :]), _transposed(W)
     for t in range(xs.shape[-3]):
         a = (phi(h) if voltage else h) @ Wt + drive[..., t, :, :]
         new = a if voltage else phi(a)
         h = new if leak is None else (1 - leak) * h + leak * new
         hs[..., t, :, :] = h
-        before_phi[..., t, :, :] = h if voltage else a
-    return hs, before_phi
+        arguments[..., t, :, :] = h if voltage else a
+    return hs, arguments
 
 
-def _pull(cell, xs, hs, before_phi, g, network, kink):
+def _backward(cell, xs, hs, arguments, g, network, kink):
     """(dU, dW, db, dxs) of one cell, g the cotangent of its states."""
     (U, W, _), voltage, phi = cell, network.form == "voltage", PHI[network.activation]
     kept, taken = (0.0, 1.0) if network.leak is None else (1 - network.leak, network.leak)
     if network.activation == "tanh":
-        slopes = 1 - np.square(np.tanh(before_phi))
+        slopes = 1 - np.square(np.tanh(arguments))
     else:
-        slopes = (before_phi > kink).astype(np.float64)
+        slopes = (arguments > kink).astype(np.float64)
     deltas = np.empty_like(hs)
     later = delta = np.zeros_like(hs[..., 0, :, :])
     for t in reversed(range(xs.shape[-3])):
@@ -241,18 +166,6 @@ def _pull(cell, xs, hs, before_phi, g, network, kink):
     rows = _transposed(_rows(deltas))
     dW = rows @ _rows(phi(before) if voltage else before)
     return rows @ _rows(xs), dW, rows.sum(-1), deltas @ _over_time(U)
-
-
-def _derivative(f: Callable[[Data], Arrays], data: Data, tangent: Data) -> Arrays:
-    """Of f along a direction of weights and inputs, by central differences."""
-
-    def moved(by):
-        pairs = zip(data.cells, tangent.cells, strict=True)
-        cells = tuple(tuple(x + by * dx for x, dx in zip(*p, strict=True)) for p in pairs)
-        return replace(data, cells=cells, xs=data.xs + by * tangent.xs)
-
-    ahead, back = f(moved(DIFFERENCE)), f(moved(-DIFFERENCE))
-    return {name: (ahead[name] - back[name]) / (2 * DIFFERENCE) for name in ahead}
 
 
 def tolerance(name: str, workload: Workload, dtype: str, tf32: bool = False) -> float:
@@ -268,7 +181,7 @@ def tolerance(name: str, workload: Workload, dtype: str, tf32: bool = False) -> 
     # A layer adds its own errors to those of the layers below. A tangent adds the errors of what
     # it is the tangent of to its own. Four is for the largest of many errors; the largest entry of
     # a gradient is itself some four times a usual one.
-    v = 2.0**-53 if dtype == "float64" else 2.0**-24
+    v = 2.0**-24
     # Tensor cores cut a factor to TF32 where nothing rounds it before, which is up to one step of
     # its 10 bits of mantissa, twice what rounding is.
     u = 2.0**-10 if tf32 else {"bfloat16": 2.0**-8, "float16": 2.0**-11}.get(dtype, v)
@@ -282,9 +195,20 @@ def tolerance(name: str, workload: Workload, dtype: str, tf32: bool = False) -> 
     return 2 * of_gradients if name.startswith("tangent") else of_gradients
 
 
+def _off(array, right):
+    """The largest error. A gradient can be 0 throughout: a relu unit that is off gives none."""
+    return float(np.max(np.abs(array - right)) / (np.max(np.abs(right)) or 1.0))
+
+
 def _float64(data: Data) -> Data:
     cells: Any = tuple(tuple(array.astype(np.float64) for array in cell) for cell in data.cells)
     return replace(data, cells=cells, xs=data.xs.astype(np.float64), g=data.g.astype(np.float64))
+
+
+def _moved(data: Data, tangent: Data, by: float) -> Data:
+    pairs = zip(data.cells, tangent.cells, strict=True)
+    cells: Any = tuple(tuple(x + by * dx for x, dx in zip(*pair, strict=True)) for pair in pairs)
+    return replace(data, cells=cells)
 
 
 def _valid(data):

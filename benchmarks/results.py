@@ -2,7 +2,7 @@
 
 schema      1
 date        day of the run
-device      processor, cores, memory_gib, gpu
+device      processor, cores, gpu
 versions    of Python and each distribution; null where it is not installed
 threads     of each worker
 flags       XLA_FLAGS of each worker
@@ -22,8 +22,6 @@ import json
 import os
 import platform
 import re
-import shutil
-import subprocess
 import sys
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -31,11 +29,9 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
-KEYS = ("schema", "date", "device", "versions", "dtype", "options", "subjects", "rows")
-DISTRIBUTIONS = (
-    *("jax", "jaxlib", "numpy", "jaxrnn", "flax", "dm-haiku", "equinox", "keras", "torch"),
-)
-ON_GPU = ("jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
+KEYS = ("device", "date", "versions", "options", "subjects", "rows")
+PACKAGES = "jax jaxlib numpy jaxrnn flax dm-haiku equinox keras torch".split()
+ON_GPU = "jax-cuda12-plugin jax-cuda13-plugin nvidia-cudnn-cu12 nvidia-cudnn-cu13".split()
 # Where NVIDIA's installer puts toolkits.
 SYSTEM = Path("/usr/local")
 
@@ -44,14 +40,13 @@ class ResultsError(ValueError):
     """A file that does not hold results; the message says what was expected."""
 
 
-def new(versions: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+def new(device: str, options: dict[str, Any]) -> dict[str, Any]:
     """An empty document of today and this machine."""
-    device = {"processor": processor(), "cores": cores(), "memory_gib": memory_gib(), "gpu": None}
     return {
         "schema": SCHEMA,
         "date": date.today().isoformat(),
-        "device": device,
-        "versions": versions,
+        "device": {"processor": _processor(), "cores": cores(), "gpu": None},
+        "versions": _versions(device),
         "threads": {},
         "flags": {},
         "dtype": "float32",
@@ -64,34 +59,19 @@ def new(versions: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
 
 def write(document: dict[str, Any], path: Path) -> None:
     """Write the document; an old file is replaced when the new one is complete."""
+    text = []
+    for key, value in document.items():
+        lines = json.dumps(value, ensure_ascii=False)
+        if isinstance(value, list) and value:  # a line for each row
+            rows = ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in value)
+            lines = f"[\n{rows}\n]"
+        text.append(f'"{key}": {lines}')
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(_compact(document) + "\n", encoding="utf-8")
+        partial.write_text("{\n" + ",\n".join(text) + "\n}\n", encoding="utf-8")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _compact(document: dict[str, Any]) -> str:
-    """One line for each row, and six digits of each number."""
-    text = []
-    for key, value in document.items():
-        if isinstance(value, list) and value:
-            rows = ",\n".join(f"  {json.dumps(_rounded(row), ensure_ascii=False)}" for row in value)
-            text.append(f'"{key}": [\n{rows}\n]')
-        else:
-            text.append(f'"{key}": {json.dumps(value, ensure_ascii=False)}')
-    return "{\n" + ",\n".join(text) + "\n}"
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_rounded(item) for item in value]
-    return value
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -111,58 +91,50 @@ def read(path: Path) -> dict[str, Any]:
     missing = [key for key in KEYS if key not in document]
     if missing:
         raise ResultsError(f"{path}: lacks {', '.join(missing)}")
-    return _with_figures(document)
-
-
-def _with_figures(document):
-    """Older files have compilation and memory in lists of their own."""
-
-    def key(row):
-        return row["workload"]["name"], row["measure"], row["subject"]
-
-    rows = {key(row): row for row in document["rows"]}
+    # Older files have compilation and memory in lists of their own.
+    rows = {row_key(row): row for row in document["rows"]}
     for figures in (*document.pop("compile", ()), *document.pop("memory", ())):
-        rows[key(figures)].update(figures)
+        rows[row_key(figures)].update(figures)
     return document
 
 
-def new_path(wanted: Path, force: bool = False) -> Path:
-    """Where to write without overwriting: the wanted path, or the first free of -2, -3 and so on.
+def row_key(row: dict[str, Any]) -> tuple[str, str, str]:
+    """The names of the workload, measure and subject."""
+    return row["workload"]["name"], row["measure"], row["subject"]
 
-    Args:
-      wanted: the path; its directory is made.
-      force: take it even where a file is.
+
+def new_path(wanted: Path) -> Path:
+    """Where to write without overwriting: the wanted path, or the first free of -2, -3 and so on.
 
     Raises:
       OSError: it cannot be written.
     """
     path, n = wanted, 1
-    while path.exists() and not force:
+    while path.exists():
         n += 1
         path = wanted.with_name(f"{wanted.stem}-{n}{wanted.suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
+    if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"{path} cannot be written")
     return path
 
 
 def slug(device: dict[str, Any]) -> str:
     """A directory's name for a device, such as `cpu-amd-epyc-2-cores` or `gpu-nvidia-h200`."""
-    if device["gpu"]:
-        text = f"gpu {device['gpu']}"
-    else:
-        text = f"cpu {device['processor']} {device['cores']} cores"
+    cpu = f"cpu {device['processor']} {device['cores']} cores"
+    text = f"gpu {device['gpu']}" if device["gpu"] else cpu
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def caption(document: dict[str, Any]) -> str:
     """The device, the day and the versions of a run."""
     device, versions = document["device"], document["versions"]
-    count = device["cores"]
-    where = f"{count} core{'s' if count > 1 else ''} of {device['processor']}"
+    where = f"{device['cores']} cores of {device['processor']}"
     where = f"{device['gpu']} ({where})" if device["gpu"] else where
     names = ", ".join(f"{name} {versions[name]}" for name in versions if versions[name])
-    return f"{where}, {document['date']}; {names}"
+    early = "; stopped early" if document.get("interrupted") else ""
+    dry = "; a dry run, interpreted on the CPU" if document["options"].get("dry") else ""
+    return f"{where}, {document['date']}; {names}{early}{dry}"
 
 
 def cores() -> int:
@@ -172,7 +144,7 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def processor() -> str:
+def _processor() -> str:
     """The processor's model, without the marks and the frequency."""
     try:
         line = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
@@ -182,29 +154,13 @@ def processor() -> str:
     return " ".join(re.sub(r"\((R|TM|tm|r)\)|\bCPU\b|@.*$", " ", name).split())
 
 
-def memory_gib() -> float | None:
-    """The machine's memory, or None where it is not known."""
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (ValueError, OSError, AttributeError):
-        return None
-
-
-def versions(device: str) -> dict[str, str | None]:
-    """Of Python and each distribution; on a GPU of JAX's plugin, cuDNN, driver and ptxas too."""
+def _versions(device: str) -> dict[str, str | None]:
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in (*DISTRIBUTIONS, *(ON_GPU if device == "gpu" else ())):
+    for name in (*PACKAGES, *(ON_GPU if device == "gpu" else ())):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = None
-    if device == "gpu":
-        root = cuda_root()
-        said = _output(str(root / "bin" / "ptxas") if root else "ptxas", "--version")
-        release = re.search(r"release [\d.]+, V([\d.]+)", said)
-        query = "--query-gpu=driver_version", "--format=csv,noheader"
-        driver = _output("nvidia-smi", *query).splitlines()
-        found |= {"driver": driver[0] if driver else None, "ptxas": release[1] if release else None}
     return found
 
 
@@ -223,13 +179,3 @@ def cuda_root() -> Path | None:
         if all((root / part).exists() for part in parts):
             return root
     return None
-
-
-def _output(*command: str) -> str:
-    """What a program prints; nothing where there is none, or it takes too long."""
-    if shutil.which(command[0]) is None:
-        return ""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return ""

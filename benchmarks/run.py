@@ -4,10 +4,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
 from benchmarks import kernels
-from benchmarks.crew import TimeIsUpError, WorkerDiedError
+from benchmarks.crew import Crew, TimeIsUpError, WorkerDiedError
 from benchmarks.plan import MOST_OF_A_BLOCK, Limits, Plan
 from benchmarks.subjects.registry import KERNEL, TORCH, Subject
 from benchmarks.worker import without_directories
@@ -19,27 +19,21 @@ from benchmarks.workloads import Workload
 PAUSE_SECONDS = 0.02
 # Kernels of one kind that hang or crash before the others of it are left alone: each costs time.
 DEATHS = 2
+Row = dict[str, Any]
 
 
 class NoDeviceError(Exception):
     """The device is not there; the message says so."""
 
 
-class Caller(Protocol):
-    """What answers requests: `crew.Crew`."""
-
-    def call(self, kind: str, /, **request: Any) -> dict[str, Any]:
-        """One request to the worker of a kind."""
-        ...
-
-
-def describe_workers(crew: Caller, kinds: Sequence[str], device: str, document: dict) -> None:
+def describe_workers(crew: Crew, kinds: Sequence[str], device: str, document: Row) -> None:
     """Ask the workers for accelerator, threads and flags, and note them.
 
     Raises:
       NoDeviceError: JAX finds no GPU where the run is on one.
       TimeIsUpError: the time was up before a worker had started.
     """
+    crew.start(kinds)
     for kind in kinds:
         try:
             about = crew.call(kind, do="machine")
@@ -51,27 +45,22 @@ def describe_workers(crew: Caller, kinds: Sequence[str], device: str, document: 
             raise NoDeviceError(about.get("reason", "JAX finds no GPU here"))
         if "threads" in about:
             document["threads"][kind] = about["threads"]
-            document["flags"][kind] = without_directories(about.get("flags", ""))
+            document["flags"][kind] = without_directories(about["flags"])
             document["device"]["gpu"] = document["device"]["gpu"] or about["gpu"]
         if about.get("cudnn"):
             document["versions"]["cuDNN of torch"] = about["cudnn"]
 
 
 class Run:
-    """Measures all that is planned.
+    """Measures all that is planned, adding rows to the document as they are begun.
 
-    Args:
-      crew: the workers.
-      plan: what.
-      subjects: of the plan, by name.
-      document: the results so far; rows are added as they are begun.
-      say: is told a line for each measure, and one for each verdict on a kernel.
-      save: called after each of them, and at the end, however it comes.
+    `say` gets a line for each measure, and one for each verdict on a kernel; `save` is called
+    after each of them, and at the end, however it comes.
     """
 
     def __init__(
         self,
-        crew: Caller,
+        crew: Crew,
         plan: Plan,
         subjects: dict[str, Subject],
         document: dict[str, Any],
@@ -85,15 +74,13 @@ class Run:
 
     def go(self) -> None:
         """Measure; an interruption leaves what was measured."""
-        count, done = sum(len(step.measures) for step in self.plan.steps), 0
+        steps = [(step, measure) for step in self.plan.steps for measure in step.measures]
         try:
-            for step in self.plan.steps:
-                for measure in step.measures:
-                    done, start = done + 1, time.monotonic()
-                    rows = self.measure(step.workload, measure, step.subjects, step.limits)
-                    title = f"[{done}/{count}] {step.workload.name}, {measure}"
-                    self.say(f"{title}: {kernels.times(rows)} ({time.monotonic() - start:.0f} s)")
-                    self.save()
+            for n, (step, measure) in enumerate(steps, 1):
+                rows = self.measure(step.workload, measure, step.subjects, step.limits)
+                title = f"[{n}/{len(steps)}] {step.workload.name}, {measure}"
+                self.say(f"{title}: {kernels.times(rows)}")
+                self.save()
         except KeyboardInterrupt:
             self.document["interrupted"] = True
             raise
@@ -103,25 +90,15 @@ class Run:
 
     def measure(
         self, workload: Workload, measure: str, names: Sequence[str], limits: Limits
-    ) -> list[dict[str, Any]]:
-        """Prepare every subject, then go round: one sample from each, and again.
-
-        Args:
-          workload: the shapes.
-          measure: what.
-          names: the subjects.
-          limits: how much.
-
-        Returns:
-          The rows, which are in the document too.
-        """
-        rows: dict[str, dict[str, Any]] = {}
+    ) -> list[Row]:
+        """Prepare every subject, then go round: one sample from each, and again."""
+        rows = []
         for name in names:
             row = {"workload": asdict(workload), "subject": name, "measure": measure}
-            reason = "the run was stopped"
-            rows[name] = row | {"status": "not measured", "reason": reason, **_no_times()}
-            self.document["rows"].append(rows[name])
-        for row in rows.values():
+            rows.append(row | {"status": "not measured", "reason": "the run was stopped"})
+            rows[-1] |= {"rounds": [], "seconds": []}
+        self.document["rows"] += rows
+        for row in rows:
             self._prepare(row, rows, limits)
         start = time.monotonic()
         for n in range(limits.most):
@@ -134,34 +111,25 @@ class Run:
                 row |= {"status": "not measured", "reason": str(TimeIsUpError())}
         for kind in {self._kind(row) for row in _live(rows)}:
             self._call(kind, do="forget")
-        return list(rows.values())
+        return rows
 
-    def _prepare(self, row: dict[str, Any], rows: dict[str, Any], limits: Limits) -> None:
-        name, kernel = row["subject"], row["subject"].startswith(KERNEL)
-        reason = self._refused(row)
+    def _prepare(self, row: Row, rows: list[Row], limits: Limits) -> None:
+        name, reason = row["subject"], self._refused(row)
         if reason is not None:
             row |= {"status": "not measured", "reason": reason}
         else:
-            reply = self._call(
-                self._kind(row),
-                do="prepare",
-                subject=name,
-                workload=row["workload"],
-                measure=row["measure"],
-                alike=limits.alike,
-            )
+            what = {key: row[key] for key in ("subject", "workload", "measure")}
+            reply = self._call(self._kind(row), do="prepare", alike=limits.alike, **what)
             if reply["status"] == "not measured" and row["seconds"]:
                 return  # what was measured before its worker was started again stays
+            row.pop("reason", None)
             row |= reply
-            if reply["status"] == "ready":
-                row.pop("reason", None)
-            if reply.get("died"):
-                self._died(row, rows, limits)
-        if kernel:
+            self._check_life(row, rows, limits)
+        if name.startswith(KERNEL):
             self.say(kernels.verdict(row))
             self.save()
 
-    def _round(self, n: int, rows: dict[str, Any], limits: Limits) -> bool:
+    def _round(self, n: int, rows: list[Row], limits: Limits) -> bool:
         """One sample of each, another one first in each round; whether there was time for it."""
         live = _live(rows)
         first, before = n % max(len(live), 1), None
@@ -179,15 +147,16 @@ class Run:
                 row["rounds"].append(n)
                 row["seconds"].append(reply["seconds"])
                 continue
-            row |= {**reply, **_no_times()}
-            if reply.get("died"):
-                self._died(row, rows, limits)
+            row |= reply | {"rounds": [], "seconds": []}
+            self._check_life(row, rows, limits)
             if row["subject"].startswith(KERNEL):
                 self.say(kernels.verdict(row))
         return True
 
-    def _died(self, row: dict[str, Any], rows: dict[str, Any], limits: Limits) -> None:
-        """Its worker died over it: the others of that worker are prepared again, in a new one."""
+    def _check_life(self, row: Row, rows: list[Row], limits: Limits) -> None:
+        """Where its worker died over it, the others of that worker are prepared in a new one."""
+        if not row.get("died"):
+            return
         self.deaths[_family(row)] += 1
         self.died[row["subject"], row["workload"]["name"]] = row["reason"]
         for other in _live(rows):
@@ -195,7 +164,7 @@ class Run:
             if self._kind(other) == self._kind(row) and other["status"] == "ready":
                 self._prepare(other, rows, limits)
 
-    def _refused(self, row: dict[str, Any]) -> str | None:
+    def _refused(self, row: Row) -> str | None:
         """Why a subject is left alone, after it took its process with it."""
         reason = self.died.get((row["subject"], row["workload"]["name"]))
         if reason is not None:
@@ -204,7 +173,7 @@ class Run:
             return f"{DEATHS} kernels of this kind took their process with them"
         return None
 
-    def _kind(self, row: dict[str, Any]) -> str:
+    def _kind(self, row: Row) -> str:
         return self.subjects[row["subject"]].kind
 
     def _call(self, kind: str, /, **request: Any) -> dict[str, Any]:
@@ -216,14 +185,10 @@ class Run:
             return {"status": "failed", "reason": str(error), "died": True}
 
 
-def _no_times() -> dict[str, list]:
-    return {"rounds": [], "seconds": []}
+def _live(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row["status"] == "ready"]
 
 
-def _live(rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    return [row for row in rows.values() if row["status"] == "ready"]
-
-
-def _family(row: dict[str, Any]) -> tuple[str, bool]:
+def _family(row: Row) -> tuple[str, bool]:
     """Kernels that fail for the same reason: of one block, or of a cluster of them."""
     return row["subject"], row["workload"]["H"] > MOST_OF_A_BLOCK

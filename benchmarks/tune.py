@@ -14,30 +14,25 @@ from benchmarks.workloads import Workload, draw
 from jaxrnn._core import schedule
 
 Shape = tuple[int, int, int, int]  # (T, B, D, H)
-IMPLEMENTATION = "implementation"
-CHOICES = (*schedule.TABLE, IMPLEMENTATION)
-# More shapes than those of the table's own lines, around the edges of each choice.
-MORE: dict[str, tuple[Shape, ...]] = {
-    "hoists_inputs": (
-        *((25, 32, 65, 128), (256, 32, 128, 128), (256, 2, 64, 64), (1000, 1, 64, 64)),
-        *((20_000, 1, 8, 32), (20_000, 1, 64, 64), (100, 16, 256, 1024), (100, 128, 512, 512)),
-    ),
-    "puts_weights_left": (
-        *((200, 2, 8, 256), (200, 8, 8, 256), (200, 32, 8, 256), (60, 4, 8, 512)),
-        *((60, 8, 8, 512), (60, 16, 8, 512), (60, 32, 8, 512), (40, 128, 8, 512)),
-        *((40, 2, 8, 1024), (20, 64, 8, 1024)),
-    ),
-    "segment_rows": (
-        *((60, 16, 3, 256), (60, 64, 3, 256), (60, 256, 3, 32), (60, 64, 16, 128)),
-        *((784, 128, 1, 128), (200, 32, 64, 128), (20_000, 1, 8, 32), (100, 128, 512, 512)),
-    ),
-    # The linear loop, as a scan or an associative scan.
-    IMPLEMENTATION: (
-        *((1000, 1, 4, 1), (10_000, 1, 4, 1), (100_000, 1, 4, 1), (10_000, 1, 4, 2)),
-        *((100_000, 1, 4, 2), (10_000, 1, 4, 4), (10_000, 1, 4, 8), (1000, 16, 4, 1)),
-        *((1000, 16, 4, 4), (1000, 1, 8, 32)),
-    ),
+IMPLEMENTATION = "implementation"  # the linear loop, as a scan or an associative scan
+# Those of the table's own lines, and more around the edges of each choice.
+SHAPES: dict[str, list[Shape]] = {
+    **{choice: [line.shape for line in lines] for choice, lines in schedule.TABLE.items()},
+    IMPLEMENTATION: [(T, 1, 4, H) for H in (1, 2, 4, 8) for T in (1000, 10_000, 100_000)],
 }
+SHAPES["hoists_inputs"] += [
+    *[(25, 32, 65, 128), (256, 32, 128, 128), (256, 2, 64, 64), (1000, 1, 64, 64)],
+    *[(20_000, 1, 8, 32), (20_000, 1, 64, 64), (100, 16, 256, 1024), (100, 128, 512, 512)],
+]
+SHAPES["puts_weights_left"] += [
+    *[(200, B, 8, 256) for B in (2, 8, 32)],
+    *[(60, B, 8, 512) for B in (4, 8, 16, 32)],
+    *[(40, 128, 8, 512), (40, 2, 8, 1024), (20, 64, 8, 1024)],
+]
+SHAPES["segment_rows"] += [
+    *[(60, 16, 3, 256), (60, 64, 3, 256), (60, 256, 3, 32), (60, 64, 16, 128)],
+    *[(784, 128, 1, 128), (200, 32, 64, 128), (20_000, 1, 8, 32), (100, 128, 512, 512)],
+]
 ANSWERS: dict[str, tuple] = {
     "hoists_inputs": (True, False),
     "puts_weights_left": (True, False),
@@ -60,50 +55,34 @@ def choosing(choice: str, answer: Any) -> Iterator[None]:
         schedule.TABLE[choice] = before
 
 
-def measure(choice: str, shape: Shape, rounds: int) -> tuple[str, bool]:
-    """Milliseconds under each answer, the table's in brackets, and whether it would change."""
-    data = draw(Workload("", *shape))
-    cell = jaxrnn.Cell(*map(jnp.asarray, data.cells[0]))
-    args = cell, *map(jnp.asarray, (data.xs, data.g))
-    chosen = table_answer(choice, shape)
-    calls = {
-        answer: _compiled(choice, answer, args)
-        for answer in dict.fromkeys((chosen, *ANSWERS[choice]))
-    }
-    seconds = paired(calls, rounds)
-    cells, best = [], 1.0
-    for answer, values in seconds.items():
-        text = f"{answer} {1e3 * np.median(values):.3g} ms"
-        if answer == chosen:
-            cells.append(f"[{text}]")
-            continue
-        ratio = float(np.median(values / seconds[chosen]))
-        best = min(best, ratio)
-        cells.append(f"{text} ({ratio:.2f})")
-    change = best < BETTER
-    return f"{shape!s:26s} {', '.join(cells)}{'  <- would change' if change else ''}", change
-
-
 def table_answer(choice: str, shape: Shape) -> Any:
-    """What the table answers for a shape."""
+    """What is chosen for a shape."""
     if choice == IMPLEMENTATION:
         return "scan"
     return next(line.answer for line in schedule.TABLE[choice] if line.where(*shape))
 
 
-def paired(calls: dict[Any, Callable[[], Any]], rounds: int) -> dict[Any, np.ndarray]:
-    """Seconds of each, in turn, another one first in each round."""
-    repeats = {name: calibrate(call) for name, call in calls.items()}
-    found: dict[Any, list[float]] = {name: [] for name in calls}
-    names = list(calls)
+def measure(choice: str, shape: Shape, rounds: int) -> tuple[str, bool]:
+    """Milliseconds under each answer, the table's in brackets, and whether it would change."""
+    chosen = table_answer(choice, shape)
+    answers = list(dict.fromkeys((chosen, *ANSWERS[choice])))
+    calls = [_compiled(choice, answer, shape) for answer in answers]
+    repeats = [calibrate(call) for call in calls]
+    seconds = np.empty((len(calls), rounds))
     for n in range(rounds):
-        first = n % len(names)
-        for name in names[first:] + names[:first]:
-            found[name].append(sample(calls[name], repeats[name]))
-    return {name: np.array(seconds) for name, seconds in found.items()}
+        for k in np.roll(np.arange(len(calls)), -n):  # another one first in each round
+            seconds[k, n] = sample(calls[k], repeats[k])
+    ratios = np.median(seconds / seconds[0], axis=1)
+    times = [f"{a} {1e3 * t:.3g} ms" for a, t in zip(answers, np.median(seconds, 1), strict=True)]
+    others = [f"{text} ({ratio:.2f})" for text, ratio in zip(times, ratios, strict=True)][1:]
+    change = bool(np.min(ratios) < BETTER)
+    line = f"{shape!s:26s} {', '.join([f'[{times[0]}]', *others])}"
+    return f"{line}{'  <- would change' if change else ''}", change
 
 
-def _compiled(choice: str, answer: Any, args: tuple) -> Callable[[], Any]:
+def _compiled(choice: str, answer: Any, shape: Shape) -> Callable[[], Any]:
+    data = draw(Workload("", *shape))
+    args = jaxrnn.Cell(*map(jnp.asarray, data.cells[0])), jnp.asarray(data.xs), jnp.asarray(data.g)
     how = {"implementation": answer} if choice == IMPLEMENTATION else {}
 
     def states(cell, xs, g):
@@ -112,13 +91,13 @@ def _compiled(choice: str, answer: Any, args: tuple) -> Callable[[], Any]:
     def gradient(cell, xs, g):
         return jax.grad(lambda cell, xs: jnp.sum(states(cell, xs, g) * g), (0, 1))(cell, xs)
 
-    f = states if choice in FORWARD_ONLY else gradient
     jax.clear_caches()  # what was traced under another choice
+    lowered = jax.jit(states if choice in FORWARD_ONLY else gradient)
     if how:
-        compiled = jax.jit(f).lower(*args).compile()
+        compiled = lowered.lower(*args).compile()
     else:
         with choosing(choice, answer):
-            compiled = jax.jit(f).lower(*args).compile()
+            compiled = lowered.lower(*args).compile()
     return lambda: jax.block_until_ready(compiled(*args))
 
 
@@ -132,8 +111,7 @@ def tune(choices: Sequence[str], rounds: int) -> int:
     changes = []
     for choice in choices:
         print(f"{choice} ({'forward' if choice in FORWARD_ONLY else 'forward and gradient'})")
-        lines = schedule.TABLE.get(choice, ())
-        for shape in (*(line.shape for line in lines), *MORE[choice]):
+        for shape in dict.fromkeys(SHAPES[choice]):
             line, change = measure(choice, shape, rounds)
             print(line, flush=True)
             changes += [f"{choice} at {shape}"] if change else []

@@ -14,6 +14,8 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
+from importlib import import_module
 from typing import Any
 
 from benchmarks import programs
@@ -24,22 +26,15 @@ from benchmarks.workloads import direction, draw, from_json
 
 # A sample lasts at least this long, so that the clock and its reading do not matter.
 SAMPLE_SECONDS = 5e-3
-LONGEST_REASON = 200
+Call = Callable[[], Any]
+Wait = Callable[[Any], object] | None
 
 
-def seconds(
-    call: Callable[[], Any], repeats: int = 1, wait: Callable[[Any], object] | None = None
-) -> float:
-    """Seconds per call, over so many calls.
+def seconds(call: Call, repeats: int = 1, wait: Wait = None) -> float:
+    """Seconds per call; with `wait`, calls are queued, and the last one is waited for.
 
     Python's collector waits: with so many libraries imported, one full collection takes longer
     than a sample, and would be charged to whichever subject is measured just then.
-
-    Args:
-      call: computes once; without `wait`, returns when that is done.
-      repeats: how often.
-      wait: returns when the result of a call is there. Calls are queued then, as a GPU takes
-        them: to start one takes no time while another runs.
     """
     gc.disable()
     try:
@@ -53,7 +48,7 @@ def seconds(
         gc.enable()
 
 
-def calibrate(call: Callable[[], Any], wait: Callable[[Any], object] | None = None) -> int:
+def calibrate(call: Call, wait: Wait = None) -> int:
     """How often to call for a sample of at least SAMPLE_SECONDS."""
     seconds(call, 1, wait)  # the first call allocates
     repeats, each = 1, seconds(call, 1, wait)
@@ -64,9 +59,7 @@ def calibrate(call: Callable[[], Any], wait: Callable[[Any], object] | None = No
     return repeats
 
 
-def sample(
-    call: Callable[[], Any], repeats: int, wait: Callable[[Any], object] | None = None
-) -> float:
+def sample(call: Call, repeats: int, wait: Wait = None) -> float:
     """One sample. Where calls are short one goes untimed: it finds another's data in the caches."""
     if repeats > 1:
         seconds(call, 1, wait)
@@ -74,10 +67,9 @@ def sample(
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of what an error says, with its kind and without directories."""
-    lines = str(error).strip().splitlines()
-    text = f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
-    return without_directories(text)[:LONGEST_REASON]
+    """The first line of what an error says, with its kind."""
+    lines = str(error).strip().splitlines() or [""]
+    return without_directories(f"{type(error).__name__}: {lines[0].strip()}")[:200]
 
 
 def without_directories(text: str) -> str:
@@ -86,23 +78,24 @@ def without_directories(text: str) -> str:
 
 
 class Bench:
-    """Answers requests: what some subjects cost on a workload.
-
-    Args:
-      kind: of worker.
-      device: "cpu" or "gpu".
-      subjects: who; by default all of the registry that this kind of worker runs.
-    """
+    """Answers requests: what the subjects of a kind of worker cost on a workload."""
 
     def __init__(self, kind: str, device: str = "cpu", subjects: list[Subject] | None = None):
-        listed = registry.listed(device) if subjects is None else subjects
+        listed = registry.SUBJECTS[device] if subjects is None else subjects
         self.device, self.kind = device, kind
         self.subjects = {subject.name: subject for subject in listed if subject.kind == kind}
         self.ready: dict[str, tuple[Prepared, int]] = {}
+        self.workload: Any = None
         self.numbers: dict[Any, Any] = {}
-        self.side: Any = programs
-        if kind == TORCH:
-            self.side = _torch_side(device)
+
+    @cached_property
+    def side(self) -> Any:
+        """What prepares subjects: of JAX, or of torch, ImportError where it is not installed."""
+        if self.kind != TORCH:
+            return programs
+        module = import_module("benchmarks.subjects.torch_rnn")
+        module.DEVICE = "cuda" if self.device == "gpu" else "cpu"
+        return module
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """The reply to one request: never an exception, but for the interpreter's own end."""
@@ -111,7 +104,7 @@ class Bench:
         try:
             return {"status": "ready", **getattr(self, f"do_{do}")(**request)}
         except NotOfferedError as error:
-            return {"status": "not offered", "reason": str(error)[:LONGEST_REASON]}
+            return {"status": "not offered", "reason": str(error)[:200]}
         except ImportError as error:
             return {"status": "not installed", "reason": one_line(error)}
         except Exception as error:
@@ -136,25 +129,23 @@ class Bench:
         self.ready.pop(subject, None)
         which, shapes = self.subjects[subject], from_json(workload)
         dtype = shapes.dtype or which.dtype
-        tf32 = which.tf32 or (self.device, self.kind == TORCH, dtype) == ("gpu", False, "float32")
+        # On a GPU, JAX multiplies in TF32 where the dtype is float32.
+        tf32 = which.tf32 or (self.device == "gpu" and self.kind != TORCH and dtype == "float32")
         data, tangent, reference = self._numbers(shapes, dtype, tf32)
-        network = which.network(shapes.network)
-        prepared = self.side.prepare(
-            which, replace(shapes, network=network), measure, data, tangent
-        )
+        if which.relu:
+            shapes = replace(shapes, network=replace(shapes.network, activation="relu"))
+        prepared = self.side.prepare(which, shapes, measure, data, tangent)
         record, arrays, wrong = dict(prepared.record), prepared.arrays(), None
         if arrays:
-            record["errors"], wrong = reference.compare(measure, network.activation, arrays)
-            if "copies" in arrays:
-                record["errors"]["copies"] = arrays["copies"]
+            activation = shapes.network.activation
+            errors, wrong = reference.compare(measure, activation, arrays, tangent)
+            record["errors"] = errors | {n: arrays[n] for n in ("copies",) if n in arrays}
         if subject.startswith(KERNEL):
-            record["alike"] = programs.alike(prepared.call, alike)
-            record["calls"] = alike
+            record |= {"alike": programs.alike(prepared.call, alike), "calls": alike}
         if wrong is not None:
             return {**record, "status": "failed", "reason": wrong}
-        repeats = calibrate(prepared.call, prepared.wait)
-        self.ready[subject] = prepared, repeats
-        return {"repeats": repeats, **record}
+        self.ready[subject] = prepared, calibrate(prepared.call, prepared.wait)
+        return {"repeats": self.ready[subject][1], **record}
 
     def do_sample(self, subject: str) -> dict[str, Any]:
         """One sample, in seconds per call."""
@@ -169,46 +160,17 @@ class Bench:
 
     def _numbers(self, workload, dtype, tf32):
         """A workload's numbers and reference, kept while the workload is the same."""
-        if self.numbers.get("of") != workload:
-            self.numbers = {"of": workload}
+        if self.workload != workload:
+            self.workload, self.numbers = workload, {}
         if (dtype, tf32) not in self.numbers:
             data = draw(workload, dtype)
-            tangent = direction(data)
-            reference = Reference(workload, data, tangent, dtype, tf32)
-            self.numbers[dtype, tf32] = data, tangent, reference
+            reference = Reference(workload, data, dtype, tf32)
+            self.numbers[dtype, tf32] = data, direction(data), reference
         return self.numbers[dtype, tf32]
 
 
-class _NoTorch:
-    """What takes torch's place where it is not installed: each row says so."""
-
-    def __init__(self, error: ImportError):
-        self.error = error
-
-    def machine(self) -> dict[str, Any]:
-        return {"gpu": None, "threads": None}
-
-    def prepare(self, *_: Any) -> Prepared:
-        raise self.error
-
-    def forget(self) -> None: ...
-
-
-def _torch_side(device: str) -> Any:
-    try:
-        from benchmarks.subjects import torch_rnn
-    except ImportError as error:
-        return _NoTorch(error)
-    torch_rnn.DEVICE = "cuda" if device == "gpu" else "cpu"
-    return torch_rnn
-
-
-def serve(make_bench: Callable[[], Any]) -> None:
-    """Answer requests until there are no more.
-
-    Args:
-      make_bench: makes what answers; called when prints can do no harm any more.
-    """
+def serve(make_bench: Callable[[], Bench]) -> None:
+    """Answer requests until there are no more."""
     # Both ends of the pipe, out of reach of everything else in the process.
     requests = os.fdopen(os.dup(0), encoding="utf-8")
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -226,8 +188,7 @@ def serve(make_bench: Callable[[], Any]) -> None:
 def main(arguments: list[str]) -> int:
     """Run the worker of a KIND on a DEVICE."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when it ends
-    kind, device = arguments
-    serve(lambda: Bench(kind, device))
+    serve(lambda: Bench(*arguments))
     return 0
 
 

@@ -10,38 +10,26 @@ import numpy as np
 FORWARD = "forward"  # hs
 BACKWARD = "forward+backward"  # the gradient in weights and inputs; for ids in the weights
 BACKWARD_ALONE = "backward alone"  # the same gradient, from what a forward pass has kept
-PARAMETERS = "parameters only"  # the gradient in the weights
-JVP = "jvp"  # the tangent of hs in one direction of weights and inputs
 HVP = "Hessian-vector product"  # the Hessian in the weights times one direction
-MEASURES = (FORWARD, BACKWARD, PARAMETERS, JVP, HVP)
+MEASURES = (FORWARD, BACKWARD, HVP)
 
 
 @dataclass(frozen=True)
 class Network:
-    """What is unrolled.
+    """What is unrolled: one tanh layer by default.
 
     a_t = W s_{t−1} + U x_t + b;  rate: h_t = (1 − α) h_{t−1} + α φ(a_t), s = h;
     voltage: h_t = (1 − α) h_{t−1} + α a_t, s = φ(h).
-
-    Args:
-      activation: φ, "tanh" or "relu".
-      leak: α, a constant; None is 1.
-      form: "rate" or "voltage".
-      lengths: sequences end early, each at its own step; the states after it are 0.
-      layers: of a stack, each of H units; the result is that of the last one.
-      bidirectional: two layers that read from either end; the result is both side by side.
-      remat: only some √T states are kept for the gradient, the others computed again.
-      last: the result is the last state, not all states.
     """
 
-    activation: str = "tanh"
-    leak: float | None = None
+    activation: str = "tanh"  # φ, or "relu"
+    leak: float | None = None  # α; None is 1
     form: str = "rate"
-    lengths: bool = False
-    layers: int = 1
-    bidirectional: bool = False
-    remat: bool = False
-    last: bool = False
+    lengths: bool = False  # each sequence ends at its own step; the states after it are 0
+    layers: int = 1  # of a stack, each of H units
+    bidirectional: bool = False  # two layers that read from either end, side by side
+    remat: bool = False  # only some √T states are kept for the gradient
+    last: bool = False  # the result is the last state, not all states
 
     @property
     def cells(self) -> int:
@@ -56,34 +44,21 @@ class Network:
 
 @dataclass(frozen=True)
 class Workload:
-    """A recurrent network over a batch of sequences.
-
-    Args:
-      name: of the row.
-      T: time steps.
-      B: sequences in the batch.
-      D: features of an input.
-      H: hidden units.
-      ids: the inputs are ids of D characters; subjects that do not take ids get one-hot rows.
-      members: parameter sets that are mapped over, on the same inputs; 0 for a single one.
-      distinct: sequences that differ; the others repeat them, and only these are compared with
-        the reference. Its square divides B. 0: all differ, and are compared.
-      tuned: whether XLA tries, on a GPU, which program for each product is the fastest.
-      network: what is unrolled.
-      dtype: of weights, inputs and results; None for the subject's own.
-    """
+    """A recurrent network over a batch of sequences."""
 
     name: str
-    T: int
-    B: int
-    D: int
-    H: int
-    ids: bool = False
-    members: int = 0
+    T: int  # time steps
+    B: int  # sequences
+    D: int  # features of an input
+    H: int  # hidden units
+    ids: bool = False  # the inputs are ids of D characters, or one-hot rows of them
+    members: int = 0  # parameter sets that are mapped over, on the same inputs; 0 for one
+    # Sequences that differ; the others repeat them, and only these are compared with the
+    # reference. Its square divides B. 0: all differ, and are compared.
     distinct: int = 0
-    tuned: bool = True
+    tuned: bool = True  # whether XLA tries, on a GPU, which program for a product is the fastest
     network: Network = Network()
-    dtype: str | None = None
+    dtype: str | None = None  # None for the subject's own
 
     @property
     def compared(self) -> slice:
@@ -91,20 +66,16 @@ class Workload:
         return slice(None, None, self.B // self.distinct + 1 if self.distinct else None)
 
     @property
-    def shape(self) -> str:
-        """(T, B, D, H) as the tables print it."""
+    def title(self) -> str:
+        """The name and (T, B, D, H), as the tables print it."""
         many = f", {self.members} members" if self.members else ""
-        return f"({self.T}, {self.B}, {self.D}, {self.H}){many}"
+        return f"{self.name} ({self.T}, {self.B}, {self.D}, {self.H}){many}"
 
 
 def from_json(values: dict[str, Any]) -> Workload:
     """The workload of a row of results."""
-    names = {field.name for field in fields(Workload)} & values.keys()
-    return Workload(**{name: values[name] for name in names} | _network(values.get("network")))
-
-
-def _network(values):
-    return {"network": Network(**values or {})}
+    known = {f.name: values[f.name] for f in fields(Workload) if f.name in values}
+    return Workload(**known | {"network": Network(**known.get("network", {}))})
 
 
 TANH = (
@@ -152,34 +123,21 @@ Cell = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """The numbers of one workload, float32 NumPy arrays, time first.
+    """The numbers of one workload, float32 NumPy arrays, time first."""
 
-    Args:
-      cells: (U, W, b) of each cell: `[*members, H, D]`, `[*members, H, H]`, 0.9 times an
-        orthogonal matrix, and `[*members, H]`.
-      xs: `[T, B, D]`; for ids the one-hot rows.
-      g: the cotangent of the result, `[T, B, H]`, of both directions `[T, B, 2 H]`, of the last
-        state `[B, H]`; members share it.
-      ids: `[T, B]` int32, or None.
-      lengths: how many steps of each sequence are valid, `[B]` int32, or None for all.
-    """
-
+    # (U, W, b) of each: [*members, H, D], [*members, H, H], 0.9 times an orthogonal matrix, and
+    # [*members, H].
     cells: tuple[Cell, ...]
-    xs: np.ndarray
-    g: np.ndarray
-    ids: np.ndarray | None = None
-    lengths: np.ndarray | None = None
+    xs: np.ndarray  # [T, B, D]; for ids the one-hot rows
+    g: np.ndarray  # the cotangent: [T, B, H], of both directions [T, B, 2 H], of the last [B, H]
+    ids: np.ndarray | None = None  # [T, B] int32
+    lengths: np.ndarray | None = None  # [B] int32
 
 
 def draw(workload: Workload, dtype: str = "float32") -> Data:
-    """The same numbers for every subject, and in every run.
+    """The same numbers for every subject and in every run.
 
-    Args:
-      workload: the shapes.
-      dtype: numbers are rounded to it, so that only computing differs from the reference.
-
-    Returns:
-      The `Data`.
+    They are rounded to the dtype, so that only computing differs from the reference.
     """
     rng, network = np.random.default_rng(0), workload.network
     T, B, D, H = workload.T, workload.B, workload.D, workload.H
@@ -193,7 +151,7 @@ def draw(workload: Workload, dtype: str = "float32") -> Data:
         return rounded(scale * rng.standard_normal(shape))
 
     def repeated(array):
-        return np.tile(array, (1, B // distinct, 1)) if distinct < B else array
+        return np.tile(array, (1, B // distinct, 1))
 
     def cell(inputs):
         U = normal(*members, H, inputs, scale=inputs**-0.5)
@@ -214,14 +172,11 @@ def draw(workload: Workload, dtype: str = "float32") -> Data:
 
 
 def direction(data: Data) -> Data:
-    """A random tangent of weights and inputs, each array as long as what it is the tangent of."""
+    """A random tangent of the weights, each array as long as what it is the tangent of."""
     rng = np.random.default_rng(1)
 
     def like(array):
         drawn = rng.standard_normal(array.shape)
         return (drawn * np.linalg.norm(array) / np.linalg.norm(drawn)).astype(np.float32)
 
-    U, W, b = map(like, data.cells[0])
-    xs = like(data.xs)
-    others = (tuple(map(like, cell)) for cell in data.cells[1:])
-    return replace(data, cells=((U, W, b), *others), xs=xs)
+    return replace(data, cells=tuple(tuple(map(like, cell)) for cell in data.cells))

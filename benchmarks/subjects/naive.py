@@ -20,20 +20,15 @@ class Weights(NamedTuple):
     b: jax.Array
 
 
-def batched(network: Network, unroll: int = 1) -> Layer:
-    """A scan over `[T, B, D]`, with so many steps in each turn of its loop."""
-    return _layer(network, unroll)
-
-
 def mapped(network: Network) -> Layer:
     """`jax.vmap` of the scan over `[T, D]`, the batch in front."""
     only_plain(network)
-    layer = _layer(network)
-    vmapped = jax.vmap(layer.unroll, in_axes=(None, 0))
-    return Layer(vmapped, layer.load, layer.unload, batch_first=True, takes_ids=True)
+    layer = batched(network)
+    return layer._replace(unroll=jax.vmap(layer.unroll, in_axes=(None, 0)), batch_first=True)
 
 
-def _layer(network: Network, turns: int = 1) -> Layer:
+def batched(network: Network, turns: int = 1) -> Layer:
+    """A scan over `[T, B, D]`, with so many steps in each turn of its loop."""
     phi = PHI[network.activation]
 
     def unroll(weights, xs, lengths=None):
@@ -76,10 +71,7 @@ def _layer(network: Network, turns: int = 1) -> Layer:
             return _checkpointed(step, h0, xs)
         return jax.lax.scan(step, h0, xs, unroll=turns, reverse=reverse)
 
-    def load(U, W, b):
-        return Weights(*map(jnp.asarray, (U, W, b)))
-
-    return Layer(unroll, load, tuple, takes_ids=True)
+    return Layer(unroll, Weights, tuple, takes_ids=True)
 
 
 def _checkpointed(step, h0, xs):

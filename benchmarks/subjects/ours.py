@@ -26,8 +26,7 @@ def mapped(network: Network, axis: int = 0) -> Layer:
 
 def _layer(network, unroll, batch_first=False):
     def load(U, W, b):
-        cell = map(jnp.asarray, (U, W, b))
-        return jaxrnn.Cell(*cell, activation=network.activation, form=network.form)
+        return jaxrnn.Cell(U, W, b, activation=network.activation, form=network.form)
 
     def unload(cell):
         return cell.U, cell.W, cell.b

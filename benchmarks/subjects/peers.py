@@ -32,7 +32,6 @@ def flax_nnx(network: Network) -> Layer:
         return nnx.split(nnx.eval_shape(lambda: layer(*sizes_and_dtype)))[0]
 
     def load(U, W, b):
-        U, W, b = map(jnp.asarray, (U, W, b))
         model = layer(*U.mT.shape, U.dtype)
         model.cell.dense_i.kernel[...] = U.mT
         model.cell.dense_i.bias[...] = b
@@ -60,7 +59,6 @@ def flax_linen(network: Network) -> Layer:
     only_plain(network)
 
     def load(U, W, b):
-        U, W, b = map(jnp.asarray, (U, W, b))
         return {"params": {"cell": {"i": {"kernel": U.mT, "bias": b}, "h": {"kernel": W.mT}}}}
 
     def unroll(variables, xs):
@@ -83,7 +81,6 @@ def haiku(network: Network) -> Layer:
     inputs, recurrent = "vanilla_rnn/linear", "vanilla_rnn/linear_1"
 
     def load(U, W, b):
-        U, W, b = map(jnp.asarray, (U, W, b))
         return {inputs: {"w": U.mT, "b": b}, recurrent: {"w": W.mT}}
 
     def unroll(params, xs):
@@ -122,7 +119,6 @@ def keras(network: Network) -> Layer:
         return rnn
 
     def load(U, W, b):
-        U, W, b = map(jnp.asarray, (U, W, b))
         return [U.mT, W.mT, b]
 
     def unroll(weights, xs):
@@ -168,7 +164,7 @@ def equinox(network: Network) -> Layer:
 
     def load(U, W, b):
         model = Elman(U.shape[1], U.shape[0], jax.random.key(0))
-        return eqx.tree_at(arrays, model, tuple(map(jnp.asarray, (U, W, b))))
+        return eqx.tree_at(arrays, model, (U, W, b))
 
     def unroll(model, xs):
         return jax.vmap(model)(xs)

@@ -25,32 +25,16 @@ LARGEST = {d: select.LARGEST[IMPLEMENTATION][d] for d in ("bfloat16", "float32",
 
 @dataclass(frozen=True)
 class Subject:
-    """One who is measured.
-
-    Args:
-      name: in the tables.
-      package: the distribution that it comes from.
-      kind: the worker that it runs in.
-      make: the layer of a network, where it is one of JAX; ImportError where its library is not
-        installed, NotOfferedError where it has no such network.
-      dtype: of weights, inputs and results.
-      relu: whether its network is a relu network, whatever the row's is.
-      tf32: whether float32 products of torch may round their factors to ten bits of mantissa.
-      compile: whether torch's layer goes through `torch.compile`.
-    """
+    """One who is measured."""
 
     name: str
-    package: str
-    kind: str = JAX
-    make: Callable[[Network], Layer] | None = None
+    package: str  # the distribution that it comes from
+    make: Callable[[Network], Layer] | None = None  # where it is a layer of JAX
+    kind: str = JAX  # of worker
     dtype: str = "float32"
-    relu: bool = False
-    tf32: bool = False
-    compile: bool = False
-
-    def network(self, network: Network) -> Network:
-        """The network that it runs on a row."""
-        return replace(network, activation="relu") if self.relu else network
+    relu: bool = False  # its network is a relu network, whatever the row's is
+    tf32: bool = False  # torch may round factors of float32 products to ten bits of mantissa
+    compile: bool = False  # torch's layer goes through torch.compile
 
 
 def _over_two_devices(make: Callable[[Network], Layer], network: Network) -> Layer:
@@ -67,66 +51,60 @@ def _over_two_devices(make: Callable[[Network], Layer], network: Network) -> Lay
 
     def unroll(weights, xs):
         if xs.shape[1] % mesh.size:
-            raise NotOfferedError(
-                f"a batch of {xs.shape[1]} does not split over {mesh.size} devices"
-            )
+            raise NotOfferedError(f"a batch of {xs.shape[1]} does not split over two devices")
         return mapped(weights, xs)
 
-    return replace(layer, unroll=unroll)
+    return layer._replace(unroll=unroll)
 
 
+def _split(subject: Subject) -> Subject:
+    make = partial(_over_two_devices, subject.make)
+    return replace(subject, name=f"{subject.name}, two host devices", make=make, kind=TWO_DEVICES)
+
+
+_OURS, _NAIVE = Subject(OURS, "jaxrnn", ours.batched), Subject(NAIVE, "jax", naive.batched)
 ON_CPU = (
     Subject(ROOFLINE, "jax"),
-    Subject(OURS, "jaxrnn", make=ours.batched),
-    Subject("jaxrnn, vmap", "jaxrnn", make=ours.mapped),
-    Subject("jaxrnn, vmap axis 1", "jaxrnn", make=partial(ours.mapped, axis=1)),
-    Subject(NAIVE, "jax", make=naive.batched),
-    Subject("naive scan, vmap", "jax", make=naive.mapped),
-    Subject("flax.nnx", "flax", make=peers.flax_nnx),
-    Subject("flax.linen", "flax", make=peers.flax_linen),
-    Subject("equinox", "equinox", make=peers.equinox),
-    Subject("keras", "keras", make=peers.keras),
-    Subject("jaxrnn, relu", "jaxrnn", make=ours.batched, relu=True),
-    Subject("naive scan, relu", "jax", make=naive.batched, relu=True),
-    Subject("haiku, relu", "dm-haiku", make=peers.haiku, relu=True),
-    Subject(
-        f"{OURS}, two host devices", "jaxrnn", TWO_DEVICES, partial(_over_two_devices, ours.batched)
-    ),
-    Subject(
-        f"{NAIVE}, two host devices", "jax", TWO_DEVICES, partial(_over_two_devices, naive.batched)
-    ),
-    Subject("torch", "torch", TORCH),
-    Subject("torch.compile", "torch", TORCH, compile=True),
+    _OURS,
+    Subject("jaxrnn, vmap", "jaxrnn", ours.mapped),
+    Subject("jaxrnn, vmap axis 1", "jaxrnn", partial(ours.mapped, axis=1)),
+    _NAIVE,
+    Subject("naive scan, vmap", "jax", naive.mapped),
+    Subject("flax.nnx", "flax", peers.flax_nnx),
+    Subject("flax.linen", "flax", peers.flax_linen),
+    Subject("equinox", "equinox", peers.equinox),
+    Subject("keras", "keras", peers.keras),
+    replace(_OURS, name=f"{OURS}, relu", relu=True),
+    replace(_NAIVE, name=f"{NAIVE}, relu", relu=True),
+    Subject("haiku, relu", "dm-haiku", peers.haiku, relu=True),
+    _split(_OURS),
+    _split(_NAIVE),
+    Subject("torch", "torch", kind=TORCH),
+    Subject("torch.compile", "torch", kind=TORCH, compile=True),
 )
+
+
+def _run_by(implementation: str) -> Callable[[Network], Layer]:
+    return partial(ours.batched, implementation=implementation)
 
 
 def _on_gpu(dtype: str) -> list[Subject]:
     """The kernel of a dtype, and its rivals."""
-
-    def run_by(implementation):
-        return partial(ours.batched, implementation=implementation)
-
     found = [
-        Subject(KERNEL, "jaxrnn", KERNELS, run_by(IMPLEMENTATION)),
-        Subject(SCAN, "jaxrnn", make=run_by("scan")),
+        Subject(KERNEL, "jaxrnn", _run_by(IMPLEMENTATION), KERNELS),
+        Subject(SCAN, "jaxrnn", _run_by("scan")),
         Subject(ROOFLINE, "jax"),
     ]
     if dtype == "float32":
-        found.append(Subject(ASSOCIATIVE, "jaxrnn", make=run_by("associative")))
+        found.append(Subject(ASSOCIATIVE, "jaxrnn", _run_by("associative")))
     if dtype == "bfloat16":
-        found.append(Subject(NAIVE, "jax", make=naive.batched))
-        unrolled = partial(naive.batched, unroll=8)
-        found.append(Subject("naive scan, unroll 8", "jax", make=unrolled))
+        found += [_NAIVE, Subject("naive scan, unroll 8", "jax", partial(naive.batched, turns=8))]
     named = [replace(subject, name=f"{subject.name}, {dtype}", dtype=dtype) for subject in found]
-    named.append(Subject(f"cuDNN {dtype}", "torch", TORCH, dtype=dtype))
+    named.append(Subject(f"cuDNN {dtype}", "torch", kind=TORCH, dtype=dtype))
     if dtype == "float32":
-        named.append(Subject("cuDNN TF32", "torch", TORCH, tf32=True))
+        named.append(Subject("cuDNN TF32", "torch", kind=TORCH, tf32=True))
     return named
 
 
 ON_GPU = tuple(subject for dtype in LARGEST for subject in _on_gpu(dtype))
-
-
-def listed(device: str) -> tuple[Subject, ...]:
-    """Everyone on "cpu" or "gpu"."""
-    return ON_GPU if device == "gpu" else ON_CPU
+SUBJECTS = {"cpu": ON_CPU, "gpu": ON_GPU}

@@ -10,7 +10,7 @@ import torch
 from benchmarks.reference import parameter_names
 from benchmarks.subjects import NotOfferedError, Prepared, only_plain
 from benchmarks.subjects.registry import Subject
-from benchmarks.workloads import BACKWARD, FORWARD, HVP, PARAMETERS, Data, Workload
+from benchmarks.workloads import BACKWARD, FORWARD, HVP, Data, Workload
 
 # Where layers are; a worker on a GPU sets it to "cuda".
 DEVICE = "cpu"
@@ -19,11 +19,9 @@ DEVICE = "cpu"
 def machine() -> dict[str, Any]:
     """The accelerator's name or None as "gpu", the version of cuDNN, and torch's threads."""
     on_gpu = DEVICE == "cuda" and torch.cuda.is_available()
-    return {
-        "gpu": torch.cuda.get_device_name() if on_gpu else None,
-        "cudnn": torch.backends.cudnn.version() if on_gpu else None,
-        "threads": torch.get_num_threads(),
-    }
+    gpu = torch.cuda.get_device_name() if on_gpu else None
+    cudnn = torch.backends.cudnn.version() if on_gpu else None
+    return {"gpu": gpu, "cudnn": cudnn, "threads": torch.get_num_threads()}
 
 
 def healthy() -> bool:
@@ -46,16 +44,6 @@ def prepare(
 ) -> Prepared:
     """The layer on a workload, called once; for an ensemble a loop over the members' layers.
 
-    Args:
-      subject: how the layer runs.
-      workload: the shapes.
-      measure: one of the measures.
-      data: the numbers.
-      tangent: the direction of derivatives.
-
-    Returns:
-      The `Prepared`.
-
     Raises:
       NotOfferedError: it lacks the network or the measure.
       ImportError: torch was built without CUDA.
@@ -63,11 +51,13 @@ def prepare(
     if DEVICE == "cuda" and not torch.cuda.is_available():
         raise ImportError("this build of torch has no CUDA")
     only_plain(workload.network)
+    if measure not in (FORWARD, BACKWARD, HVP) or (measure == HVP and DEVICE == "cuda"):
+        raise NotOfferedError(f"{measure} is not measured of torch's recurrent layers here")
+    if measure == HVP and workload.network.activation == "relu":
+        raise NotOfferedError("there is no reference for relu's second derivatives")
     if workload.dtype not in (None, subject.dtype):
         raise NotOfferedError(f"it is measured in {subject.dtype}")
-    call = _measures(subject, workload, data, tangent).get(measure)
-    if call is None or (measure == HVP and DEVICE == "cuda"):
-        raise NotOfferedError(f"{measure} is not measured of torch's recurrent layers here")
+    call = _program(subject, workload, measure, data, tangent)
     if DEVICE == "cuda":
         call = partial(_with_tf32, subject.tf32, call)
     start = time.perf_counter()
@@ -83,8 +73,8 @@ def prepare(
     return Prepared(call, wait, lambda: _arrays(workload, measure, result), record)
 
 
-def _measures(subject, workload, data, tangent):
-    """What each measure calls."""
+def _program(subject, workload, measure, data, tangent):
+    """What a measure calls."""
     dtype, phi = getattr(torch, subject.dtype), workload.network.activation
 
     def tensor(array):
@@ -101,20 +91,19 @@ def _measures(subject, workload, data, tangent):
         with torch.no_grad():
             for parameter, value in zip(made.parameters(), values(member), strict=True):
                 parameter.copy_(value)
-        return made
+        # cuDNN in training mode keeps what a backward needs.
+        return made.train(measure != FORWARD)
 
-    def compiled(layer):
-        # Without fullgraph, torch.compile would leave the layer out silently and run it as it is.
-        return torch.compile(layer, fullgraph=True) if subject.compile else layer
+    def members(data):
+        """torch.func.vmap has no rule for rnn_tanh (torch 2.13), so members are a loop."""
+        return [*zip(*data.cells[0], strict=True)] if workload.members else [data.cells[0]]
 
-    # torch.func.vmap has no rule for rnn_tanh (torch 2.13), so members are a loop.
-    members, moved = _members(workload, data), _members(workload, tangent)
-    layers = [layer(member) for member in members]
+    layers = [layer(member) for member in members(data)]
     parameters = [parameter for each in layers for parameter in each.parameters()]
-    tangents = [value for member in moved for value in values(member)]
-    called = [compiled(each) for each in layers]
-    # cuDNN in training mode keeps what a backward needs.
-    still = [compiled(layer(member).eval()) for member in members]
+    tangents = [value for member in members(tangent) for value in values(member)]
+    if subject.compile:
+        # Without fullgraph, torch.compile would leave the layer out silently, and run it as it is.
+        layers = [torch.compile(each, fullgraph=True) for each in layers]
     g, xs = tensor(data.g), tensor(data.xs)
     if workload.ids:
         xs = torch.as_tensor(data.ids, device=DEVICE).long()
@@ -123,19 +112,16 @@ def _measures(subject, workload, data, tangent):
         return torch.nn.functional.one_hot(xs, workload.D).to(dtype) if workload.ids else xs
 
     def loss(xs):
-        return sum((layer(xs)[0] * g).sum() for layer in called)
+        return sum((layer(xs)[0] * g).sum() for layer in layers)
 
     def forward():
         with torch.inference_mode():
             xs = inputs()
-            return [layer(xs)[0] for layer in still]
-
-    def parameters_only():
-        return torch.autograd.grad(loss(inputs()), parameters)
+            return [layer(xs)[0] for layer in layers]
 
     def backward():
         if workload.ids:
-            return parameters_only()
+            return torch.autograd.grad(loss(inputs()), parameters)
         xs = inputs().detach().requires_grad_()
         return torch.autograd.grad(loss(xs), [*parameters, xs])
 
@@ -144,7 +130,7 @@ def _measures(subject, workload, data, tangent):
         gradients = torch.autograd.grad(loss(inputs()), parameters, create_graph=True)
         return torch.autograd.grad(gradients, parameters, tangents)
 
-    return {FORWARD: forward, BACKWARD: backward, PARAMETERS: parameters_only, HVP: curvature}
+    return {FORWARD: forward, BACKWARD: backward, HVP: curvature}[measure]
 
 
 def _arrays(workload: Workload, measure: str, result: Any) -> dict[str, np.ndarray]:
@@ -160,16 +146,12 @@ def _arrays(workload: Workload, measure: str, result: Any) -> dict[str, np.ndarr
         if len(result) % 4:
             found["dxs"] = array(result.pop()[:, few])
         # Four parameters a layer; the second bias is torch's alone, its gradient the first's.
-        prefix = "tangent of " if measure == HVP else ""
-        parts = {f"{prefix}{name}": result[n::4] for n, name in enumerate(parameter_names(1))}
+        names = parameter_names(1, "tangent of " if measure == HVP else "")
+        parts = {name: result[n::4] for n, name in enumerate(names)}
     for name, members in parts.items():
         stacked = np.stack([array(member) for member in members])
         found[name] = stacked if workload.members else stacked[0]
     return found
-
-
-def _members(workload: Workload, data: Data) -> list:
-    return list(zip(*data.cells[0], strict=True)) if workload.members else [data.cells[0]]
 
 
 def _wait(_: Any) -> None:
