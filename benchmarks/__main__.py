@@ -5,11 +5,17 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
+
+from benchmarks import dry, kernels, report, results
+from benchmarks.crew import Crew, TimeIsUpError, Worker
+from benchmarks.plan import FIRST, FULL, GPU, QUICK, Limits
+from benchmarks.run import NoDeviceError, Run, describe_workers
+from benchmarks.subjects.registry import SUBJECTS
+from benchmarks.tune import SHAPES, tune
 
 EXIT_FAILED_ROWS, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
 RESULTS = Path(__file__).parent / "results"
@@ -21,7 +27,7 @@ class InputError(Exception):
 
 
 class TerminatedError(KeyboardInterrupt):
-    """SIGTERM came."""
+    """SIGTERM came: schedulers send it when a job's time is up."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -71,8 +77,6 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from benchmarks.plan import FULL, GPU, QUICK, Limits
-
     on_gpu = args.device == "gpu"
     if args.dry and not on_gpu:
         raise InputError("--dry rehearses a run on a GPU: it needs --device gpu")
@@ -102,17 +106,10 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _first(args: argparse.Namespace) -> int:
-    from benchmarks.plan import FIRST
-
     return _measure(args, FIRST, "-first")
 
 
 def _measure(args: argparse.Namespace, plan: Any, label: str) -> int:
-    from benchmarks import dry, results
-    from benchmarks.crew import Crew, TimeIsUpError, Worker
-    from benchmarks.run import NoDeviceError, Run, describe_workers
-    from benchmarks.subjects.registry import SUBJECTS
-
     start, path, ended = time.monotonic(), None, 0
     plan = plan if args.minutes is None else replace(plan, minutes=args.minutes)
     plan = dry.rehearsal(plan) if args.dry else plan
@@ -131,7 +128,8 @@ def _measure(args: argparse.Namespace, plan: Any, label: str) -> int:
         print(f"[{seconds:4.0f} s] {line}", file=sys.stderr, flush=True)
 
     try:
-        with _heeding_sigterm(), crew:
+        signal.signal(signal.SIGTERM, _terminate)
+        with crew:
             describe_workers(crew, kinds, args.device, document)
             path = results.new_path(_wanted(args, document, label))
             say(f"{results.caption(document)}; results go to {path}")
@@ -157,35 +155,23 @@ def _measure(args: argparse.Namespace, plan: Any, label: str) -> int:
     return EXIT_FAILED_ROWS if any(row["status"] == "failed" for row in rows) else 0
 
 
-@contextmanager
-def _heeding_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the work as Ctrl-C does: schedulers send it when a job's time is up."""
-
-    def terminate(*_: object) -> NoReturn:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what was measured is being kept
-        raise TerminatedError
-
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _terminate(*_: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what was measured is being kept
+    raise TerminatedError
 
 
 def _wanted(args: argparse.Namespace, document: dict[str, Any], label: str) -> Path:
-    from benchmarks.results import slug
-
     if args.out and args.out.endswith(".json"):
         return Path(args.out)
     name = f"{document['date']}{label}.json"
     if args.out:
         return Path(args.out) / name
-    return (Path(tempfile.mkdtemp()) if args.dry else RESULTS / slug(document["device"])) / name
+    return (
+        Path(tempfile.mkdtemp()) if args.dry else RESULTS / results.slug(document["device"])
+    ) / name
 
 
 def _show(documents: list[dict[str, Any]]) -> None:
-    from benchmarks import kernels, report
-
     if documents[0]["device"]["gpu"]:
         parts = [part for document in documents for part in kernels.tables(document)]
     else:
@@ -194,23 +180,19 @@ def _show(documents: list[dict[str, Any]]) -> None:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from benchmarks.results import ResultsError, read
-
     try:
-        documents = [read(Path(file)) for file in args.files]
+        documents = [results.read(Path(file)) for file in args.files]
         _show(documents)
         if args.plot:
             from benchmarks.picture import plot
 
             plot(documents[0], Path(args.plot))
-    except (ResultsError, OSError) as error:
+    except (results.ResultsError, OSError) as error:
         raise InputError(str(error)) from error
     return 0
 
 
 def _tune(args: argparse.Namespace) -> int:
-    from benchmarks.tune import SHAPES, tune
-
     for choice in args.choice:
         if choice not in SHAPES:
             raise InputError(f"no choice {choice!r}; there are {', '.join(map(repr, SHAPES))}")

@@ -6,15 +6,8 @@ from typing import Any
 from benchmarks.programs import KERNEL_NAMES
 from benchmarks.report import NOTHING, View, not_timed, number, table
 from benchmarks.results import caption
-from benchmarks.subjects.registry import (
-    ASSOCIATIVE,
-    IMPLEMENTATION,
-    KERNEL,
-    LARGEST,
-    NAIVE,
-    ROOFLINE,
-    SCAN,
-)
+from benchmarks.subjects import registry
+from benchmarks.subjects.registry import IMPLEMENTATION, KERNEL, LARGEST, SCAN
 from benchmarks.workloads import BACKWARD, FORWARD, Workload
 from jaxrnn._backends.select import Measured
 
@@ -22,18 +15,12 @@ from jaxrnn._backends.select import Measured
 EPS = {"bfloat16": 2.0**-7, "float32": 2.0**-10, "float16": 2.0**-10}
 # How kernels are called in the programs of a measure.
 NAMED = {FORWARD: KERNEL_NAMES[:1], BACKWARD: KERNEL_NAMES}
-# Columns of times, and the subjects in them.
-COLUMNS = {
-    "kernel": f"{KERNEL}, {{}}",
-    "scan": f"{SCAN}, {{}}",
-    "associative": f"{ASSOCIATIVE}, {{}}",
-    "naive scan": f"{NAIVE}, {{}}",
-    "naive, unroll 8": "naive scan, unroll 8, {}",
-    "products alone": f"{ROOFLINE}, {{}}",
-    "cuDNN": "cuDNN {}",
-    "cuDNN TF32": "cuDNN TF32",
-}
-RATIOS = (("scan", "kernel"), ("scan", "associative"), ("cuDNN", "kernel"))
+# Columns of times: subjects, in each dtype.
+COLUMNS = (
+    *(f"{base}, {{}}" for base in (KERNEL, SCAN, registry.ASSOCIATIVE, registry.NAIVE)),
+    *("naive scan, unroll 8, {}", f"{registry.ROOFLINE}, {{}}", "cuDNN {}", "cuDNN TF32"),
+)
+RATIOS = ((SCAN, KERNEL), (SCAN, registry.ASSOCIATIVE), ("cuDNN", KERNEL))
 
 
 def verdict(row: dict[str, Any]) -> str:
@@ -126,7 +113,8 @@ def tables(document: dict[str, Any]) -> Iterator[str]:
     for measure in view.measures:
         rows = [_times(view, w, measure, dtype) for dtype in LARGEST for w in points]
         rows = [row for row in rows if any(cell != NOTHING for cell in row[2:])]
-        header = ["dtype", "row", *COLUMNS, *(f"{slow} / {fast}" for slow, fast in RATIOS)]
+        names = [subject.removesuffix("{}").strip(", ") for subject in COLUMNS]
+        header = ["dtype", "row", *names, *(f"{slow} / {fast}" for slow, fast in RATIOS)]
         # Without the columns of those who took no part.
         full = [n for n in range(len(header)) if any(row[n] != NOTHING for row in rows)]
         if rows:
@@ -138,17 +126,16 @@ def tables(document: dict[str, Any]) -> Iterator[str]:
 
 
 def _times(view: View, workload: Workload, measure: str, dtype: str) -> list[str]:
-    columns = {name: subject.format(dtype) for name, subject in COLUMNS.items()}
     cells = [dtype, workload.name]
-    for name, subject in columns.items():
-        seconds = view.seconds(workload, measure, subject)
+    for subject in COLUMNS:
+        seconds = view.seconds(workload, measure, subject.format(dtype))
         cell = number(seconds and 1e6 * seconds / workload.T)
-        if view.row(workload, measure, subject).get("status") == "failed":
+        if view.row(workload, measure, subject.format(dtype)).get("status") == "failed":
             cell = "failed"
-        cells.append(NOTHING if name == "cuDNN TF32" and dtype != "float32" else cell)
-    if dtype == "float32":  # the kernel and the scan multiply in TF32
-        columns["cuDNN"] = columns["cuDNN TF32"]
-    for slow, fast in RATIOS:
-        ratio = view.ratio(workload, measure, columns[slow], columns[fast])
-        cells.append(str(ratio) if ratio else NOTHING)
+        cells.append(NOTHING if subject.endswith("TF32") and dtype != "float32" else cell)
+    for pair in RATIOS:
+        names = [f"{base}, {dtype}" for base in pair]
+        if pair[0] == "cuDNN":  # in float32 the kernel and the scan multiply in TF32
+            names[0] = "cuDNN TF32" if dtype == "float32" else f"cuDNN {dtype}"
+        cells.append(str(view.ratio(workload, measure, *names) or NOTHING))
     return cells

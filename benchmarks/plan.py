@@ -4,30 +4,9 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from itertools import product
 
-from benchmarks.subjects.registry import (
-    ASSOCIATIVE,
-    KERNEL,
-    LARGEST,
-    NAIVE,
-    ON_CPU,
-    ON_GPU,
-    OURS,
-    SCAN,
-)
-from benchmarks.workloads import (
-    BACKWARD,
-    BACKWARD_ALONE,
-    FORWARD,
-    HVP,
-    LAST,
-    LEAKY,
-    MEASURES,
-    OTHERS,
-    RELU,
-    SMALL,
-    TANH,
-    Workload,
-)
+from benchmarks import workloads
+from benchmarks.subjects.registry import ASSOCIATIVE, KERNEL, LARGEST, NAIVE, OURS, SCAN, SUBJECTS
+from benchmarks.workloads import BACKWARD, BACKWARD_ALONE, FORWARD, HVP, LAST, TANH, Workload
 
 Names = Collection[str] | None  # None for all
 
@@ -85,19 +64,19 @@ class Plan:
 BOTH = FORWARD, BACKWARD
 
 # On a CPU. Every network is measured beside its naive twin, and beside the libraries that have it.
-EVERYONE = tuple(subject.name for subject in ON_CPU)
+EVERYONE = tuple(subject.name for subject in SUBJECTS["cpu"])
 TWINS = OURS, NAIVE
 NOT_RELU = ("vmap", "vmap axis 1", "two host devices", "jaxrnn, relu", "naive scan, relu")
 OF_RELU = tuple(name for name in EVERYONE[1:] if not name.endswith(NOT_RELU))
 LONG, BRIEF = Limits(15, 5, 25.0), Limits(15, 5, 2.0)
 FULL = Plan(
     (
-        *(Step(workload, MEASURES, EVERYONE, LONG) for workload in TANH),
-        *(Step(workload, BOTH, TWINS, BRIEF) for workload in LEAKY),
-        *(Step(workload, BOTH, OF_RELU, BRIEF) for workload in RELU),
-        *(Step(workload, BOTH, EVERYONE, BRIEF) for workload in SMALL),
-        Step(LAST, (*BOTH, HVP), TWINS, BRIEF),
-        *(Step(workload, BOTH, TWINS, BRIEF) for workload in OTHERS),
+        *(Step(workload, BOTH, EVERYONE, LONG) for workload in TANH),
+        *(Step(workload, (HVP,), TWINS, LONG) for workload in (*TANH, LAST)),
+        *(Step(workload, BOTH, TWINS, BRIEF) for workload in workloads.LEAKY),
+        *(Step(workload, BOTH, OF_RELU, BRIEF) for workload in workloads.RELU),
+        *(Step(workload, BOTH, EVERYONE, BRIEF) for workload in workloads.SMALL),
+        *(Step(workload, BOTH, TWINS, BRIEF) for workload in (LAST, *workloads.OTHERS)),
     )
 )
 # The most telling part.
@@ -155,7 +134,7 @@ def _whole() -> Plan:
     """Every kernel at every H and B that it takes; at the main batch beside all rivals."""
     limits, steps = Limits(9, 5, 1.0, alike=100), []
     for dtype, hidden in product(LARGEST, ((128, 256, 320, 64), (512, 1024, 768))):
-        rivals = (s.name for s in ON_GPU if s.dtype == dtype and ASSOCIATIVE not in s.name)
+        rivals = (s.name for s in SUBJECTS["gpu"] if s.dtype == dtype and ASSOCIATIVE not in s.name)
         who = {MAIN_BATCH: tuple(rivals), 16: _beside_cudnn(dtype), 128: _beside_cudnn(dtype)}
         points = [*product((MAIN_BATCH,), hidden), *((B, H) for H in hidden for B in (16, 128))]
         for B, H in points:

@@ -133,8 +133,6 @@ def make(
         forward = jax.jit(lambda *args: jax.vjp(unroll, *args)[1], compiler_options=NOT_TUNED)
         return lambda pull, g: pull(g), (forward(weights, xs), g)
     assert measure == HVP
-    if workload.network.activation == "relu":
-        raise NotOfferedError("there is no reference for relu's second derivatives")
     return curvature, (weights, _weights(layer, tangent, dtype), xs, g, *lengths)
 
 

@@ -50,7 +50,6 @@ def seconds(call: Call, repeats: int = 1, wait: Wait = None) -> float:
 
 def calibrate(call: Call, wait: Wait = None) -> int:
     """How often to call for a sample of at least SAMPLE_SECONDS."""
-    seconds(call, 1, wait)  # the first call allocates
     repeats, each = 1, seconds(call, 1, wait)
     while repeats * each < SAMPLE_SECONDS:
         # A little more than it takes, at most ten times more: the first guess is a rough one.

@@ -11,7 +11,6 @@ FORWARD = "forward"  # hs
 BACKWARD = "forward+backward"  # the gradient in weights and inputs; for ids in the weights
 BACKWARD_ALONE = "backward alone"  # the same gradient, from what a forward pass has kept
 HVP = "Hessian-vector product"  # the Hessian in the weights times one direction
-MEASURES = (FORWARD, BACKWARD, HVP)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from benchmarks.reference import parameter_names
 from benchmarks.subjects import NotOfferedError, Prepared, only_plain
 from benchmarks.subjects.registry import Subject
-from benchmarks.workloads import BACKWARD, FORWARD, HVP, Data, Workload
+from benchmarks.workloads import BACKWARD, FORWARD, Data, Workload
 
 # Where layers are; a worker on a GPU sets it to "cuda".
 DEVICE = "cpu"
@@ -51,13 +51,9 @@ def prepare(
     if DEVICE == "cuda" and not torch.cuda.is_available():
         raise ImportError("this build of torch has no CUDA")
     only_plain(workload.network)
-    if measure not in (FORWARD, BACKWARD, HVP) or (measure == HVP and DEVICE == "cuda"):
-        raise NotOfferedError(f"{measure} is not measured of torch's recurrent layers here")
-    if measure == HVP and workload.network.activation == "relu":
-        raise NotOfferedError("there is no reference for relu's second derivatives")
     if workload.dtype not in (None, subject.dtype):
         raise NotOfferedError(f"it is measured in {subject.dtype}")
-    call = _program(subject, workload, measure, data, tangent)
+    call = _program(subject, workload, measure, data)
     if DEVICE == "cuda":
         call = partial(_with_tf32, subject.tf32, call)
     start = time.perf_counter()
@@ -73,34 +69,27 @@ def prepare(
     return Prepared(call, wait, lambda: _arrays(workload, measure, result), record)
 
 
-def _program(subject, workload, measure, data, tangent):
+def _program(subject, workload, measure, data):
     """What a measure calls."""
     dtype, phi = getattr(torch, subject.dtype), workload.network.activation
 
     def tensor(array):
         return torch.as_tensor(array, device=DEVICE).to(dtype)
 
-    def values(member):
-        """A layer's four parameters, the second bias 0."""
-        U, W, b = map(tensor, member)
-        return [U, W, b, torch.zeros_like(b)]
-
-    def layer(member):
-        H, D = member[0].shape
-        made = torch.nn.RNN(D, H, nonlinearity=phi, device=DEVICE, dtype=dtype)
+    def layer(U, W, b):
+        made = torch.nn.RNN(*U.shape[::-1], nonlinearity=phi, device=DEVICE, dtype=dtype)
         with torch.no_grad():
-            for parameter, value in zip(made.parameters(), values(member), strict=True):
+            # Of the second bias, which is torch's alone, the gradient is the first's.
+            values = [tensor(array) for array in (U, W, b, 0 * b)]
+            for parameter, value in zip(made.parameters(), values, strict=True):
                 parameter.copy_(value)
         # cuDNN in training mode keeps what a backward needs.
         return made.train(measure != FORWARD)
 
-    def members(data):
-        """torch.func.vmap has no rule for rnn_tanh (torch 2.13), so members are a loop."""
-        return [*zip(*data.cells[0], strict=True)] if workload.members else [data.cells[0]]
-
-    layers = [layer(member) for member in members(data)]
+    # torch.func.vmap has no rule for rnn_tanh (torch 2.13), so members are a loop.
+    members = zip(*data.cells[0], strict=True) if workload.members else data.cells
+    layers = [layer(*member) for member in members]
     parameters = [parameter for each in layers for parameter in each.parameters()]
-    tangents = [value for member in members(tangent) for value in values(member)]
     if subject.compile:
         # Without fullgraph, torch.compile would leave the layer out silently, and run it as it is.
         layers = [torch.compile(each, fullgraph=True) for each in layers]
@@ -125,12 +114,7 @@ def _program(subject, workload, measure, data, tangent):
         xs = inputs().detach().requires_grad_()
         return torch.autograd.grad(loss(xs), [*parameters, xs])
 
-    def curvature():
-        # A double backward takes half the time of forward mode over a backward (torch 2.13, CPU).
-        gradients = torch.autograd.grad(loss(inputs()), parameters, create_graph=True)
-        return torch.autograd.grad(gradients, parameters, tangents)
-
-    return {FORWARD: forward, BACKWARD: backward, HVP: curvature}[measure]
+    return {FORWARD: forward, BACKWARD: backward}[measure]
 
 
 def _arrays(workload: Workload, measure: str, result: Any) -> dict[str, np.ndarray]:
@@ -145,9 +129,8 @@ def _arrays(workload: Workload, measure: str, result: Any) -> dict[str, np.ndarr
     else:
         if len(result) % 4:
             found["dxs"] = array(result.pop()[:, few])
-        # Four parameters a layer; the second bias is torch's alone, its gradient the first's.
-        names = parameter_names(1, "tangent of " if measure == HVP else "")
-        parts = {name: result[n::4] for n, name in enumerate(names)}
+        # Four parameters a layer.
+        parts = {name: result[n::4] for n, name in enumerate(parameter_names(1))}
     for name, members in parts.items():
         stacked = np.stack([array(member) for member in members])
         found[name] = stacked if workload.members else stacked[0]
