@@ -36,43 +36,51 @@ class _Parser(argparse.ArgumentParser):
         self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number, at least 1, got {text}")
+    return int(text)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The options of all commands."""
     about = f"How fast jaxrnn is. {' | '.join(COMMANDS)}; `run` if none is named."
     parser = _Parser(prog="python -m benchmarks", description=about)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", help="measure, save and report", description=about)
-    run.add_argument("--quick", action="store_true", help="the most telling part, in two minutes")
-    run.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="(default: cpu)")
-    for name in ("workload", "subject", "measure"):
-        also = f"only that {name}; may be repeated"
-        run.add_argument(f"--{name}", action="append", metavar="NAME", help=also)
-    run.add_argument("--rounds", type=int, metavar="N", help="at most so many (default: 15)")
-    budget = "for the rounds of one measure of a row, five rounds at least (default: 25, or 2)"
-    run.add_argument("--budget", type=float, metavar="SECONDS", help=budget)
-    run.set_defaults(go=_run)
+    def option(commands, flag, what, **how):
+        for command in commands:
+            command.add_argument(flag, help=what, **how)
 
+    run = commands.add_parser("run", help="measure, save and report", description=about)
+    run.set_defaults(go=_run)
     about = "the first minutes on a GPU of the Hopper generation: are the kernels exact and fast"
     first = commands.add_parser("first", help=about)
-    first.set_defaults(go=_first, device="gpu")
-    for command in (run, first):
-        minutes = "the run is over by then (default: none; on a GPU 8, of `first` 5.7)"
-        command.add_argument("--minutes", type=float, metavar="N", help=minutes)
-        dry = "rehearse a run on a GPU: tiny, on the CPU, kernels interpreted"
-        command.add_argument("--dry", action="store_true", help=dry)
-        out = "a file that ends in .json, or a directory (default: in benchmarks/results/)"
-        command.add_argument("--out", metavar="PATH", help=out)
-
+    first.set_defaults(go=lambda args: _measure(args, FIRST, "-first"), device="gpu")
     about = "the tables of a run; of several, the best and the worst of each row"
     report = commands.add_parser("report", help=about)
-    report.add_argument("files", metavar="FILE", nargs="+", help="what a run has saved")
-    report.add_argument("--plot", metavar="PNG", help="draw the first one's ratios")
     report.set_defaults(go=_report)
     tune = commands.add_parser("tune", help="measure what the library's choices rest on")
-    tune.add_argument("choice", nargs="*", help="of the schedule's table (default: all)")
-    tune.add_argument("--rounds", type=int, metavar="N", default=9)
     tune.set_defaults(go=_tune)
+
+    true, both = {"action": "store_true"}, (run, first)
+    option([run], "--quick", "the most telling part, in two minutes", **true)
+    option([run], "--device", "(default: cpu)", choices=("cpu", "gpu"), default="cpu")
+    for name in ("workload", "subject", "measure"):
+        option([run], f"--{name}", f"only that {name}; repeatable", action="append", metavar="NAME")
+    option(
+        [run, tune], "--rounds", "at most so many (default: 15; tune 9)", type=_count, metavar="N"
+    )
+    budget = "for the rounds of one measure of a row, five rounds at least (default: 25, or 2)"
+    option([run], "--budget", budget, type=float, metavar="SECONDS")
+    minutes = "the run is over by then (default: none; on a GPU 8, of `first` 5.7)"
+    option(both, "--minutes", minutes, type=float, metavar="N")
+    option(both, "--dry", "rehearse a run on a GPU: tiny, on the CPU, kernels interpreted", **true)
+    out = "a file that ends in .json, or a directory (default: in benchmarks/results/)"
+    option(both, "--out", out, metavar="PATH")
+    option([report], "files", "what a run has saved", metavar="FILE", nargs="+")
+    option([report], "--plot", "draw the first one's ratios", metavar="PNG")
+    option([tune], "choice", "of the schedule's table (default: all)", nargs="*")
     return parser
 
 
@@ -103,10 +111,6 @@ def _run(args: argparse.Namespace) -> int:
 
     label = "-quick" if args.quick else "-part" if any(chosen) else ""
     return _measure(args, plan.limited(limit), label)
-
-
-def _first(args: argparse.Namespace) -> int:
-    return _measure(args, FIRST, "-first")
 
 
 def _measure(args: argparse.Namespace, plan: Any, label: str) -> int:
@@ -187,7 +191,7 @@ def _report(args: argparse.Namespace) -> int:
             from benchmarks.picture import plot
 
             plot(documents[0], Path(args.plot))
-    except (results.ResultsError, OSError) as error:
+    except (results.ResultsError, OSError, ImportError) as error:
         raise InputError(str(error)) from error
     return 0
 
@@ -196,7 +200,7 @@ def _tune(args: argparse.Namespace) -> int:
     for choice in args.choice:
         if choice not in SHAPES:
             raise InputError(f"no choice {choice!r}; there are {', '.join(map(repr, SHAPES))}")
-    return tune(args.choice or list(SHAPES), args.rounds)
+    return tune(args.choice or list(SHAPES), args.rounds or 9)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -211,16 +215,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = ["run", *arguments]
     args = make_parser().parse_args(arguments)
     try:
-        if (getattr(args, "rounds", None) or 1) < 1:
-            raise InputError(f"--rounds: expected at least 1, got {args.rounds}")
         return args.go(args)
     except InputError as error:
         print(f"benchmarks: error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except ModuleNotFoundError as error:
-        name = (error.name or "").split(".")[0]
-        print(f"benchmarks: error: {name} is missing: pip install '.[bench]'", file=sys.stderr)
     return EXIT_BAD_INPUT
 
 

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -16,14 +16,11 @@ from benchmarks.results import cuda_root
 from benchmarks.subjects.registry import TWO_DEVICES
 from benchmarks.worker import without_directories
 
-# Only the end of a process ends what hangs. Seconds for a reply, and more for the first one: JAX
-# is imported, and the device found.
-SECONDS = {
-    "cpu": {"prepare": 900.0, "other": 300.0, "start": 300.0},
-    "gpu": {"prepare": 90.0, "other": 20.0, "start": 120.0},
-}
-# More for each step of a workload: some ten calls of a scan that takes 30 µs a step.
-STEP_SECONDS = 3e-4
+# Only the end of a process ends what hangs. Seconds for the reply to a request, more for the first
+# one, as JAX is imported and the device found, and more for each step of a workload: some ten
+# calls of a scan that takes 30 µs a step.
+SECONDS = {"cpu": {"prepare": 900.0, "sample": 300.0}, "gpu": {"prepare": 90.0, "sample": 20.0}}
+OTHER_SECONDS, START_SECONDS, STEP_SECONDS = 20.0, 120.0, 3e-4
 # How long a process that was killed may take to end: the driver can hold it.
 KILL_SECONDS = 5.0
 # How often a kind of worker may die.
@@ -45,10 +42,8 @@ def environment(kind: str, device: str) -> dict[str, str]:
     """What a worker runs under."""
     more = {
         "JAX_PLATFORMS": "cpu" if device == "cpu" else "cuda,cpu",
-        # Compiling is measured, so nothing may come from a disk.
-        "JAX_ENABLE_COMPILATION_CACHE": "false",
-        # JAX and torch share the GPU's memory.
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",  # compiling is measured
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # JAX and torch share the GPU's memory
         "KERAS_BACKEND": "jax",
         "TF_CPP_MIN_LOG_LEVEL": "2",
     }
@@ -68,10 +63,9 @@ class Worker:
         kind: str,
         device: str = "cpu",
         command: list[str] | None = None,
-        seconds: Mapping[str, float] | None = None,
+        seconds: dict[str, float] | None = None,
     ):
-        self.seconds = SECONDS[device] if seconds is None else seconds
-        self.answered = False
+        self.seconds, self.answered = seconds or SECONDS[device], False
         self.noise = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
             command or [sys.executable, "-m", "benchmarks.worker", kind, device],
@@ -94,9 +88,9 @@ class Worker:
         with suppress(BrokenPipeError):  # a process that has ended shows at the reply
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
             self.process.stdin.flush()
-        limit = self.seconds.get(request["do"], self.seconds["other"])
+        limit = self.seconds.get(request["do"], OTHER_SECONDS)
         limit += STEP_SECONDS * request.get("workload", {}).get("T", 0)
-        limit += 0.0 if self.answered else self.seconds["start"]
+        limit += 0.0 if self.answered else START_SECONDS
         end = min(time.monotonic() + limit, until)
         try:
             line = self._line(end)
@@ -125,25 +119,21 @@ class Worker:
         return line
 
     def _last_words(self) -> str:
-        try:
-            code = self.process.wait(KILL_SECONDS)
-        except subprocess.TimeoutExpired:
-            return "the process closed its output and did not end"
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(KILL_SECONDS)
         self.noise.seek(0)
         lines = self.noise.read().decode(errors="replace").strip().splitlines()
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         said = f": {without_directories(lines[-1].strip())}" if lines else ""
-        return f"the process {how}{said}"[:200]
+        return f"the process ended with code {self.process.returncode}{said}"[:200]
 
     def close(self) -> None:
         """End the process: it holds nothing that is worth waiting for."""
         self.process.kill()
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(KILL_SECONDS)
-        for stream in (self.process.stdin, self.process.stdout):
+        for stream in (self.process.stdin, self.process.stdout, self.noise):
             with suppress(BrokenPipeError):  # a request that was not read any more
                 stream.close()
-        self.noise.close()
 
 
 class Crew:
@@ -153,10 +143,7 @@ class Crew:
     """
 
     def __init__(
-        self,
-        device: str = "cpu",
-        make: Callable[..., Worker] = Worker,
-        until: float = float("inf"),
+        self, device: str, make: Callable[..., Worker] = Worker, until: float = float("inf")
     ):
         self.device, self.make, self.until = device, make, until
         self.workers: dict[str, Worker] = {}
@@ -173,8 +160,7 @@ class Crew:
             raise TimeIsUpError
         if self.deaths[kind] >= LIVES:
             raise WorkerDiedError(f"its process died {LIVES} times before")
-        self.start([kind])
-        worker = self.workers[kind]
+        worker = self.start(kind)
         try:
             if not worker.answered and request["do"] != "machine":
                 # To start takes longer than what hangs may take.
@@ -185,11 +171,11 @@ class Crew:
             self.deaths[kind] += 1
             raise
 
-    def start(self, kinds: Iterable[str]) -> None:
-        """Start workers side by side."""
-        for kind in kinds:
-            if kind not in self.workers:
-                self.workers[kind] = self.make(kind, self.device)
+    def start(self, kind: str) -> Worker:
+        """The worker of a kind, which may still be starting."""
+        if kind not in self.workers:
+            self.workers[kind] = self.make(kind, self.device)
+        return self.workers[kind]
 
     def __enter__(self) -> "Crew":
         return self

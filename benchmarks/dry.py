@@ -21,7 +21,7 @@ from jaxrnn._backends.target import Device, built_for
 GPU = "NVIDIA H100 80GB HBM3"
 # A kernel that is interpreted takes as long for a step as a GPU for thousands.
 BLOCK, CLUSTER = 64, 384
-SECONDS = {"prepare": 120.0, "other": 60.0, "start": 120.0}
+SECONDS = {"prepare": 120.0, "sample": 60.0}
 
 
 def rehearsal(plan: Plan) -> Plan:

@@ -43,11 +43,6 @@ def healthy() -> bool:
         return False
 
 
-def forget() -> None:
-    """Give compiled programs back."""
-    jax.clear_caches()
-
-
 def prepare(
     subject: Subject, workload: Workload, measure: str, data: Data, tangent: Data
 ) -> Prepared:
@@ -63,12 +58,11 @@ def prepare(
     else:
         layer = subject.make(workload.network)
         function, args = make(layer, workload, measure, data, tangent, dtype)
-    times = [time.perf_counter()]
-    jitted = jax.jit(function)
+    jitted, start = jax.jit(function), time.perf_counter()
     lowered = jitted.lower(*args)
-    times.append(time.perf_counter())
+    trace = time.perf_counter() - start
     compiled = lowered.compile(compiler_options=None if workload.tuned else NOT_TUNED)
-    times.append(time.perf_counter())
+    record: dict[str, Any] = {"trace": trace, "compile": time.perf_counter() - start - trace}
     wanted = compiled.input_shardings[0]
     # Where a program wants its arguments on several devices, they lie there beforehand. On one
     # they stay as they are: for arguments that are put somewhere, JAX compiles anew.
@@ -78,11 +72,7 @@ def prepare(
     # As a user calls it: `compiled` itself is called by slower Python. But `jitted` would be
     # compiled anew where this one was compiled without tuning.
     call = partial(jitted if workload.tuned else compiled, *args)
-    start = time.perf_counter()
     result = jax.block_until_ready(call())
-    first = time.perf_counter() - start
-    trace, compiling = (float(seconds) for seconds in np.diff(times))
-    record = {"trace": trace, "compile": compiling, "first_call": trace + compiling + first}
     text = f"{lowered.as_text()}\n{compiled.as_text()}"
     record["kernels"] = [name for name in KERNEL_NAMES if name in text]
     if (analysis := compiled.memory_analysis()) is not None:
@@ -250,15 +240,11 @@ def _weights(layer: Layer, data: Data, dtype: str) -> Any:
 
 
 def _unload(layer: Layer, workload: Workload, gradient: Any) -> list[np.ndarray]:
-    if workload.network.cells > 1:
-        return [np.asarray(part) for cell in gradient for part in layer.unload(cell)]
-    if not workload.members:
-        return [np.asarray(part) for part in layer.unload(gradient)]
-    each = [
-        layer.unload(jax.tree.map(lambda leaf, n=n: leaf[n], gradient))
-        for n in range(workload.members)
-    ]
-    return [np.stack(parts) for parts in zip(*each, strict=True)]
+    if workload.members:
+        one = [jax.tree.map(lambda leaf, n=n: leaf[n], gradient) for n in range(workload.members)]
+        return [np.stack(parts) for parts in zip(*map(layer.unload, one), strict=True)]
+    cells = gradient if workload.network.cells > 1 else (gradient,)
+    return [np.asarray(part) for cell in cells for part in layer.unload(cell)]
 
 
 def _batch_first(layer: Layer, array: np.ndarray) -> np.ndarray:

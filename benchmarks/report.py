@@ -1,7 +1,7 @@
 """What runs found, as tables: each row, and how many times longer than jaxrnn the others take."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +12,8 @@ from benchmarks.workloads import TANH, Workload, from_json
 
 NOTHING = "–"
 TWO_DEVICES = ", two host devices"
+MILLISECONDS, BEST, COMPILING = "jaxrnn, ms", "best JAX peer", "naive scan's compiling"
+TEMPORARIES = "temporaries beyond naive, [T, B, H]"
 Documents = Sequence[dict[str, Any]]
 Value = tuple[float, str]  # and what stands behind it
 
@@ -126,13 +128,15 @@ def tables(documents: Documents) -> Iterator[str]:
     views = [View(document) for document in documents]
     yield "\n".join(caption(document) for document in documents)
     workloads = list({w.name: w for view in views for w in view.workloads}.values())
+    ours = (OURS, f"{OURS}, relu", f"{OURS}{TWO_DEVICES}")
     subjects = dict.fromkeys(s["name"] for d in documents for s in d["subjects"])
+    others = [name for name in subjects if name not in ours]
     runs = f", best / worst of {len(views)} runs" if len(views) > 1 else ""
     for measure in dict.fromkeys(measure for view in views for measure in view.measures):
         columns: dict[str, list[list[Value]]] = {}
-        for name, value in _columns(measure, list(subjects)).items():
-            cells = [[v for view in views if (v := value(view, w))] for w in workloads]
-            if any(cells):
+        for name in (MILLISECONDS, BEST, *others, COMPILING, TEMPORARIES):
+            found = [[_value(view, w, measure, name) for view in views] for w in workloads]
+            if any(cells := [[value for value in cell if value] for cell in found]):
                 columns[name] = cells
         rows = []
         for n, workload in enumerate(workloads):
@@ -146,49 +150,24 @@ def tables(documents: Documents) -> Iterator[str]:
     yield from not_timed(documents)
 
 
-MILLISECONDS, TEMPORARIES = "jaxrnn, ms", "temporaries beyond naive, [T, B, H]"
-
-
-def _columns(
-    measure: str, subjects: list[str]
-) -> dict[str, Callable[[View, Workload], Value | None]]:
-    def milliseconds(view, workload):
+def _value(view: View, workload: Workload, measure: str, column: str) -> Value | None:
+    if column == MILLISECONDS:
         seconds = view.seconds(workload, measure, OURS)
         return seconds and (1e3 * seconds, "")
-
-    def best(view, workload):
-        found = view.best(workload, measure)
-        return found and (found[0].median, found[1])
-
-    def ratio_of(subject):
-        def ratio(view, workload):
-            found = view.beside_ours(workload, measure, subject)
-            return found and (found.median, "")
-
-        return ratio
-
-    def twins(view, workload):
-        return [view.row(workload, measure, subject) for subject in (NAIVE, OURS)]
-
-    def compiling(view, workload):
-        times = [row.get("trace", 0) + row.get("compile", 0) for row in twins(view, workload)]
+    if column == BEST:
+        best = view.best(workload, measure)
+        return best and (best[0].median, best[1])
+    twins = [view.row(workload, measure, subject) for subject in (NAIVE, OURS)]
+    if column == COMPILING:
+        times = [row.get("trace", 0) + row.get("compile", 0) for row in twins]
         return (times[0] / times[1], "") if all(times) else None
-
-    def temporaries(view, workload):
-        theirs, ours = (row.get("temporaries") for row in twins(view, workload))
-        if ours is None or theirs is None:
-            return None
+    if column == TEMPORARIES:
+        theirs, ours = (row.get("temporaries", -1) for row in twins)
         size = np.dtype(workload.dtype or "float32").itemsize * max(workload.members, 1)
-        return (ours - theirs) / (size * workload.T * workload.B * workload.H), ""
-
-    ours = (OURS, f"{OURS}, relu", f"{OURS}{TWO_DEVICES}")
-    return {
-        MILLISECONDS: milliseconds,
-        "best JAX peer": best,
-        **{subject: ratio_of(subject) for subject in subjects if subject not in ours},
-        "naive scan's compiling": compiling,
-        TEMPORARIES: temporaries,
-    }
+        size *= workload.T * workload.B * workload.H
+        return ((ours - theirs) / size, "") if min(theirs, ours) >= 0 else None
+    found = view.beside_ours(workload, measure, column)
+    return found and (found.median, "")
 
 
 def _ends(cell: list[Value], column: str) -> str:

@@ -13,9 +13,9 @@ subjects    name, package and kind (of worker) of each
 rows        workload, subject, measure, status: "ready" with seconds (per call, one for each of
             the rounds); or "failed", "not installed", "not offered", "not measured" with a
             reason. Also errors, by array and in terms of its largest entry ("copies": how far
-            sequences that are equal differ); seconds to trace, to compile and of the first_call,
-            bytes of temporaries, kernels in the program; of kernels alike, whether the results of
-            so many calls were, bit by bit; died, where it took the process with it
+            sequences that are equal differ); seconds to trace and to compile, bytes of
+            temporaries, kernels in the program; of kernels alike, whether the results of so many
+            calls were, bit by bit; died, where it took the process with it
 """
 
 import json
@@ -28,7 +28,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 1
 KEYS = ("device", "date", "versions", "options", "subjects", "rows")
 PACKAGES = "jax jaxlib numpy jaxrnn flax dm-haiku equinox keras torch".split()
 ON_GPU = "jax-cuda12-plugin jax-cuda13-plugin nvidia-cudnn-cu12 nvidia-cudnn-cu13".split()
@@ -43,7 +42,7 @@ class ResultsError(ValueError):
 def new(device: str, options: dict[str, Any]) -> dict[str, Any]:
     """An empty document of today and this machine."""
     return {
-        "schema": SCHEMA,
+        "schema": 1,
         "date": date.today().isoformat(),
         "device": {"processor": _processor(), "cores": cores(), "gpu": None},
         "versions": _versions(device),
@@ -59,16 +58,11 @@ def new(device: str, options: dict[str, Any]) -> dict[str, Any]:
 
 def write(document: dict[str, Any], path: Path) -> None:
     """Write the document; an old file is replaced when the new one is complete."""
-    text = []
-    for key, value in document.items():
-        lines = json.dumps(value, ensure_ascii=False)
-        if isinstance(value, list) and value:  # a line for each row
-            rows = ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in value)
-            lines = f"[\n{rows}\n]"
-        text.append(f'"{key}": {lines}')
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # A line for each row.
+    text = json.dumps(document, ensure_ascii=False).replace('{"workload"', '\n{"workload"')
+    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text("{\n" + ",\n".join(text) + "\n}\n", encoding="utf-8")
+        partial.write_text(text + "\n", encoding="utf-8")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -78,19 +72,16 @@ def read(path: Path) -> dict[str, Any]:
     """The document of a file.
 
     Raises:
-      ResultsError: it cannot be read, or holds something else.
+      OSError: it cannot be read.
+      ResultsError: it holds something else.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ResultsError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise ResultsError(f"{path}: is no JSON: {error}") from error
-    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-        raise ResultsError(f"{path}: expected the results of a run, schema {SCHEMA}")
-    missing = [key for key in KEYS if key not in document]
+    missing = [key for key in KEYS if not isinstance(document, dict) or key not in document]
     if missing:
-        raise ResultsError(f"{path}: lacks {', '.join(missing)}")
+        raise ResultsError(f"{path}: expected the results of a run, lacks {', '.join(missing)}")
     # Older files have compilation and memory in lists of their own.
     rows = {row_key(row): row for row in document["rows"]}
     for figures in (*document.pop("compile", ()), *document.pop("memory", ())):
@@ -110,12 +101,12 @@ def new_path(wanted: Path) -> Path:
       OSError: it cannot be written.
     """
     path, n = wanted, 1
+    path.parent.mkdir(parents=True, exist_ok=True)
     while path.exists():
         n += 1
         path = wanted.with_name(f"{wanted.stem}-{n}{wanted.suffix}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"{path} cannot be written")
+    path.touch()  # not after hours
+    path.unlink()
     return path
 
 

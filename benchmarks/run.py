@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from benchmarks import kernels
@@ -31,16 +31,11 @@ def describe_workers(crew: Crew, kinds: Sequence[str], device: str, document: Ro
 
     Raises:
       NoDeviceError: JAX finds no GPU where the run is on one.
-      TimeIsUpError: the time was up before a worker had started.
     """
-    crew.start(kinds)
+    for kind in kinds:  # side by side
+        crew.start(kind)
     for kind in kinds:
-        try:
-            about = crew.call(kind, do="machine")
-        except TimeIsUpError:
-            raise
-        except WorkerDiedError as error:
-            about = {"reason": str(error)}
+        about = crew.call(kind, do="machine")
         if kind != TORCH and device == "gpu" and not about.get("gpu"):
             raise NoDeviceError(about.get("reason", "JAX finds no GPU here"))
         if "threads" in about:
@@ -51,6 +46,7 @@ def describe_workers(crew: Crew, kinds: Sequence[str], device: str, document: Ro
             document["versions"]["cuDNN of torch"] = about["cudnn"]
 
 
+@dataclass
 class Run:
     """Measures all that is planned, adding rows to the document as they are begun.
 
@@ -58,19 +54,14 @@ class Run:
     after each of them, and at the end, however it comes.
     """
 
-    def __init__(
-        self,
-        crew: Crew,
-        plan: Plan,
-        subjects: dict[str, Subject],
-        document: dict[str, Any],
-        say: Callable[[str], None],
-        save: Callable[[], None],
-    ):
-        self.crew, self.plan, self.subjects = crew, plan, subjects
-        self.document, self.say, self.save = document, say, save
-        self.deaths: Counter[tuple[str, bool]] = Counter()
-        self.died: dict[tuple[str, str], str] = {}
+    crew: Crew
+    plan: Plan
+    subjects: dict[str, Subject]
+    document: dict[str, Any]
+    say: Callable[[str], None]
+    save: Callable[[], None]
+    deaths: Counter[tuple[str, bool]] = field(default_factory=Counter)  # of families
+    died: dict[tuple[str, str], str] = field(default_factory=dict)  # why, by subject and row
 
     def go(self) -> None:
         """Measure; an interruption leaves what was measured."""
@@ -92,19 +83,16 @@ class Run:
         self, workload: Workload, measure: str, names: Sequence[str], limits: Limits
     ) -> list[Row]:
         """Prepare every subject, then go round: one sample from each, and again."""
-        rows = []
-        for name in names:
-            row = {"workload": asdict(workload), "subject": name, "measure": measure}
-            rows.append(row | {"status": "not measured", "reason": "the run was stopped"})
-            rows[-1] |= {"rounds": [], "seconds": []}
+        row = {"workload": asdict(workload), "subject": "", "measure": measure}
+        row |= {"status": "not measured", "reason": "the run was stopped"}
+        rows = [row | {"subject": name, "rounds": [], "seconds": []} for name in names]
         self.document["rows"] += rows
         for row in rows:
             self._prepare(row, rows, limits)
         start = time.monotonic()
         for n in range(limits.most):
-            if n >= limits.least and time.monotonic() - start > limits.budget:
-                break
-            if not self._round(n, rows, limits):
+            enough = n >= limits.least and time.monotonic() - start > limits.budget
+            if enough or not self._round(n, rows, limits):
                 break
         for row in _live(rows):
             if not row["seconds"]:
@@ -145,7 +133,7 @@ class Run:
                 return False
             if reply["status"] == "ready":
                 row["rounds"].append(n)
-                row["seconds"].append(reply["seconds"])
+                row["seconds"].append(float(f"{reply['seconds']:.6g}"))
                 continue
             row |= reply | {"rounds": [], "seconds": []}
             self._check_life(row, rows, limits)

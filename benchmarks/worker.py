@@ -18,6 +18,8 @@ from functools import cached_property
 from importlib import import_module
 from typing import Any
 
+import jax
+
 from benchmarks import programs
 from benchmarks.reference import Reference
 from benchmarks.subjects import NotOfferedError, Prepared, registry
@@ -154,7 +156,7 @@ class Bench:
     def do_forget(self) -> dict[str, Any]:
         """Give back all that was prepared."""
         self.ready.clear()
-        self.side.forget()
+        jax.clear_caches()
         return {}
 
     def _numbers(self, workload, dtype, tf32):

@@ -30,7 +30,7 @@ class Prepared(NamedTuple):
     # The result as float64 arrays in Data's layout, by the reference's names; "copies" is how far
     # sequences differ that are equal.
     arrays: Callable[[], dict[str, Any]]
-    record: dict[str, Any]  # seconds of trace, compile and first_call; temporaries; kernels
+    record: dict[str, Any]  # seconds to trace and to compile; temporaries; kernels
 
 
 def only_plain(network: Network) -> None:

@@ -1,6 +1,5 @@
 """`torch.nn.RNN`, on the CPU and as cuDNN runs it: `prepare` is torch's side of a worker."""
 
-import time
 from functools import partial
 from typing import Any
 
@@ -33,12 +32,6 @@ def healthy() -> bool:
     return True
 
 
-def forget() -> None:
-    """Drop what torch.compile has compiled: at the eighth shape it would give up."""
-    if DEVICE == "cpu":
-        torch.compiler.reset()
-
-
 def prepare(
     subject: Subject, workload: Workload, measure: str, data: Data, tangent: Data
 ) -> Prepared:
@@ -56,7 +49,6 @@ def prepare(
     call = _program(subject, workload, measure, data)
     if DEVICE == "cuda":
         call = partial(_with_tf32, subject.tf32, call)
-    start = time.perf_counter()
     try:
         result = call()
         _wait(result)
@@ -64,9 +56,8 @@ def prepare(
         if subject.compile and type(error).__module__.startswith("torch._dynamo"):
             raise NotOfferedError(str(error)) from error
         raise
-    record = {"first_call": time.perf_counter() - start}
     wait = _wait if DEVICE == "cuda" else None
-    return Prepared(call, wait, lambda: _arrays(workload, measure, result), record)
+    return Prepared(call, wait, lambda: _arrays(workload, measure, result), {})
 
 
 def _program(subject, workload, measure, data):
@@ -92,6 +83,7 @@ def _program(subject, workload, measure, data):
     parameters = [parameter for each in layers for parameter in each.parameters()]
     if subject.compile:
         # Without fullgraph, torch.compile would leave the layer out silently, and run it as it is.
+        torch.compiler.reset()  # at the eighth shape it would give up
         layers = [torch.compile(each, fullgraph=True) for each in layers]
     g, xs = tensor(data.g), tensor(data.xs)
     if workload.ids:
