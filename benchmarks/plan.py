@@ -6,7 +6,7 @@ from itertools import product
 
 from benchmarks import workloads
 from benchmarks.subjects.registry import ASSOCIATIVE, KERNEL, LARGEST, NAIVE, OURS, SCAN, SUBJECTS
-from benchmarks.workloads import BACKWARD, BACKWARD_ALONE, FORWARD, HVP, LAST, TANH, Workload
+from benchmarks.workloads import BACKWARD, BACKWARD_ALONE, FORWARD, HVP, LAST, WORKLOADS, Workload
 
 Names = Collection[str] | None  # None for all
 
@@ -71,8 +71,8 @@ OF_RELU = tuple(name for name in EVERYONE[1:] if not name.endswith(NOT_RELU))
 LONG, BRIEF = Limits(15, 5, 25.0), Limits(15, 5, 2.0)
 FULL = Plan(
     (
-        *(Step(workload, BOTH, EVERYONE, LONG) for workload in TANH),
-        *(Step(workload, (HVP,), TWINS, LONG) for workload in (*TANH, LAST)),
+        *(Step(workload, BOTH, EVERYONE, LONG) for workload in WORKLOADS),
+        *(Step(workload, (HVP,), TWINS, LONG) for workload in (*WORKLOADS, LAST)),
         *(Step(workload, BOTH, TWINS, BRIEF) for workload in workloads.LEAKY),
         *(Step(workload, BOTH, OF_RELU, BRIEF) for workload in workloads.RELU),
         *(Step(workload, BOTH, EVERYONE, BRIEF) for workload in workloads.SMALL),

@@ -8,7 +8,7 @@ import numpy as np
 
 from benchmarks.results import caption, row_key
 from benchmarks.subjects.registry import NAIVE, OURS
-from benchmarks.workloads import TANH, Workload, from_json
+from benchmarks.workloads import WORKLOADS, Workload, from_json
 
 NOTHING = "–"
 TWO_DEVICES = ", two host devices"
@@ -183,7 +183,7 @@ def _ends(cell: list[Value], column: str) -> str:
 
 def _means(workloads: list[Workload], columns: dict[str, list[list[Value]]]) -> Iterator[list[str]]:
     """Geometric means of ratios: of one tanh layer, of the other networks, of all."""
-    names = {workload.name for workload in TANH}
+    names = {workload.name for workload in WORKLOADS}
     first = [n for n, workload in enumerate(workloads) if workload.name in names]
     others = [n for n, workload in enumerate(workloads) if workload.name not in names]
     groups = {"one tanh layer": first, "others": others} if first and others else {}

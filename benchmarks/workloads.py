@@ -77,7 +77,7 @@ def from_json(values: dict[str, Any]) -> Workload:
     return Workload(**known | {"network": Network(**known.get("network", {}))})
 
 
-TANH = (
+WORKLOADS = (
     Workload("document", 4, 1, 4, 1),
     Workload("char-rnn, ids", 25, 32, 65, 128, ids=True),
     Workload("char-rnn, one-hot", 25, 32, 65, 128),
