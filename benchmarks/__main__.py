@@ -11,19 +11,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from benchmarks import dry, kernels, report, results
-from benchmarks.crew import Crew, TimeIsUpError, Worker
+from benchmarks.crew import Crew, Worker
 from benchmarks.plan import FIRST, FULL, GPU, QUICK, Limits
-from benchmarks.run import NoDeviceError, Run, describe_workers
+from benchmarks.results import InputError
+from benchmarks.run import Run, describe_workers
 from benchmarks.subjects.registry import SUBJECTS
 from benchmarks.tune import SHAPES, tune
 
 EXIT_FAILED_ROWS, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
-RESULTS = Path(__file__).parent / "results"
 COMMANDS = ("run", "first", "report", "tune")
-
-
-class InputError(Exception):
-    """Bad input; the message says in one line what was expected."""
 
 
 class TerminatedError(KeyboardInterrupt):
@@ -68,9 +64,8 @@ def make_parser() -> argparse.ArgumentParser:
     option([run], "--device", "(default: cpu)", choices=("cpu", "gpu"), default="cpu")
     for name in ("workload", "subject", "measure"):
         option([run], f"--{name}", f"only that {name}; repeatable", action="append", metavar="NAME")
-    option(
-        [run, tune], "--rounds", "at most so many (default: 15; tune 9)", type=_count, metavar="N"
-    )
+    rounds = "at most so many (default: 15; tune 9)"
+    option([run, tune], "--rounds", rounds, type=_count, metavar="N")
     budget = "for the rounds of one measure of a row, five rounds at least (default: 25, or 2)"
     option([run], "--budget", budget, type=float, metavar="SECONDS")
     minutes = "the run is over by then (default: none; on a GPU 8, of `first` 5.7)"
@@ -135,14 +130,13 @@ def _measure(args: argparse.Namespace, plan: Any, label: str) -> int:
         signal.signal(signal.SIGTERM, _terminate)
         with crew:
             describe_workers(crew, kinds, args.device, document)
-            path = results.new_path(_wanted(args, document, label))
+            default = tempfile.mkdtemp() if args.dry else results.directory(document["device"])
+            out = Path(args.out or default)
+            name = f"{document['date']}{label}.json"
+            path = results.new_path(out if out.suffix == ".json" else out / name)
             say(f"{results.caption(document)}; results go to {path}")
             run = Run(crew, plan, subjects, document, say, lambda: results.write(document, path))
             run.go()
-    except NoDeviceError as error:
-        raise InputError(f"--device {args.device}: {error}") from error
-    except TimeIsUpError as error:
-        raise InputError("--minutes: the time was up before a worker had started") from error
     except OSError as error:
         raise InputError(f"cannot write the results: {error}") from error
     except KeyboardInterrupt as error:
@@ -164,23 +158,9 @@ def _terminate(*_: object) -> NoReturn:
     raise TerminatedError
 
 
-def _wanted(args: argparse.Namespace, document: dict[str, Any], label: str) -> Path:
-    if args.out and args.out.endswith(".json"):
-        return Path(args.out)
-    name = f"{document['date']}{label}.json"
-    if args.out:
-        return Path(args.out) / name
-    return (
-        Path(tempfile.mkdtemp()) if args.dry else RESULTS / results.slug(document["device"])
-    ) / name
-
-
 def _show(documents: list[dict[str, Any]]) -> None:
-    if documents[0]["device"]["gpu"]:
-        parts = [part for document in documents for part in kernels.tables(document)]
-    else:
-        parts = report.tables(documents)
-    print("\n\n".join(parts))
+    on_gpu = documents[0]["device"]["gpu"]
+    print("\n\n".join(kernels.tables(documents[0]) if on_gpu else report.tables(documents)))
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -191,7 +171,7 @@ def _report(args: argparse.Namespace) -> int:
             from benchmarks.picture import plot
 
             plot(documents[0], Path(args.plot))
-    except (results.ResultsError, OSError, ImportError) as error:
+    except (OSError, ImportError) as error:
         raise InputError(str(error)) from error
     return 0
 

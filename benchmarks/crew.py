@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.results import cuda_root
 from benchmarks.subjects.registry import TWO_DEVICES
-from benchmarks.worker import without_directories
+from benchmarks.worker import one_line
 
 # Only the end of a process ends what hangs. Seconds for the reply to a request, more for the first
 # one, as JAX is imported and the device found, and more for each step of a workload: some ten
@@ -78,12 +78,7 @@ class Worker:
         )
 
     def ask(self, request: dict[str, Any], until: float = float("inf")) -> dict[str, Any]:
-        """The reply to a request, before the run is over by `time.monotonic`.
-
-        Raises:
-          WorkerDiedError: the process ended before it answered, or was killed for taking too long.
-          TimeIsUpError: it was killed because the run is over.
-        """
+        """The reply to a request, before the run is over: WorkerDiedError where there is none."""
         assert self.process.stdin
         with suppress(BrokenPipeError):  # a process that has ended shows at the reply
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
@@ -122,9 +117,8 @@ class Worker:
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(KILL_SECONDS)
         self.noise.seek(0)
-        lines = self.noise.read().decode(errors="replace").strip().splitlines()
-        said = f": {without_directories(lines[-1].strip())}" if lines else ""
-        return f"the process ended with code {self.process.returncode}{said}"[:200]
+        lines = self.noise.read().decode(errors="replace").strip().splitlines() or ["no words"]
+        return one_line(f"the process ended with code {self.process.returncode}: {lines[-1]}")
 
     def close(self) -> None:
         """End the process: it holds nothing that is worth waiting for."""
@@ -150,12 +144,7 @@ class Crew:
         self.deaths: Counter[str] = Counter()
 
     def call(self, kind: str, /, **request: Any) -> dict[str, Any]:
-        """The reply of the worker of a kind to one request; `do` names the request.
-
-        Raises:
-          WorkerDiedError: it died, now or too often before.
-          TimeIsUpError: the run is over.
-        """
+        """The reply of the worker of a kind to one request; `do` names the request."""
         if time.monotonic() > self.until:
             raise TimeIsUpError
         if self.deaths[kind] >= LIVES:

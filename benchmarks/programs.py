@@ -1,6 +1,5 @@
 """What is measured of a layer in JAX, compiled: `prepare` is JAX's side of a worker."""
 
-import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -32,7 +31,7 @@ def device() -> Any:
 def machine() -> dict[str, Any]:
     """The accelerator's name or None as "gpu", and how many threads XLA has."""
     gpu = device().device_kind if device().platform == "gpu" else None
-    return {"gpu": gpu, "threads": int(os.environ.get("NPROC") or cores())}
+    return {"gpu": gpu, "threads": cores()}
 
 
 def healthy() -> bool:
@@ -46,12 +45,7 @@ def healthy() -> bool:
 def prepare(
     subject: Subject, workload: Workload, measure: str, data: Data, tangent: Data
 ) -> Prepared:
-    """A subject's program, compiled and called once.
-
-    Raises:
-      NotOfferedError: the subject lacks the network or the measure.
-      ImportError: its library is not installed.
-    """
+    """A subject's program, compiled and called once: NotOfferedError where it lacks it."""
     dtype = workload.dtype or subject.dtype
     if subject.make is None:
         function, args = products(workload, measure, dtype)

@@ -63,9 +63,8 @@ class Reference:
         if measure == FORWARD:
             return {"hs": states(self.data, network)}, {}
         if measure == HVP:
-            ahead, back = (
-                gradients(_moved(self.data, tangent, by), network) for by in (STEP, -STEP)
-            )
+            moved = [_moved(self.data, tangent, by) for by in (STEP, -STEP)]
+            ahead, back = (gradients(data, network) for data in moved)
             names = parameter_names(network.cells)
             return {f"tangent of {n}": (ahead[n] - back[n]) / (2 * STEP) for n in names}, {}
         right = self._gradients(network)
@@ -90,7 +89,7 @@ def states(data: Data, network: Network) -> np.ndarray:
     if network.bidirectional:
         return np.concatenate([every[0], np.flip(every[1], -3)], -1)
     if network.lengths:
-        return every[-1] * _valid(data)
+        return every[-1] * (np.arange(len(data.xs))[:, None] < data.lengths)[..., None]
     return every[-1][..., -1, :, :] if network.last else every[-1]
 
 
@@ -103,7 +102,7 @@ def gradients(data: Data, network: Network, kink: float = 0.0) -> Arrays:
     if network.last:
         g = np.concatenate([np.zeros((len(data.xs) - 1, *g.shape)), g[None]])
     if network.lengths:
-        g = g * _valid(data)
+        g = g * (np.arange(len(data.xs))[:, None] < data.lengths)[..., None]
     if network.bidirectional:
         ahead, back = np.split(g, 2, -1)
         (*first, dxs), (*second, dxs_back) = (
@@ -135,9 +134,9 @@ def _cells(data, network):
 def _forward(cell, xs, network):
     U, W, b = cell
     phi, leak, voltage = PHI[network.activation], network.leak, network.form == "voltage"
-    drive = xs @ _over_time(_transposed(U)) + b[..., None, None, :]
+    drive = xs @ U.mT[..., None, :, :] + b[..., None, None, :]
     hs, arguments = np.empty_like(drive), np.empty_like(drive)
-    h, Wt = np.zeros_like(drive[..., 0, :, :]), _transposed(W)
+    h, Wt = np.zeros_like(drive[..., 0, :, :]), W.mT
     for t in range(xs.shape[-3]):
         a = (phi(h) if voltage else h) @ Wt + drive[..., t, :, :]
         new = a if voltage else phi(a)
@@ -163,9 +162,9 @@ def _backward(cell, xs, hs, arguments, g, network, kink):
         delta = taken * (later if voltage else slope * later)
         deltas[..., t, :, :] = delta
     before = np.concatenate([np.zeros_like(hs[..., :1, :, :]), hs[..., :-1, :, :]], axis=-3)
-    rows = _transposed(_rows(deltas))
+    rows = _rows(deltas).mT
     dW = rows @ _rows(phi(before) if voltage else before)
-    return rows @ _rows(xs), dW, rows.sum(-1), deltas @ _over_time(U)
+    return rows @ _rows(xs), dW, rows.sum(-1), deltas @ U[..., None, :, :]
 
 
 def tolerance(name: str, workload: Workload, dtype: str, tf32: bool = False) -> float:
@@ -178,12 +177,11 @@ def tolerance(name: str, workload: Workload, dtype: str, tf32: bool = False) -> 
     #   a parameter's gradient by u √T more where a scan adds up T products over the batch, by
     #   v √(T B) where one product has them all.
     # With a leak α a step forgets less, 0.9 α + 1 − α for 0.9, and takes α of its product's error.
-    # A layer adds its own errors to those of the layers below. A tangent adds the errors of what
-    # it is the tangent of to its own. Four is for the largest of many errors; the largest entry of
-    # a gradient is itself some four times a usual one.
+    # A layer adds its own errors to those of the layers below, a tangent those of what it is the
+    # tangent of. Four is for the largest of many errors; the largest entry of a gradient is itself
+    # some four times a usual one. Tensor cores cut a factor to TF32 where nothing rounds it before,
+    # which is up to one step of its 10 bits of mantissa, twice what rounding is.
     v = 2.0**-24
-    # Tensor cores cut a factor to TF32 where nothing rounds it before, which is up to one step of
-    # its 10 bits of mantissa, twice what rounding is.
     u = 2.0**-10 if tf32 else {"bfloat16": 2.0**-8, "float16": 2.0**-11}.get(dtype, v)
     T, B, D, H = workload.T, workload.B, workload.D, workload.H
     leak = 1.0 if workload.network.leak is None else workload.network.leak
@@ -209,20 +207,6 @@ def _moved(data: Data, tangent: Data, by: float) -> Data:
     pairs = zip(data.cells, tangent.cells, strict=True)
     cells: Any = tuple(tuple(x + by * dx for x, dx in zip(*pair, strict=True)) for pair in pairs)
     return replace(data, cells=cells)
-
-
-def _valid(data):
-    """`[T, B, 1]`: 1 up to a sequence's end."""
-    return (np.arange(len(data.xs))[:, None] < data.lengths)[..., None].astype(np.float64)
-
-
-def _transposed(matrices):
-    return np.swapaxes(matrices, -1, -2)
-
-
-def _over_time(matrices):
-    """Matrices of members, to multiply `[*members, T, B, N]` with."""
-    return matrices[..., None, :, :]
 
 
 def _rows(array):

@@ -31,12 +31,13 @@ from typing import Any
 KEYS = ("device", "date", "versions", "options", "subjects", "rows")
 PACKAGES = "jax jaxlib numpy jaxrnn flax dm-haiku equinox keras torch".split()
 ON_GPU = "jax-cuda12-plugin jax-cuda13-plugin nvidia-cudnn-cu12 nvidia-cudnn-cu13".split()
+RESULTS = Path(__file__).parent / "results"
 # Where NVIDIA's installer puts toolkits.
 SYSTEM = Path("/usr/local")
 
 
-class ResultsError(ValueError):
-    """A file that does not hold results; the message says what was expected."""
+class InputError(Exception):
+    """Bad input; the message says in one line what was expected."""
 
 
 def new(device: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -73,15 +74,15 @@ def read(path: Path) -> dict[str, Any]:
 
     Raises:
       OSError: it cannot be read.
-      ResultsError: it holds something else.
+      InputError: it holds something else.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ResultsError(f"{path}: is no JSON: {error}") from error
+        raise InputError(f"{path}: is no JSON: {error}") from error
     missing = [key for key in KEYS if not isinstance(document, dict) or key not in document]
     if missing:
-        raise ResultsError(f"{path}: expected the results of a run, lacks {', '.join(missing)}")
+        raise InputError(f"{path}: expected the results of a run, lacks {', '.join(missing)}")
     # Older files have compilation and memory in lists of their own.
     rows = {row_key(row): row for row in document["rows"]}
     for figures in (*document.pop("compile", ()), *document.pop("memory", ())):
@@ -95,11 +96,7 @@ def row_key(row: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def new_path(wanted: Path) -> Path:
-    """Where to write without overwriting: the wanted path, or the first free of -2, -3 and so on.
-
-    Raises:
-      OSError: it cannot be written.
-    """
+    """Where to write without overwriting: the path, or the first free of -2, -3 and so on."""
     path, n = wanted, 1
     path.parent.mkdir(parents=True, exist_ok=True)
     while path.exists():
@@ -110,11 +107,11 @@ def new_path(wanted: Path) -> Path:
     return path
 
 
-def slug(device: dict[str, Any]) -> str:
-    """A directory's name for a device, such as `cpu-amd-epyc-2-cores` or `gpu-nvidia-h200`."""
-    cpu = f"cpu {device['processor']} {device['cores']} cores"
-    text = f"gpu {device['gpu']}" if device["gpu"] else cpu
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+def directory(device: dict[str, Any]) -> Path:
+    """That of a device's results, such as `cpu-amd-epyc-2-cores` or `gpu-nvidia-h200`."""
+    text = f"cpu {device['processor']} {device['cores']} cores"
+    text = f"gpu {device['gpu']}" if device["gpu"] else text
+    return RESULTS / re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def caption(document: dict[str, Any]) -> str:
@@ -130,9 +127,7 @@ def caption(document: dict[str, Any]) -> str:
 
 def cores() -> int:
     """The processor cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _processor() -> str:
@@ -156,10 +151,9 @@ def _versions(device: str) -> dict[str, str | None]:
 
 
 def cuda_root() -> Path | None:
-    """The CUDA toolkit that XLA and Mosaic compile with: where both ptxas and libdevice are.
+    """The CUDA toolkit to compile with: CUDA_ROOT, or where both ptxas and libdevice are.
 
-    JAX by itself takes the directory of NVIDIA's packages as soon as one of them is installed,
-    whether or not these two are in it. CUDA_ROOT goes before.
+    JAX by itself takes the directory of NVIDIA's packages as soon as one of them is installed.
     """
     if "CUDA_ROOT" in os.environ:
         return Path(os.environ["CUDA_ROOT"])

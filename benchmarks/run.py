@@ -9,8 +9,9 @@ from typing import Any
 from benchmarks import kernels
 from benchmarks.crew import Crew, TimeIsUpError, WorkerDiedError
 from benchmarks.plan import MOST_OF_A_BLOCK, Limits, Plan
+from benchmarks.results import InputError
 from benchmarks.subjects.registry import KERNEL, TORCH, Subject
-from benchmarks.worker import without_directories
+from benchmarks.worker import one_line
 from benchmarks.workloads import Workload
 
 # An idle worker's threads go on spinning for a moment after its last call, and would take a core
@@ -22,25 +23,22 @@ DEATHS = 2
 Row = dict[str, Any]
 
 
-class NoDeviceError(Exception):
-    """The device is not there; the message says so."""
-
-
 def describe_workers(crew: Crew, kinds: Sequence[str], device: str, document: Row) -> None:
-    """Ask the workers for accelerator, threads and flags, and note them.
-
-    Raises:
-      NoDeviceError: JAX finds no GPU where the run is on one.
-    """
+    """Ask the workers for accelerator, threads and flags, and note them."""
     for kind in kinds:  # side by side
         crew.start(kind)
     for kind in kinds:
-        about = crew.call(kind, do="machine")
+        try:
+            about = crew.call(kind, do="machine")
+        except TimeIsUpError as error:
+            raise InputError("--minutes: the time was up before a worker had started") from error
+        except WorkerDiedError as error:
+            about = {"reason": str(error)}
         if kind != TORCH and device == "gpu" and not about.get("gpu"):
-            raise NoDeviceError(about.get("reason", "JAX finds no GPU here"))
+            raise InputError(f"--device gpu: {about.get('reason', 'JAX finds no GPU here')}")
         if "threads" in about:
             document["threads"][kind] = about["threads"]
-            document["flags"][kind] = without_directories(about["flags"])
+            document["flags"][kind] = one_line(about["flags"])
             document["device"]["gpu"] = document["device"]["gpu"] or about["gpu"]
         if about.get("cudnn"):
             document["versions"]["cuDNN of torch"] = about["cudnn"]

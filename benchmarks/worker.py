@@ -67,15 +67,9 @@ def sample(call: Call, repeats: int, wait: Wait = None) -> float:
     return seconds(call, repeats, wait)
 
 
-def one_line(error: BaseException) -> str:
-    """The first line of what an error says, with its kind."""
-    lines = str(error).strip().splitlines() or [""]
-    return without_directories(f"{type(error).__name__}: {lines[0].strip()}")[:200]
-
-
-def without_directories(text: str) -> str:
-    """A text whose absolute paths are cut down to the files' names."""
-    return re.sub(r"(?<![\w.])/(?:[\w.+@~-]+/)+", "", text)
+def one_line(text: str) -> str:
+    """The first line of a text, its absolute paths cut down to the files' names."""
+    return re.sub(r"(?<![\w.])/(?:[\w.+@~-]+/)+", "", text.strip().partition("\n")[0])[:200]
 
 
 class Bench:
@@ -105,11 +99,11 @@ class Bench:
         try:
             return {"status": "ready", **getattr(self, f"do_{do}")(**request)}
         except NotOfferedError as error:
-            return {"status": "not offered", "reason": str(error)[:200]}
+            return {"status": "not offered", "reason": one_line(str(error))}
         except ImportError as error:
-            return {"status": "not installed", "reason": one_line(error)}
+            return {"status": "not installed", "reason": one_line(str(error))}
         except Exception as error:
-            reason = one_line(error)
+            reason = one_line(f"{type(error).__name__}: {error}")
             if do != "machine" and not self.side.healthy():
                 # Only a new process can use the device again.
                 print(reason, file=sys.stderr, flush=True)
@@ -173,11 +167,8 @@ class Bench:
 def serve(make_bench: Callable[[], Bench]) -> None:
     """Answer requests until there are no more."""
     # Both ends of the pipe, out of reach of everything else in the process.
-    requests = os.fdopen(os.dup(0), encoding="utf-8")
-    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
+    requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.stdout.flush()
     os.dup2(2, 1)  # a library's own prints, from C too
     bench = make_bench()
@@ -186,12 +177,6 @@ def serve(make_bench: Callable[[], Bench]) -> None:
         replies.flush()
 
 
-def main(arguments: list[str]) -> int:
-    """Run the worker of a KIND on a DEVICE."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when it ends
-    serve(lambda: Bench(*arguments))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when it ends
+    serve(lambda: Bench(*sys.argv[1:]))

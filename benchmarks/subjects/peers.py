@@ -1,7 +1,6 @@
 """The recurrent layers of other JAX libraries, each as its documentation uses it.
 
-Each function imports its library and returns the layer. Weights are kept in the library's own
-containers, so that its own flattening is part of a call.
+Weights are kept in the library's own containers, so that its own flattening is part of a call.
 """
 
 import os
@@ -134,10 +133,7 @@ def keras(network: Network) -> Layer:
 
 
 def equinox(network: Network) -> Layer:
-    """A cell of two `eqx.nn.Linear`, scanned and mapped: equinox has no Elman cell.
-
-    The scan and the map are those of the documentation of its `GRUCell`.
-    """
+    """A cell of two `eqx.nn.Linear`, scanned and mapped as its documentation does a `GRUCell`."""
     import equinox as eqx
 
     only_plain(network)
@@ -145,11 +141,6 @@ def equinox(network: Network) -> Layer:
     class Elman(eqx.Module):
         inputs: eqx.nn.Linear
         recurrent: eqx.nn.Linear
-
-        def __init__(self, input_size, hidden_size, key):
-            keys = jax.random.split(key)
-            self.inputs = eqx.nn.Linear(input_size, hidden_size, key=keys[0])
-            self.recurrent = eqx.nn.Linear(hidden_size, hidden_size, use_bias=False, key=keys[1])
 
         def __call__(self, xs):
             def step(h, x):
@@ -163,8 +154,9 @@ def equinox(network: Network) -> Layer:
         return model.inputs.weight, model.recurrent.weight, model.inputs.bias
 
     def load(U, W, b):
-        model = Elman(U.shape[1], U.shape[0], jax.random.key(0))
-        return eqx.tree_at(arrays, model, (U, W, b))
+        (H, D), key = U.shape, jax.random.key(0)
+        linear = eqx.nn.Linear(D, H, key=key), eqx.nn.Linear(H, H, use_bias=False, key=key)
+        return eqx.tree_at(arrays, Elman(*linear), (U, W, b))
 
     def unroll(model, xs):
         return jax.vmap(model)(xs)

@@ -35,12 +35,7 @@ def healthy() -> bool:
 def prepare(
     subject: Subject, workload: Workload, measure: str, data: Data, tangent: Data
 ) -> Prepared:
-    """The layer on a workload, called once; for an ensemble a loop over the members' layers.
-
-    Raises:
-      NotOfferedError: it lacks the network or the measure.
-      ImportError: torch was built without CUDA.
-    """
+    """The layer on a workload, called once; for an ensemble a loop over the members' layers."""
     if DEVICE == "cuda" and not torch.cuda.is_available():
         raise ImportError("this build of torch has no CUDA")
     only_plain(workload.network)
