@@ -34,8 +34,8 @@ class WorkerDiedError(Exception):
 class TimeIsUpError(WorkerDiedError):
     """The time of the run was up before the answer came."""
 
-    def __init__(self):
-        super().__init__("the time of the run was up")
+    def __str__(self):
+        return "the time of the run was up"
 
 
 def environment(kind: str, device: str) -> dict[str, str]:
@@ -44,7 +44,6 @@ def environment(kind: str, device: str) -> dict[str, str]:
         "JAX_PLATFORMS": "cpu" if device == "cpu" else "cuda,cpu",
         "JAX_ENABLE_COMPILATION_CACHE": "false",  # compiling is measured
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # JAX and torch share the GPU's memory
-        "KERAS_BACKEND": "jax",
         "TF_CPP_MIN_LOG_LEVEL": "2",
     }
     if kind == TWO_DEVICES:

@@ -34,12 +34,9 @@ def machine() -> dict[str, Any]:
     return {"gpu": gpu, "threads": cores()}
 
 
-def healthy() -> bool:
-    """Whether the device still computes: after an illegal address it never does again."""
-    try:
-        return float(jax.block_until_ready(jnp.ones(4)).sum()) == 4
-    except Exception:
-        return False
+def check_device() -> None:
+    """Compute: an error where the device does not any more, as after an illegal address."""
+    jax.block_until_ready(jnp.ones(4) + 1)
 
 
 def prepare(
@@ -83,10 +80,7 @@ def prepare(
 def make(
     layer: Layer, workload: Workload, measure: str, data: Data, tangent: Data, dtype: str
 ) -> Program:
-    """The program of one measure: nothing that is computed is closed over.
-
-    Gradients have the layer's own layout: see `arrays`.
-    """
+    """The program of one measure: nothing that is computed is closed over."""
 
     def array(values):
         # Rounded on the device: NumPy takes seconds for large arrays.
@@ -132,19 +126,19 @@ def arrays(layer: Layer, workload: Workload, measure: str, result: Any) -> dict[
             array = array[few] if layer.batch_first else array[:, few]
         return _batch_first(layer, np.asarray(array, np.float64))
 
-    with_inputs = measure in (BACKWARD, BACKWARD_ALONE) and not workload.ids
-    gradient, *dxs = result if with_inputs else (result,)
-    copies = {}
-    if workload.distinct and measure in (FORWARD, BACKWARD):
-        whole = result if measure == FORWARD else dxs[0]
-        copies["copies"] = float(_difference_of_copies(whole, workload.distinct))
-    if measure == FORWARD:
-        return {"hs": sequences(result), **copies}
-    # NumPy's arrays in the layer's containers: nothing here is compiled.
-    gradient = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), gradient)
-    names = parameter_names(workload.network.cells, "tangent of " if measure == HVP else "")
-    found = dict(zip(names, _unload(layer, workload, gradient), strict=True))
-    return found | copies | ({"dxs": sequences(dxs[0])} if dxs else {})
+    whole, gradient, found = {"hs": result} if measure == FORWARD else {}, result, {}
+    if measure in (BACKWARD, BACKWARD_ALONE) and not workload.ids:
+        gradient, whole["dxs"] = result
+    if measure != FORWARD:
+        # NumPy's arrays in the layer's containers: nothing here is compiled.
+        gradient = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), gradient)
+        names = parameter_names(workload.network.cells, "tangent of " if measure == HVP else "")
+        found = dict(zip(names, _unload(layer, workload, gradient), strict=True))
+    for name, array in whole.items():
+        found[name] = sequences(array)
+        if workload.distinct:
+            found["copies"] = float(_difference_of_copies(array, workload.distinct))
+    return found
 
 
 @partial(jax.jit, static_argnums=1)

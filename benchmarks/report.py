@@ -176,19 +176,21 @@ def _ends(cell: list[Value], column: str) -> str:
         return NOTHING
     show = {MILLISECONDS: number, TEMPORARIES: "{:+.2f}".format}.get(column, "{:.2f}".format)
     values = [value for value, _ in cell]
-    return (
-        f"{' / '.join(dict.fromkeys(map(show, (max(values), min(values)))))} {cell[0][1]}".strip()
-    )
+    ends = dict.fromkeys(map(show, (max(values), min(values))))
+    return f"{' / '.join(ends)} {cell[0][1]}".strip()
 
 
 def _means(workloads: list[Workload], columns: dict[str, list[list[Value]]]) -> Iterator[list[str]]:
     """Geometric means of ratios: of one tanh layer, of the other networks, of all."""
     names = {workload.name for workload in WORKLOADS}
-    first = [n for n, workload in enumerate(workloads) if workload.name in names]
-    others = [n for n, workload in enumerate(workloads) if workload.name not in names]
-    groups = {"one tanh layer": first, "others": others} if first and others else {}
-    for group, which in {**groups, "all": first + others}.items():
+    groups: dict[str, list[int]] = {"one tanh layer": [], "others": [], "all": []}
+    for n, workload in enumerate(workloads):
+        groups["all"].append(n)
+        groups["one tanh layer" if workload.name in names else "others"].append(n)
+    for group, which in groups.items():
         row = [f"geometric mean, {group}"]
+        if not which:
+            continue
         for name, column in columns.items():
             cells = [column[n] for n in which if column[n]]
             ends = []

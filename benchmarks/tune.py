@@ -15,24 +15,11 @@ from jaxrnn._core import schedule
 
 Shape = tuple[int, int, int, int]  # (T, B, D, H)
 IMPLEMENTATION = "implementation"  # the linear loop, as a scan or an associative scan
-# Those of the table's own lines, and more around the edges of each choice.
+# Those of the table's own lines.
 SHAPES: dict[str, list[Shape]] = {
     **{choice: [line.shape for line in lines] for choice, lines in schedule.TABLE.items()},
     IMPLEMENTATION: [(T, 1, 4, H) for H in (1, 2, 4, 8) for T in (1000, 10_000, 100_000)],
 }
-SHAPES["hoists_inputs"] += [
-    *[(25, 32, 65, 128), (256, 32, 128, 128), (256, 2, 64, 64), (1000, 1, 64, 64)],
-    *[(20_000, 1, 8, 32), (20_000, 1, 64, 64), (100, 16, 256, 1024), (100, 128, 512, 512)],
-]
-SHAPES["puts_weights_left"] += [
-    *[(200, B, 8, 256) for B in (2, 8, 32)],
-    *[(60, B, 8, 512) for B in (4, 8, 16, 32)],
-    *[(40, 128, 8, 512), (40, 2, 8, 1024), (20, 64, 8, 1024)],
-]
-SHAPES["segment_rows"] += [
-    *[(60, 16, 3, 256), (60, 64, 3, 256), (60, 256, 3, 32), (60, 64, 16, 128)],
-    *[(784, 128, 1, 128), (200, 32, 64, 128), (20_000, 1, 8, 32), (100, 128, 512, 512)],
-]
 ANSWERS: dict[str, tuple] = {
     "hoists_inputs": (True, False),
     "puts_weights_left": (True, False),
@@ -111,7 +98,7 @@ def tune(choices: Sequence[str], rounds: int) -> int:
     changes = []
     for choice in choices:
         print(f"{choice} ({'forward' if choice in FORWARD_ONLY else 'forward and gradient'})")
-        for shape in dict.fromkeys(SHAPES[choice]):
+        for shape in SHAPES[choice]:
             line, change = measure(choice, shape, rounds)
             print(line, flush=True)
             changes += [f"{choice} at {shape}"] if change else []

@@ -104,8 +104,9 @@ class Bench:
             return {"status": "not installed", "reason": one_line(str(error))}
         except Exception as error:
             reason = one_line(f"{type(error).__name__}: {error}")
-            if do != "machine" and not self.side.healthy():
-                # Only a new process can use the device again.
+            try:
+                self.side.check_device()
+            except Exception:  # only a new process can use the device again
                 print(reason, file=sys.stderr, flush=True)
                 os._exit(1)
             return {"status": "failed", "reason": reason}

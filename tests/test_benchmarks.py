@@ -127,7 +127,7 @@ def test_a_device_that_computes_no_more_ends_its_process(monkeypatch, capsys):
     monkeypatch.setattr("os._exit", end)
     inside = bench(kernel=illegal)
     assert prepare(inside, "kernel", FORWARD)["status"] == "failed"
-    monkeypatch.setattr("benchmarks.programs.healthy", lambda: False)
+    monkeypatch.setattr("benchmarks.programs.check_device", lambda: 1 / 0)
     with pytest.raises(EndedError, match="1"):
         prepare(inside, "kernel", FORWARD)
     assert "CUDA_ERROR_ILLEGAL_ADDRESS" in capsys.readouterr().err
@@ -330,7 +330,7 @@ def document(**seconds):
 def cells(text):
     """The row of TINY and the geometric mean, by column."""
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]  # fmt: skip  # noqa: E501
-    header, _, row, mean = lines
+    header, _, row, *_, mean = lines
     return dict(zip(header, row, strict=True)), dict(zip(header, mean, strict=True))
 
 

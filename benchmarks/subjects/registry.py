@@ -34,7 +34,6 @@ class Subject:
     dtype: str = "float32"
     relu: bool = False  # its network is a relu network, whatever the row's is
     tf32: bool = False  # torch may round factors of float32 products to ten bits of mantissa
-    compile: bool = False  # torch's layer goes through torch.compile
 
 
 def _over_two_devices(make: Callable[[Network], Layer], network: Network) -> Layer:
@@ -80,7 +79,6 @@ ON_CPU = (
     _split(_OURS),
     _split(_NAIVE),
     Subject("torch", "torch", kind=TORCH),
-    Subject("torch.compile", "torch", kind=TORCH, compile=True),
 )
 
 

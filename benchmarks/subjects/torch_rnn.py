@@ -23,13 +23,10 @@ def machine() -> dict[str, Any]:
     return {"gpu": gpu, "cudnn": cudnn, "threads": torch.get_num_threads()}
 
 
-def healthy() -> bool:
-    """Whether the device still computes."""
-    try:
-        _wait(None)
-    except Exception:
-        return False
-    return True
+def check_device(_: Any = None) -> None:
+    """Wait for all that was queued on a GPU: an error where it computes no more."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
 def prepare(
@@ -44,14 +41,9 @@ def prepare(
     call = _program(subject, workload, measure, data)
     if DEVICE == "cuda":
         call = partial(_with_tf32, subject.tf32, call)
-    try:
-        result = call()
-        _wait(result)
-    except Exception as error:
-        if subject.compile and type(error).__module__.startswith("torch._dynamo"):
-            raise NotOfferedError(str(error)) from error
-        raise
-    wait = _wait if DEVICE == "cuda" else None
+    result = call()
+    check_device(result)
+    wait = check_device if DEVICE == "cuda" else None
     return Prepared(call, wait, lambda: _arrays(workload, measure, result), {})
 
 
@@ -76,10 +68,6 @@ def _program(subject, workload, measure, data):
     members = zip(*data.cells[0], strict=True) if workload.members else data.cells
     layers = [layer(*member) for member in members]
     parameters = [parameter for each in layers for parameter in each.parameters()]
-    if subject.compile:
-        # Without fullgraph, torch.compile would leave the layer out silently, and run it as it is.
-        torch.compiler.reset()  # at the eighth shape it would give up
-        layers = [torch.compile(each, fullgraph=True) for each in layers]
     g, xs = tensor(data.g), tensor(data.xs)
     if workload.ids:
         xs = torch.as_tensor(data.ids, device=DEVICE).long()
@@ -122,12 +110,6 @@ def _arrays(workload: Workload, measure: str, result: Any) -> dict[str, np.ndarr
         stacked = np.stack([array(member) for member in members])
         found[name] = stacked if workload.members else stacked[0]
     return found
-
-
-def _wait(_: Any) -> None:
-    """For all that was queued on a GPU; on the CPU it is done."""
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
 
 
 def _with_tf32(on, call):
