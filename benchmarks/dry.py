@@ -14,7 +14,7 @@ import jax
 
 from benchmarks import programs, worker
 from benchmarks.crew import Worker
-from benchmarks.plan import MOST_OF_A_BLOCK, Plan, Step, untuned
+from benchmarks.plan import MOST_OF_A_BLOCK, Plan, Step
 from benchmarks.subjects.registry import TORCH
 from benchmarks.workloads import Workload
 from jaxrnn._backends.target import Device, built_for
@@ -40,8 +40,7 @@ def _tiny(workload: Workload) -> Workload:
         T = workload.T // 1000
         return replace(workload, name=f"H 4, T {T}", T=T, H=4)
     H, T = (BLOCK, 2) if workload.H <= MOST_OF_A_BLOCK else (CLUSTER, 1)
-    tiny = replace(workload, name=f"H {H}, B 16", T=T, B=16, D=8, H=H, tuned=True)
-    return tiny if workload.tuned else untuned(tiny)
+    return replace(workload, name=f"H {H}, B 16", T=T, B=16, D=8, H=H)
 
 
 def make_worker(kind: str, device: str) -> Worker:

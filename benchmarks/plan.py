@@ -97,11 +97,6 @@ def on_gpu(H: int, B: int) -> Workload:
     return Workload(f"H {H}, B {B}", 1024, B, 64, H, distinct=4)
 
 
-def untuned(workload: Workload) -> Workload:
-    """The same without XLA's tuning, which takes its time."""
-    return replace(workload, name=f"{workload.name}, not tuned", tuned=False)
-
-
 def _of(dtype: str, *bases: str) -> tuple[str, ...]:
     return tuple(f"{base}, {dtype}" for base in bases)
 
@@ -114,16 +109,15 @@ def _beside_cudnn(dtype: str) -> tuple[str, ...]:
 
 def _first() -> Plan:
     """What a few minutes on a GPU are to say."""
-    limits, main = Limits(5, 2, 1.0, alike=20), on_gpu(128, MAIN_BATCH)
+    limits = Limits(5, 2, 1.0, alike=20)
     sizes = ((128, 64), (256, 64), (320, 64), (64, 64), (128, 16), (128, 128))
     bfloat16, linear = _beside_cudnn("bfloat16"), _of("float32", SCAN, ASSOCIATIVE)
     # float16 is the dtype in which cuDNN keeps a large W on the chip.
     large = *bfloat16, "cuDNN float16"
     streams = [(f"H {H}, T {T}", T, 1, 4, H) for T in (10_000, 100_000) for H in (1, 4, 16)]
     steps = (
-        Step(untuned(main), BOTH, _of("bfloat16", KERNEL, SCAN), limits),
         *(Step(on_gpu(*size), BOTH, bfloat16, limits) for size in sizes),
-        Step(main, BOTH, _beside_cudnn("float32"), limits),
+        Step(on_gpu(128, 64), BOTH, _beside_cudnn("float32"), limits),
         *(Step(on_gpu(H, MAIN_BATCH), BOTH, large, limits) for H in (512, 1024)),
         *(Step(Workload(*each), (BACKWARD_ALONE,), linear, limits) for each in streams),
     )

@@ -16,8 +16,6 @@ from benchmarks.subjects import Layer, NotOfferedError, Prepared
 from benchmarks.subjects.registry import Subject
 from benchmarks.workloads import BACKWARD, BACKWARD_ALONE, FORWARD, HVP, Data, Workload
 
-# XLA takes any program for a product.
-NOT_TUNED = {"xla_gpu_autotune_level": 0}
 # How jaxrnn's kernels are called in a program's text.
 KERNEL_NAMES = ("jaxrnn_states", "jaxrnn_adjoint")
 Program = tuple[Callable[..., Any], tuple[Any, ...]]  # a function and its arguments
@@ -52,7 +50,7 @@ def prepare(
     jitted, start = jax.jit(function), time.perf_counter()
     lowered = jitted.lower(*args)
     trace = time.perf_counter() - start
-    compiled = lowered.compile(compiler_options=None if workload.tuned else NOT_TUNED)
+    compiled = lowered.compile()
     record: dict[str, Any] = {"trace": trace, "compile": time.perf_counter() - start - trace}
     wanted = compiled.input_shardings[0]
     # Where a program wants its arguments on several devices, they lie there beforehand. On one
@@ -60,9 +58,8 @@ def prepare(
     if any(len(where.device_set) > 1 for where in jax.tree.leaves(wanted)):
         args = jax.device_put(args, wanted)
     jax.block_until_ready(args)
-    # As a user calls it: `compiled` itself is called by slower Python. But `jitted` would be
-    # compiled anew where this one was compiled without tuning.
-    call = partial(jitted if workload.tuned else compiled, *args)
+    # As a user calls it: `compiled` itself is called by slower Python.
+    call = partial(jitted, *args)
     result = jax.block_until_ready(call())
     text = f"{lowered.as_text()}\n{compiled.as_text()}"
     record["kernels"] = [name for name in KERNEL_NAMES if name in text]
@@ -108,8 +105,8 @@ def make(
     if measure == BACKWARD:
         return jax.grad(loss, 0 if workload.ids else (0, 1)), (weights, xs, g, *lengths)
     if measure == BACKWARD_ALONE:
-        forward = jax.jit(lambda *args: jax.vjp(unroll, *args)[1], compiler_options=NOT_TUNED)
-        return lambda pull, g: pull(g), (forward(weights, xs), g)
+        pull = jax.jit(lambda *args: jax.vjp(unroll, *args)[1])(weights, xs)
+        return lambda pull, g: pull(g), (pull, g)
     assert measure == HVP
     return curvature, (weights, _weights(layer, tangent, dtype), xs, g, *lengths)
 

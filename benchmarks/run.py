@@ -162,7 +162,7 @@ class Run:
     def _kind(self, row: Row) -> str:
         return self.subjects[row["subject"]].kind
 
-    def _call(self, kind: str, /, **request: Any) -> dict[str, Any]:
+    def _call(self, kind: str, /, **request: Any) -> Row:
         try:
             return self.crew.call(kind, **request)
         except TimeIsUpError as error:

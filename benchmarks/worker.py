@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib import import_module
 from typing import Any
 
@@ -33,12 +33,8 @@ Wait = Callable[[Any], object] | None
 
 
 def seconds(call: Call, repeats: int = 1, wait: Wait = None) -> float:
-    """Seconds per call; with `wait`, calls are queued, and the last one is waited for.
-
-    Python's collector waits: with so many libraries imported, one full collection takes longer
-    than a sample, and would be charged to whichever subject is measured just then.
-    """
-    gc.disable()
+    """Seconds per call; with `wait`, calls are queued, and the last one is waited for."""
+    gc.disable()  # with so many libraries imported, a collection takes longer than a sample
     try:
         start, result = time.perf_counter(), None
         for _ in range(repeats):
@@ -80,8 +76,6 @@ class Bench:
         self.device, self.kind = device, kind
         self.subjects = {subject.name: subject for subject in listed if subject.kind == kind}
         self.ready: dict[str, tuple[Prepared, int]] = {}
-        self.workload: Any = None
-        self.numbers: dict[Any, Any] = {}
 
     @cached_property
     def side(self) -> Any:
@@ -127,15 +121,16 @@ class Bench:
         dtype = shapes.dtype or which.dtype
         # On a GPU, JAX multiplies in TF32 where the dtype is float32.
         tf32 = which.tf32 or (self.device == "gpu" and self.kind != TORCH and dtype == "float32")
-        data, tangent, reference = self._numbers(shapes, dtype, tf32)
+        data, tangent, reference = _numbers(shapes, dtype, tf32)
         if which.relu:
             shapes = replace(shapes, network=replace(shapes.network, activation="relu"))
         prepared = self.side.prepare(which, shapes, measure, data, tangent)
         record, arrays, wrong = dict(prepared.record), prepared.arrays(), None
         if arrays:
             activation = shapes.network.activation
-            errors, wrong = reference.compare(measure, activation, arrays, tangent)
-            record["errors"] = errors | {n: arrays[n] for n in ("copies",) if n in arrays}
+            record["errors"], wrong = reference.compare(measure, activation, arrays, tangent)
+            if "copies" in arrays:
+                record["errors"]["copies"] = arrays["copies"]
         if subject.startswith(KERNEL):
             record |= {"alike": programs.alike(prepared.call, alike), "calls": alike}
         if wrong is not None:
@@ -154,15 +149,12 @@ class Bench:
         jax.clear_caches()
         return {}
 
-    def _numbers(self, workload, dtype, tf32):
-        """A workload's numbers and reference, kept while the workload is the same."""
-        if self.workload != workload:
-            self.workload, self.numbers = workload, {}
-        if (dtype, tf32) not in self.numbers:
-            data = draw(workload, dtype)
-            reference = Reference(workload, data, dtype, tf32)
-            self.numbers[dtype, tf32] = data, direction(data), reference
-        return self.numbers[dtype, tf32]
+
+@lru_cache(2)
+def _numbers(workload, dtype, tf32):
+    """A workload's numbers, a direction and the reference, kept while the workload is the same."""
+    data = draw(workload, dtype)
+    return data, direction(data), Reference(workload, data, dtype, tf32)
 
 
 def serve(make_bench: Callable[[], Bench]) -> None:

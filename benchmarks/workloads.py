@@ -55,7 +55,6 @@ class Workload:
     # Sequences that differ; the others repeat them, and only these are compared with the
     # reference. Its square divides B. 0: all differ, and are compared.
     distinct: int = 0
-    tuned: bool = True  # whether XLA tries, on a GPU, which program for a product is the fastest
     network: Network = Network()
     dtype: str | None = None  # None for the subject's own
 

@@ -306,7 +306,7 @@ def test_committed_files_have_the_rows_of_today():
 
 
 def test_workloads_survive_json():
-    for workload in (*WORKLOADS, plan.untuned(plan.on_gpu(128, 16))):
+    for workload in (*WORKLOADS, plan.on_gpu(128, 16)):
         assert from_json(json.loads(json.dumps(asdict(workload)))) == workload
 
 

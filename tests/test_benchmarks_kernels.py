@@ -235,8 +235,8 @@ def test_a_kernel_that_hangs_is_left_alone_and_others_are_measured():
 def test_the_first_minutes_begin_with_exactness():
     first = FIRST.steps[0]
     assert (first.workload.H, first.workload.B, first.workload.T) == (128, 64, 1024)
-    assert first.subjects == (f"{KERNEL}, bfloat16", f"{SCAN}, bfloat16")
-    assert not first.workload.tuned and first.limits.alike == 20
+    assert first.subjects[:2] == (f"{KERNEL}, bfloat16", f"{SCAN}, bfloat16")
+    assert first.limits.alike == 20
     listed = {subject.name for subject in ON_GPU}
     for chosen in (FIRST, GPU):
         assert all(set(step.subjects) <= listed and step.measures for step in chosen.steps)
@@ -259,7 +259,7 @@ def test_the_whole_run_has_every_kernel():
 def test_a_rehearsal_has_every_kind_of_step(chosen):
     def kinds(some):
         steps = ((step, step.workload) for step in some.steps)
-        return {(s.subjects[0], w.H > MOST_OF_A_BLOCK, w.tuned, s.measures) for s, w in steps}
+        return {(s.subjects[0], w.H > MOST_OF_A_BLOCK, s.measures) for s, w in steps}
 
     rehearsed = dry.rehearsal(chosen)
     assert kinds(rehearsed) == kinds(chosen) and rehearsed.minutes == chosen.minutes
