@@ -113,7 +113,7 @@ def _measure(args: argparse.Namespace, plan: Any, label: str) -> int:
     plan = plan if args.minutes is None else replace(plan, minutes=args.minutes)
     plan = dry.rehearsal(plan) if args.dry else plan
     options = {k: v for k, v in vars(args).items() if k not in ("go", "command", "out")}
-    document = results.new(args.device, options)
+    document = results.new(options)
     names = {name for step in plan.steps for name in step.subjects}
     subjects = {s.name: s for s in SUBJECTS[args.device] if s.name in names}
     document["subjects"] = [

@@ -24,13 +24,13 @@ import platform
 import re
 import sys
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 KEYS = ("device", "date", "versions", "options", "subjects", "rows")
 PACKAGES = "jax jaxlib numpy jaxrnn flax dm-haiku equinox keras torch".split()
-ON_GPU = "jax-cuda12-plugin jax-cuda13-plugin nvidia-cudnn-cu12 nvidia-cudnn-cu13".split()
+PACKAGES += "jax-cuda12-plugin jax-cuda13-plugin nvidia-cudnn-cu12 nvidia-cudnn-cu13".split()
 RESULTS = Path(__file__).parent / "results"
 # Where NVIDIA's installer puts toolkits.
 SYSTEM = Path("/usr/local")
@@ -40,13 +40,13 @@ class InputError(Exception):
     """Bad input; the message says in one line what was expected."""
 
 
-def new(device: str, options: dict[str, Any]) -> dict[str, Any]:
+def new(options: dict[str, Any]) -> dict[str, Any]:
     """An empty document of today and this machine."""
     return {
         "schema": 1,
         "date": date.today().isoformat(),
         "device": {"processor": _processor(), "cores": cores(), "gpu": None},
-        "versions": _versions(device),
+        "versions": _versions(),
         "threads": {},
         "flags": {},
         "dtype": "float32",
@@ -140,14 +140,9 @@ def _processor() -> str:
     return " ".join(re.sub(r"\((R|TM|tm|r)\)|\bCPU\b|@.*$", " ", name).split())
 
 
-def _versions(device: str) -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in (*PACKAGES, *(ON_GPU if device == "gpu" else ())):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
+def _versions() -> dict[str, str | None]:
+    installed = {found.name: found.version for found in distributions()}
+    return {"python": platform.python_version(), **{n: installed.get(n) for n in PACKAGES}}
 
 
 def cuda_root() -> Path | None:

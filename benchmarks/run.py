@@ -8,11 +8,10 @@ from typing import Any
 
 from benchmarks import kernels
 from benchmarks.crew import Crew, TimeIsUpError, WorkerDiedError
-from benchmarks.plan import MOST_OF_A_BLOCK, Limits, Plan
+from benchmarks.plan import MOST_OF_A_BLOCK, Plan, Step
 from benchmarks.results import InputError
 from benchmarks.subjects.registry import KERNEL, TORCH, Subject
 from benchmarks.worker import one_line
-from benchmarks.workloads import Workload
 
 # An idle worker's threads go on spinning for a moment after its last call, and would take a core
 # from the next worker. They are waited for rather than told not to spin (OMP_WAIT_POLICY=PASSIVE),
@@ -34,8 +33,9 @@ def describe_workers(crew: Crew, kinds: Sequence[str], device: str, document: Ro
             raise InputError("--minutes: the time was up before a worker had started") from error
         except WorkerDiedError as error:
             about = {"reason": str(error)}
-        if kind != TORCH and device == "gpu" and not about.get("gpu"):
-            raise InputError(f"--device gpu: {about.get('reason', 'JAX finds no GPU here')}")
+        needed = device == "gpu" and (kind != TORCH or len(kinds) == 1)
+        if needed and not about.get("gpu"):
+            raise InputError(f"--device gpu: {about.get('reason', f'{kind} finds no GPU here')}")
         if "threads" in about:
             document["threads"][kind] = about["threads"]
             document["flags"][kind] = one_line(about["flags"])
@@ -66,7 +66,7 @@ class Run:
         steps = [(step, measure) for step in self.plan.steps for measure in step.measures]
         try:
             for n, (step, measure) in enumerate(steps, 1):
-                rows = self.measure(step.workload, measure, step.subjects, step.limits)
+                rows = self.measure(step, measure)
                 title = f"[{n}/{len(steps)}] {step.workload.name}, {measure}"
                 self.say(f"{title}: {kernels.times(rows)}")
                 self.save()
@@ -77,87 +77,76 @@ class Run:
             if self.document["rows"]:
                 self.save()
 
-    def measure(
-        self, workload: Workload, measure: str, names: Sequence[str], limits: Limits
-    ) -> list[Row]:
+    def measure(self, step: Step, measure: str) -> list[Row]:
         """Prepare every subject, then go round: one sample from each, and again."""
-        row = {"workload": asdict(workload), "subject": "", "measure": measure}
-        row |= {"status": "not measured", "reason": "the run was stopped"}
-        rows = [row | {"subject": name, "rounds": [], "seconds": []} for name in names]
+        row = {"workload": asdict(step.workload), "subject": "", "measure": measure}
+        row |= _not_measured("the run was stopped")
+        rows = [row | {"subject": name, "rounds": [], "seconds": []} for name in step.subjects]
         self.document["rows"] += rows
         for row in rows:
-            self._prepare(row, rows, limits)
-        start = time.monotonic()
+            self._prepare(row, rows, step.limits.alike)
+        start, limits = time.monotonic(), step.limits
         for n in range(limits.most):
             enough = n >= limits.least and time.monotonic() - start > limits.budget
-            if enough or not self._round(n, rows, limits):
+            if enough or not self._round(n, rows, limits.alike):
                 break
         for row in _live(rows):
             if not row["seconds"]:
-                row |= {"status": "not measured", "reason": str(TimeIsUpError())}
+                row |= _not_measured(str(TimeIsUpError()))
         for kind in {self._kind(row) for row in _live(rows)}:
             self._call(kind, do="forget")
         return rows
 
-    def _prepare(self, row: Row, rows: list[Row], limits: Limits) -> None:
-        name, reason = row["subject"], self._refused(row)
-        if reason is not None:
-            row |= {"status": "not measured", "reason": reason}
+    def _prepare(self, row: Row, rows: list[Row], alike: int) -> None:
+        where, is_kernel = (row["subject"], row["workload"]["name"]), _is_kernel(row)
+        if where in self.died:
+            reply = _not_measured(f"before it failed here: {self.died[where]}")
+        elif self.deaths[_family(row)] >= DEATHS and is_kernel:
+            reply = _not_measured(f"{DEATHS} kernels of this kind took their process with them")
         else:
             what = {key: row[key] for key in ("subject", "workload", "measure")}
-            reply = self._call(self._kind(row), do="prepare", alike=limits.alike, **what)
-            if reply["status"] == "not measured" and row["seconds"]:
-                return  # what was measured before its worker was started again stays
-            row.pop("reason", None)
-            row |= reply
-            self._check_life(row, rows, limits)
-        if name.startswith(KERNEL):
+            reply = self._call(self._kind(row), do="prepare", alike=alike, **what)
+        if reply["status"] == "not measured" and row["seconds"]:
+            return  # what was measured before its worker was started again stays
+        row.pop("reason", None)
+        self._note(row, reply, rows, alike)
+        if is_kernel:
             self.say(kernels.verdict(row))
             self.save()
 
-    def _round(self, n: int, rows: list[Row], limits: Limits) -> bool:
+    def _round(self, n: int, rows: list[Row], alike: int) -> bool:
         """One sample of each, another one first in each round; whether there was time for it."""
-        live = _live(rows)
-        first, before = n % max(len(live), 1), None
+        live, before = _live(rows), None
+        first = n % max(len(live), 1)
         for row in live[first:] + live[:first]:
             if row["status"] != "ready":  # its worker died in this round
                 continue
-            kind = self._kind(row)
-            if before not in (None, kind):
+            if before not in (None, self._kind(row)):
                 time.sleep(PAUSE_SECONDS)
-            before = kind
-            reply = self._call(kind, do="sample", subject=row["subject"])
+            before = self._kind(row)
+            reply = self._call(before, do="sample", subject=row["subject"])
             if reply["status"] == "not measured":
                 return False
             if reply["status"] == "ready":
                 row["rounds"].append(n)
                 row["seconds"].append(float(f"{reply['seconds']:.6g}"))
                 continue
-            row |= reply | {"rounds": [], "seconds": []}
-            self._check_life(row, rows, limits)
-            if row["subject"].startswith(KERNEL):
+            self._note(row, reply | {"rounds": [], "seconds": []}, rows, alike)
+            if _is_kernel(row):
                 self.say(kernels.verdict(row))
         return True
 
-    def _check_life(self, row: Row, rows: list[Row], limits: Limits) -> None:
-        """Where its worker died over it, the others of that worker are prepared in a new one."""
-        if not row.get("died"):
+    def _note(self, row: Row, reply: Row, rows: list[Row], alike: int) -> None:
+        """A reply; where the worker died, its other subjects are prepared in a new one."""
+        row |= reply
+        if not reply.get("died"):
             return
         self.deaths[_family(row)] += 1
         self.died[row["subject"], row["workload"]["name"]] = row["reason"]
         for other in _live(rows):
             # Looked at again: a worker that dies over one of them takes that one's turn.
             if self._kind(other) == self._kind(row) and other["status"] == "ready":
-                self._prepare(other, rows, limits)
-
-    def _refused(self, row: Row) -> str | None:
-        """Why a subject is left alone, after it took its process with it."""
-        reason = self.died.get((row["subject"], row["workload"]["name"]))
-        if reason is not None:
-            return f"before it failed here: {reason}"
-        if self.deaths[_family(row)] >= DEATHS and row["subject"].startswith(KERNEL):
-            return f"{DEATHS} kernels of this kind took their process with them"
-        return None
+                self._prepare(other, rows, alike)
 
     def _kind(self, row: Row) -> str:
         return self.subjects[row["subject"]].kind
@@ -166,9 +155,17 @@ class Run:
         try:
             return self.crew.call(kind, **request)
         except TimeIsUpError as error:
-            return {"status": "not measured", "reason": str(error)}
+            return _not_measured(str(error))
         except WorkerDiedError as error:
             return {"status": "failed", "reason": str(error), "died": True}
+
+
+def _not_measured(reason: str) -> Row:
+    return {"status": "not measured", "reason": reason}
+
+
+def _is_kernel(row: Row) -> bool:
+    return row["subject"].startswith(KERNEL)
 
 
 def _live(rows: list[Row]) -> list[Row]:

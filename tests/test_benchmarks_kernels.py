@@ -142,7 +142,7 @@ def test_a_kernel_that_does_not_compile_is_a_row():
 
 def document(seconds=0.5, errors=1e-3, **kernel):
     """Results of a run over H and B: the kernel of float32, and a scan that takes a second."""
-    made = results.new("cpu", {})
+    made = results.new({})
     made["device"]["gpu"] = "NVIDIA H200"
     for H in (64, 128):
         for B in (16, 64, 128):
@@ -215,7 +215,7 @@ def test_a_kernel_that_hangs_is_left_alone_and_others_are_measured():
     names = f"{KERNEL}, bfloat16", f"{SCAN}, bfloat16"
     sizes = (64, 128, 256, 320, 512)
     steps = [Step(on_gpu(H, MAIN_BATCH), BOTH, names, FIRST.steps[0].limits) for H in sizes]
-    made, said = results.new("cpu", {}), []
+    made, said = results.new({}), []
     stub = GpuCrew({"H 64, B 64", "H 128, B 64"})
     subjects = {s.name: s for s in ON_GPU}
     Run(stub, Plan(tuple(steps)), subjects, made, said.append, lambda: None).go()
