@@ -10,11 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from benchmarks.reference import parameter_names
 from benchmarks.results import cores
 from benchmarks.subjects import Layer, NotOfferedError, Prepared
 from benchmarks.subjects.registry import Subject
-from benchmarks.workloads import BACKWARD, BACKWARD_ALONE, FORWARD, HVP, Data, Workload
+from benchmarks.workloads import (
+    BACKWARD,
+    BACKWARD_ALONE,
+    FORWARD,
+    HVP,
+    Data,
+    Workload,
+    parameter_names,
+)
 
 # How jaxrnn's kernels are called in a program's text.
 KERNEL_NAMES = ("jaxrnn_states", "jaxrnn_adjoint")

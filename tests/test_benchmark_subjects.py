@@ -1,13 +1,14 @@
 """What is measured: the reference, and every subject beside it."""
 
 from dataclasses import replace
+from functools import lru_cache
 
 import jax
 import numpy as np
 import pytest
 from helpers import assert_close
 
-from benchmarks import programs, reference
+from benchmarks import programs
 from benchmarks.reference import Reference
 from benchmarks.subjects import NotOfferedError, naive, registry
 from benchmarks.subjects.registry import ON_CPU, TORCH, TWO_DEVICES, Subject
@@ -51,9 +52,15 @@ def _jax_as_users_have_it():
         yield
 
 
+@lru_cache
+def drawn(workload):
+    data, tangent = draw(workload), direction(draw(workload))
+    return data, tangent, Reference(workload, data, tangent, workload.dtype or "float32")
+
+
 def errors(subject, workload, measure):
     """How far a subject is off, and what is wrong with it."""
-    data, tangent = draw(workload), direction(draw(workload))
+    data, tangent, of = drawn(workload)
     if subject.relu:
         workload = replace(workload, network=replace(workload.network, activation="relu"))
     try:
@@ -61,8 +68,7 @@ def errors(subject, workload, measure):
         prepared = side.prepare(subject, workload, measure, data, tangent)
     except ImportError as error:
         pytest.skip(str(error))
-    of = Reference(workload, data, workload.dtype or "float32")
-    return of.compare(measure, workload.network.activation, prepared.arrays(), tangent)
+    return of.compare(measure, workload.network.activation, prepared.arrays())
 
 
 @pytest.mark.parametrize("workload", SOME, ids=["plain", "ids", "members"])
@@ -115,59 +121,69 @@ def test_networks_that_a_library_lacks_are_not_offered():
             errors(subject, replace(TINY, network=Network(layers=2)), FORWARD)
 
 
-def test_the_reference_is_the_formula():
-    data = draw(TINY)
-    (U, W, b), xs = data.cells[0], data.xs
-    h, hs = np.zeros((2, 4)), []
-    for x in xs:
-        h = np.tanh(x @ U.T + h @ W.T + b)
+def unrolled(data, network):
+    """The states by the formula of `Network`, and where relu has its kink."""
+    (U, W, b), h, hs = data.cells[0], 0.0, []
+    phi = {"tanh": np.tanh, "relu": lambda a: np.maximum(a, 0)}[network.activation]
+    leak, voltage = network.leak or 1.0, network.form == "voltage"
+    for x in data.xs:
+        a = x @ U.T + (phi(h) if voltage else h) @ W.T + b if len(hs) else x @ U.T + b
+        h = (1 - leak) * h + leak * (a if voltage else phi(a))
         hs.append(h)
-    assert_close(reference.states(reference._float64(data), Network()), np.stack(hs), 1e-6)
-    # Its gradients are those of central differences.
-    exact, tangent = reference._float64(data), direction(data)
-    for network in (Network(), Network(leak=0.2, form="voltage"), Network("relu", 0.2)):
-        named = reference.gradients(exact, network)
-        along = sum(
-            float(np.vdot(named[name], dx))
-            for name, dx in zip(("dU", "dW", "db"), tangent.cells[0], strict=True)
-        )
-        ends = [reference._moved(exact, tangent, by) for by in (1e-5, -1e-5)]
-        losses = [np.sum(reference.states(end, network) * exact.g) for end in ends]
-        assert along == pytest.approx((losses[0] - losses[1]) / 2e-5, rel=1e-6)
+    return np.stack(hs)
+
+
+def reference_of(workload, data=None):
+    data = draw(workload) if data is None else data
+    return Reference(workload, data, direction(data))
+
+
+@pytest.mark.parametrize("network", [Network(), *NETWORKS[:3]], ids=repr)
+def test_the_reference_is_the_formula(network):
+    of = reference_of(replace(TINY, network=network))
+    (U, W, b), xs, g = of.data.cells[0], of.data.xs, of.data.g
+
+    def loss(by):
+        pairs = zip((U, W, b), of.tangent.cells[0], strict=True)
+        moved = tuple(x.astype(float) + by * dx for x, dx in pairs)
+        return np.sum(unrolled(replace(of.data, cells=(moved,), xs=xs.astype(float)), network) * g)
+
+    states = unrolled(replace(of.data, xs=xs.astype(float)), network)
+    assert_close(of.arrays(FORWARD, network)["hs"], states, 1e-12)
+    found = of.arrays(BACKWARD, network)
+    pairs = zip(("dU", "dW", "db"), of.tangent.cells[0], strict=True)
+    along = sum(float(np.vdot(found[name], dx)) for name, dx in pairs)
+    assert along == pytest.approx((loss(1e-5) - loss(-1e-5)) / 2e-5, rel=1e-6)
 
 
 def test_wrong_results_are_off():
-    data, tangent = draw(TINY), direction(draw(TINY))
-    of = Reference(TINY, data)
-    right = {"hs": reference.states(of.data, Network())}
-    assert of.compare(FORWARD, "tanh", right, tangent) == ({"hs": 0.0}, None)
+    of = reference_of(TINY)
+    right = of.arrays(FORWARD, Network())
+    assert of.compare(FORWARD, "tanh", right) == ({"hs": 0.0}, None)
     for wrong in (1.001 * right["hs"], right["hs"] * np.nan):
-        assert of.compare(FORWARD, "tanh", {"hs": wrong}, tangent)[1].startswith("hs is off by")
-    short = {"hs": right["hs"][1:]}
-    assert "hs has shape [4, 2, 4]" in of.compare(FORWARD, "tanh", short, tangent)[1]
-    assert "hs has shape None" in of.compare(FORWARD, "tanh", {}, tangent)[1]
+        assert of.compare(FORWARD, "tanh", {"hs": wrong})[1].startswith("hs is off by")
+    assert "hs has shape [4, 2, 4]" in of.compare(FORWARD, "tanh", {"hs": right["hs"][1:]})[1]
+    assert "hs has shape None" in of.compare(FORWARD, "tanh", {})[1]
 
 
 def test_either_side_of_a_kink_is_right():
     """A pre-activation of relu that is 0 but for rounding may fall to either side."""
-    data = draw(replace(TINY, B=1, network=Network("relu")))
-    U, W, b = data.cells[0]
-    xs = data.xs.copy()
-    xs[0] = np.linalg.lstsq(U, -b, rcond=None)[0]
-    b = -(U @ xs[0, 0]).astype(np.float32)  # a_1 = 0 but for rounding
-    data = replace(data, cells=((U, W, b),), xs=xs)
-    of = Reference(replace(TINY, B=1, network=Network("relu")), data)
-    sides = [of._gradients(Network("relu"), kink) for kink in (1e-6, -1e-6)]
+    relu = replace(TINY, B=1, network=Network("relu"))
+    data = draw(relu)
+    U, W, _ = data.cells[0]
+    b = -(U @ data.xs[0, 0]).astype(np.float32)  # a_1 = 0 but for rounding
+    of = reference_of(relu, replace(data, cells=((U, W, b),)))
+    sides = [of.arrays(BACKWARD, relu.network, kink) for kink in (1e-6, -1e-6)]
     assert np.max(np.abs(sides[0]["db"] - sides[1]["db"])) > 0.01
     for side in sides:
-        assert of.compare(BACKWARD, "relu", side, direction(data))[1] is None
+        assert of.compare(BACKWARD, "relu", side)[1] is None
 
 
 def test_few_sequences_stand_for_all():
     few = Workload("few", 3, 16, 4, 5, distinct=4)
     data, every = draw(few), replace(few, distinct=0)
     assert len(np.unique(data.xs[0, :, 0])) == 4
-    part, whole = (Reference(w, data)._gradients(Network()) for w in (few, every))
+    part, whole = (reference_of(w, data).arrays(BACKWARD, Network()) for w in (few, every))
     for name in ("dU", "dW", "db"):
         assert_close(part[name], whole[name], 1e-9)
     assert_close(part["dxs"], whole["dxs"][:, few.compared], 1e-9)
@@ -206,8 +222,8 @@ def test_products_with_tf32_stay_within_the_tolerance():
         h = np.tanh(cut(x) @ cut(U).T + cut(h) @ cut(W).T + b)
         hs.append(h)
     found = {"hs": np.stack(hs).astype(np.float64)}
-    assert Reference(workload, data, tf32=True).compare(FORWARD, "tanh", found, data)[1] is None
-    assert Reference(workload, data).compare(FORWARD, "tanh", found, data)[1] is not None
+    assert Reference(workload, data, data, tf32=True).compare(FORWARD, "tanh", found)[1] is None
+    assert Reference(workload, data, data).compare(FORWARD, "tanh", found)[1] is not None
 
 
 def test_every_subject_is_listed_once():

@@ -1,6 +1,7 @@
 """A scan as a competent user writes it, differentiated by JAX."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -27,9 +28,9 @@ def mapped(network: Network) -> Layer:
     return layer._replace(unroll=jax.vmap(layer.unroll, in_axes=(None, 0)), batch_first=True)
 
 
-def batched(network: Network, turns: int = 1) -> Layer:
+def batched(network: Network, turns: int = 1, phi: Callable | None = None) -> Layer:
     """A scan over `[T, B, D]`, with so many steps in each turn of its loop."""
-    phi = PHI[network.activation]
+    phi = phi or PHI[network.activation]
 
     def unroll(weights, xs, lengths=None):
         if network.bidirectional:

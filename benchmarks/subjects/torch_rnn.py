@@ -6,10 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.reference import parameter_names
 from benchmarks.subjects import NotOfferedError, Prepared, only_plain
 from benchmarks.subjects.registry import Subject
-from benchmarks.workloads import BACKWARD, FORWARD, Data, Workload
+from benchmarks.workloads import BACKWARD, FORWARD, Data, Workload, parameter_names
 
 # Where layers are; a worker on a GPU sets it to "cuda".
 DEVICE = "cpu"
