@@ -8,20 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from benchmarks.results import cores
-from benchmarks.subjects import Layer, NotOfferedError, Prepared
+from benchmarks.subjects import Layer, Prepared, parameter_names
 from benchmarks.subjects.registry import Subject
-from benchmarks.workloads import (
-    BACKWARD,
-    BACKWARD_ALONE,
-    FORWARD,
-    HVP,
-    Data,
-    Workload,
-    parameter_names,
-)
+from benchmarks.workloads import BACKWARD, BACKWARD_ALONE, FORWARD, HVP, Data, Workload
 
 # How jaxrnn's kernels are called in a program's text.
 KERNEL_NAMES = ("jaxrnn_states", "jaxrnn_adjoint")
@@ -49,11 +40,8 @@ def prepare(
 ) -> Prepared:
     """A subject's program, compiled and called once: NotOfferedError where it lacks it."""
     dtype = workload.dtype or subject.dtype
-    if subject.make is None:
-        function, args = products(workload, measure, dtype)
-    else:
-        layer = subject.make(workload.network)
-        function, args = make(layer, workload, measure, data, tangent, dtype)
+    layer = subject.make(workload.network)
+    function, args = make(layer, workload, measure, data, tangent, dtype)
     jitted, start = jax.jit(function), time.perf_counter()
     lowered = jitted.lower(*args)
     trace = time.perf_counter() - start
@@ -72,10 +60,7 @@ def prepare(
     record["kernels"] = [name for name in KERNEL_NAMES if name in text]
     if (analysis := compiled.memory_analysis()) is not None:
         record["temporaries"] = analysis.temp_size_in_bytes
-
-    def found():
-        return {} if subject.make is None else arrays(layer, workload, measure, result)
-
+    found = partial(arrays, layer, workload, measure, result)
     if device().platform == "gpu":  # a call returns before its result is there
         return Prepared(call, jax.block_until_ready, found, record)
     return Prepared(lambda: jax.block_until_ready(call()), None, found, record)
@@ -169,43 +154,6 @@ def alike(call: Callable[[], Any], calls: int) -> bool:
     first = call()
     # Waited for one by one: results that are still to come would fill the memory.
     return all(bool(same(call(), first)) for _ in range(calls - 1))
-
-
-def products(workload: Workload, measure: str, dtype: str) -> Program:
-    """The limit: the matrix products that a layer cannot do without, and nothing else.
-
-    One product [B, H] × [H, H] a step, each waiting for the one before; what does not wait, as one
-    product over all steps: U x, and backward dW, dU and dxs. No nonlinearity, no bias, no states
-    kept.
-    """
-    if measure not in (FORWARD, BACKWARD) or not workload.network.plain:
-        raise NotOfferedError("its products are not counted")
-    T, B, D, H = workload.T, workload.B, workload.D, workload.H
-    members, many = ((workload.members,) if workload.members else ()), max(workload.members, 1)
-    rng = np.random.default_rng(0)
-    # Orthogonal, so that the state neither dies nor overflows; the members' states side by side.
-    W = jnp.asarray(np.linalg.qr(rng.standard_normal((*members, H, H)))[0], dtype)
-    # Members share the inputs: their matrices U are rows of one. Where backward needs states and
-    # deltas of all steps, any numbers will do.
-    every = (*members, T * B, H)
-    shapes = (*members, B, H), (many * H, D), (T * B, D), every, every, (T * B, many * H)
-    others = [jax.random.normal(jax.random.key(n), s, dtype) for n, s in enumerate(shapes)]
-
-    def loop(W, h):
-        return lax.scan(lambda h, _: (h @ W, None), h, length=T)[0]
-
-    def forward(W, h0, U, xs):
-        return loop(W, h0), None if workload.ids else xs @ U.T
-
-    def backward(W, h0, U, xs, hs, deltas, beside):
-        h, inputs = forward(W, h0, U, xs)
-        of_inputs = None if workload.ids else (beside.T @ xs, beside @ U)
-        # From where the first loop ends, so that the two do not run side by side.
-        return loop(W, h), inputs, jnp.swapaxes(deltas, -1, -2) @ hs, of_inputs
-
-    if measure == FORWARD:
-        return forward, (W, *others[:3])
-    return backward, (W, *others)
 
 
 def _on_inputs(layer: Layer, workload: Workload) -> Callable[..., jax.Array]:

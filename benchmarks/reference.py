@@ -19,14 +19,7 @@ class Reference:
     With `tf32` their products round factors to TensorFloat-32.
     """
 
-    def __init__(
-        self,
-        workload: Workload,
-        data: Data,
-        tangent: Data,
-        dtype: str = "float32",
-        tf32: bool = False,
-    ):
+    def __init__(self, workload: Workload, data: Data, tangent: Data, dtype: str, tf32: bool):
         self.workload, self.precision, self.copies = workload, (dtype, tf32), 1
         self.data, self.tangent = data, tangent
         if workload.distinct:
@@ -109,11 +102,6 @@ def tolerance(name: str, workload: Workload, dtype: str, tf32: bool = False) -> 
         return of_states
     of_gradients = 2 * of_states + u * np.sqrt(T) + v * np.sqrt(T * B)
     return 2 * of_gradients if name.startswith("tangent") else of_gradients
-
-
-def _off(array, right):
-    """The largest error. A gradient can be 0 throughout: a relu unit that is off gives none."""
-    return float(np.max(np.abs(array - right)) / (np.max(np.abs(right)) or 1.0))
 
 
 def _off(array, right):

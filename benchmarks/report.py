@@ -120,11 +120,7 @@ def _timed(row):
 
 
 def tables(documents: Documents) -> Iterator[str]:
-    """What was measured on a CPU: in one run, or the best and the worst of several.
-
-    Yields:
-      Captions, a table for each measure, and what was not timed.
-    """
+    """What was measured on a CPU: in one run, or the best and the worst of several."""
     views = [View(document) for document in documents]
     yield "\n".join(caption(document) for document in documents)
     workloads = list({w.name: w for view in views for w in view.workloads}.values())
@@ -183,10 +179,9 @@ def _ends(cell: list[Value], column: str) -> str:
 def _means(workloads: list[Workload], columns: dict[str, list[list[Value]]]) -> Iterator[list[str]]:
     """Geometric means of ratios: of one tanh layer, of the other networks, of all."""
     names = {workload.name for workload in WORKLOADS}
-    groups: dict[str, list[int]] = {"one tanh layer": [], "others": [], "all": []}
-    for n, workload in enumerate(workloads):
-        groups["all"].append(n)
-        groups["one tanh layer" if workload.name in names else "others"].append(n)
+    ours = {n for n, workload in enumerate(workloads) if workload.name in names}
+    every = set(range(len(workloads)))
+    groups = {"one tanh layer": ours, "others": every - ours, "all": every}
     for group, which in groups.items():
         row = [f"geometric mean, {group}"]
         if not which:

@@ -11,11 +11,10 @@ options     of the run
 interrupted whether it ended early
 subjects    name, package and kind (of worker) of each
 rows        workload, subject, measure, status: "ready" with seconds (per call, one for each of
-            the rounds); or "failed", "not installed", "not offered", "not measured" with a
-            reason. Also errors, by array and in terms of its largest entry ("copies": how far
-            sequences that are equal differ); seconds to trace and to compile, bytes of
-            temporaries, kernels in the program; of kernels alike, whether the results of so many
-            calls were, bit by bit; died, where it took the process with it
+            the rounds), or "failed", "not installed", "not offered", "not measured" with a reason;
+            errors, by array and in terms of its largest entry ("copies": of equal sequences);
+            seconds to trace and to compile, bytes of temporaries; of kernels their names in the
+            program, whether so many calls are alike bit by bit, and whether the process died
 """
 
 import json
@@ -32,8 +31,7 @@ KEYS = ("device", "date", "versions", "options", "subjects", "rows")
 PACKAGES = "jax jaxlib numpy jaxrnn flax dm-haiku equinox keras torch".split()
 PACKAGES += "jax-cuda12-plugin jax-cuda13-plugin nvidia-cudnn-cu12 nvidia-cudnn-cu13".split()
 RESULTS = Path(__file__).parent / "results"
-# Where NVIDIA's installer puts toolkits.
-SYSTEM = Path("/usr/local")
+SYSTEM = Path("/usr/local")  # where NVIDIA's installer puts toolkits
 
 
 class InputError(Exception):
@@ -83,10 +81,6 @@ def read(path: Path) -> dict[str, Any]:
     missing = [key for key in KEYS if not isinstance(document, dict) or key not in document]
     if missing:
         raise InputError(f"{path}: expected the results of a run, lacks {', '.join(missing)}")
-    # Older files have compilation and memory in lists of their own.
-    rows = {row_key(row): row for row in document["rows"]}
-    for figures in (*document.pop("compile", ()), *document.pop("memory", ())):
-        rows[row_key(figures)].update(figures)
     return document
 
 
@@ -102,8 +96,6 @@ def new_path(wanted: Path) -> Path:
     while path.exists():
         n += 1
         path = wanted.with_name(f"{wanted.stem}-{n}{wanted.suffix}")
-    path.touch()  # not after hours
-    path.unlink()
     return path
 
 

@@ -17,7 +17,8 @@ from benchmarks.worker import one_line
 # from the next worker. They are waited for rather than told not to spin (OMP_WAIT_POLICY=PASSIVE),
 # which would cost torch alone.
 PAUSE_SECONDS = 0.02
-# Kernels of one kind that hang or crash before the others of it are left alone: each costs time.
+# Kernels of one block, or of a cluster, that hang before the others of it are left alone: each
+# costs time.
 DEATHS = 2
 Row = dict[str, Any]
 
@@ -58,7 +59,7 @@ class Run:
     document: dict[str, Any]
     say: Callable[[str], None]
     save: Callable[[], None]
-    deaths: Counter[tuple[str, bool]] = field(default_factory=Counter)  # of families
+    deaths: Counter[tuple[str, bool]] = field(default_factory=Counter)  # by `_family`
     died: dict[tuple[str, str], str] = field(default_factory=dict)  # why, by subject and row
 
     def go(self) -> None:
@@ -168,10 +169,9 @@ def _is_kernel(row: Row) -> bool:
     return row["subject"].startswith(KERNEL)
 
 
+def _family(row: Row) -> tuple[str, bool]:
+    return row["subject"], row["workload"]["H"] > MOST_OF_A_BLOCK
+
+
 def _live(rows: list[Row]) -> list[Row]:
     return [row for row in rows if row["status"] == "ready"]
-
-
-def _family(row: Row) -> tuple[str, bool]:
-    """Kernels that fail for the same reason: of one block, or of a cluster of them."""
-    return row["subject"], row["workload"]["H"] > MOST_OF_A_BLOCK

@@ -1,4 +1,4 @@
-"""What is chosen by shape in `jaxrnn/_core/schedule.py`, or by the user, beside other answers."""
+"""The choices by shape in `jaxrnn/_core/schedule.py`, measured beside the other answers."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,17 +14,13 @@ from benchmarks.workloads import Workload, draw
 from jaxrnn._core import schedule
 
 Shape = tuple[int, int, int, int]  # (T, B, D, H)
-IMPLEMENTATION = "implementation"  # the linear loop, as a scan or an associative scan
-# Those of the table's own lines.
 SHAPES: dict[str, list[Shape]] = {
-    **{choice: [line.shape for line in lines] for choice, lines in schedule.TABLE.items()},
-    IMPLEMENTATION: [(T, 1, 4, H) for H in (1, 2, 4, 8) for T in (1000, 10_000, 100_000)],
+    choice: [line.shape for line in lines] for choice, lines in schedule.TABLE.items()
 }
 ANSWERS: dict[str, tuple] = {
     "hoists_inputs": (True, False),
     "puts_weights_left": (True, False),
     "segment_rows": (128, 256, 512, 1024, 2048, 4096, None),
-    IMPLEMENTATION: ("scan", "associative"),
 }
 FORWARD_ONLY = ("hoists_inputs", "puts_weights_left")
 # A line of the table is wrong where another answer takes less than this of its time.
@@ -44,8 +40,6 @@ def choosing(choice: str, answer: Any) -> Iterator[None]:
 
 def table_answer(choice: str, shape: Shape) -> Any:
     """What is chosen for a shape."""
-    if choice == IMPLEMENTATION:
-        return "scan"
     return next(line.answer for line in schedule.TABLE[choice] if line.where(*shape))
 
 
@@ -70,21 +64,17 @@ def measure(choice: str, shape: Shape, rounds: int) -> tuple[str, bool]:
 def _compiled(choice: str, answer: Any, shape: Shape) -> Callable[[], Any]:
     data = draw(Workload("", *shape))
     args = jaxrnn.Cell(*map(jnp.asarray, data.cells[0])), jnp.asarray(data.xs), jnp.asarray(data.g)
-    how = {"implementation": answer} if choice == IMPLEMENTATION else {}
 
     def states(cell, xs, g):
-        return jaxrnn.unroll(cell, xs, **how)[1]
+        return jaxrnn.unroll(cell, xs)[1]
 
     def gradient(cell, xs, g):
         return jax.grad(lambda cell, xs: jnp.sum(states(cell, xs, g) * g), (0, 1))(cell, xs)
 
     jax.clear_caches()  # what was traced under another choice
     lowered = jax.jit(states if choice in FORWARD_ONLY else gradient)
-    if how:
+    with choosing(choice, answer):
         compiled = lowered.lower(*args).compile()
-    else:
-        with choosing(choice, answer):
-            compiled = lowered.lower(*args).compile()
     return lambda: jax.block_until_ready(compiled(*args))
 
 

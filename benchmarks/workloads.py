@@ -70,12 +70,6 @@ class Workload:
         return f"{self.name} ({self.T}, {self.B}, {self.D}, {self.H}){many}"
 
 
-def parameter_names(cells: int, prefix: str = "") -> list[str]:
-    """Of the gradients of every cell: "dU of 2" is that of the second one."""
-    numbers = ["", *(f" of {n}" for n in range(2, cells + 1))]
-    return [f"{prefix}{d}{number}" for number in numbers for d in ("dU", "dW", "db")]
-
-
 def from_json(values: dict[str, Any]) -> Workload:
     """The workload of a row of results."""
     known = {f.name: values[f.name] for f in fields(Workload) if f.name in values}

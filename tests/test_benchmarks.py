@@ -361,12 +361,6 @@ def test_results_are_read_as_they_were_written(tmp_path):
     results.write(made, path)
     assert results.read(path) == made and [*path.parent.iterdir()] == [path]
     assert results.new_path(path).name == "run-2.json"
-    # Older files have memory in a list of its own.
-    figures = made["rows"][0]["temporaries"]
-    old = json.loads(json.dumps(made)) | {"memory": [dict(made["rows"][0])]}
-    del old["rows"][0]["temporaries"]
-    path.write_text(json.dumps(old))
-    assert results.read(path)["rows"][0]["temporaries"] == figures
 
 
 def test_a_picture_is_drawn(tmp_path):

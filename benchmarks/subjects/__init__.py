@@ -33,6 +33,12 @@ class Prepared(NamedTuple):
     record: dict[str, Any]  # seconds to trace and to compile; temporaries; kernels
 
 
+def parameter_names(cells: int, prefix: str = "") -> list[str]:
+    """Of the gradients of every cell: "dU of 2" is that of the second one."""
+    numbers = ["", *(f" of {n}" for n in range(2, cells + 1))]
+    return [f"{prefix}{d}{number}" for number in numbers for d in ("dU", "dW", "db")]
+
+
 def only_plain(network: Network) -> None:
     """Refuse all but one layer without options."""
     if not network.plain:

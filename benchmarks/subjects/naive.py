@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from benchmarks.subjects import Layer, only_plain
+from benchmarks.subjects import Layer
 from benchmarks.workloads import Network
 
 PHI = {"tanh": jnp.tanh, "relu": jax.nn.relu}
@@ -21,15 +21,8 @@ class Weights(NamedTuple):
     b: jax.Array
 
 
-def mapped(network: Network) -> Layer:
-    """`jax.vmap` of the scan over `[T, D]`, the batch in front."""
-    only_plain(network)
-    layer = batched(network)
-    return layer._replace(unroll=jax.vmap(layer.unroll, in_axes=(None, 0)), batch_first=True)
-
-
-def batched(network: Network, turns: int = 1, phi: Callable | None = None) -> Layer:
-    """A scan over `[T, B, D]`, with so many steps in each turn of its loop."""
+def batched(network: Network, phi: Callable | None = None) -> Layer:
+    """A scan over `[T, B, D]`."""
     phi = phi or PHI[network.activation]
 
     def unroll(weights, xs, lengths=None):
@@ -70,7 +63,7 @@ def batched(network: Network, turns: int = 1, phi: Callable | None = None) -> La
             return jax.lax.scan(step_until_the_end, h0, (jnp.arange(len(xs)), xs))
         if network.remat:
             return _checkpointed(step, h0, xs)
-        return jax.lax.scan(step, h0, xs, unroll=turns, reverse=reverse)
+        return jax.lax.scan(step, h0, xs, reverse=reverse)
 
     return Layer(unroll, Weights, tuple, takes_ids=True)
 

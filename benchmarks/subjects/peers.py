@@ -51,27 +51,6 @@ def flax_nnx(network: Network) -> Layer:
     return Layer(unroll, load, unload)
 
 
-def flax_linen(network: Network) -> Layer:
-    """`nn.RNN(nn.SimpleCell)`, applied."""
-    from flax import linen as nn
-
-    only_plain(network)
-
-    def load(U, W, b):
-        return {"params": {"cell": {"i": {"kernel": U.mT, "bias": b}, "h": {"kernel": W.mT}}}}
-
-    def unroll(variables, xs):
-        hidden_size = variables["params"]["cell"]["h"]["kernel"].shape[0]
-        cell = nn.SimpleCell(hidden_size, activation_fn=PHI[network.activation])
-        return nn.RNN(cell, time_major=True).apply(variables, xs)
-
-    def unload(grads):
-        cell = grads["params"]["cell"]
-        return cell["i"]["kernel"].mT, cell["h"]["kernel"].mT, cell["i"]["bias"]
-
-    return Layer(unroll, load, unload)
-
-
 def haiku(network: Network) -> Layer:
     """`hk.dynamic_unroll` of `hk.VanillaRNN`, which is a relu network."""
     import haiku as hk

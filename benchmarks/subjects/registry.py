@@ -15,7 +15,7 @@ from jaxrnn._backends import select
 # own process alone.
 JAX, TWO_DEVICES, KERNELS, TORCH = "jax", "jax, two host devices", "jax, kernels", "torch"
 
-OURS, NAIVE, ROOFLINE = "jaxrnn", "naive scan", "roofline"
+OURS, NAIVE = "jaxrnn", "naive scan"
 KERNEL, SCAN, ASSOCIATIVE = "jaxrnn, kernel", "jaxrnn, scan", "jaxrnn, associative"
 IMPLEMENTATION = "mosaic_gpu"
 # The largest H of the kernel of each dtype, in the order in which they are measured: float16
@@ -63,14 +63,11 @@ def _split(subject: Subject) -> Subject:
 
 _OURS, _NAIVE = Subject(OURS, "jaxrnn", ours.batched), Subject(NAIVE, "jax", naive.batched)
 ON_CPU = (
-    Subject(ROOFLINE, "jax"),
     _OURS,
     Subject("jaxrnn, vmap", "jaxrnn", ours.mapped),
     Subject("jaxrnn, vmap axis 1", "jaxrnn", partial(ours.mapped, axis=1)),
     _NAIVE,
-    Subject("naive scan, vmap", "jax", naive.mapped),
     Subject("flax.nnx", "flax", peers.flax_nnx),
-    Subject("flax.linen", "flax", peers.flax_linen),
     Subject("equinox", "equinox", peers.equinox),
     Subject("keras", "keras", peers.keras),
     replace(_OURS, name=f"{OURS}, relu", relu=True),
@@ -91,12 +88,11 @@ def _on_gpu(dtype: str) -> list[Subject]:
     found = [
         Subject(KERNEL, "jaxrnn", _run_by(IMPLEMENTATION), KERNELS),
         Subject(SCAN, "jaxrnn", _run_by("scan")),
-        Subject(ROOFLINE, "jax"),
     ]
     if dtype == "float32":
         found.append(Subject(ASSOCIATIVE, "jaxrnn", _run_by("associative")))
     if dtype == "bfloat16":
-        found += [_NAIVE, Subject("naive scan, unroll 8", "jax", partial(naive.batched, turns=8))]
+        found.append(_NAIVE)
     named = [replace(subject, name=f"{subject.name}, {dtype}", dtype=dtype) for subject in found]
     named.append(Subject(f"cuDNN {dtype}", "torch", kind=TORCH, dtype=dtype))
     if dtype == "float32":

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.subjects import NotOfferedError, Prepared, only_plain
+from benchmarks.subjects import NotOfferedError, Prepared, only_plain, parameter_names
 from benchmarks.subjects.registry import Subject
-from benchmarks.workloads import BACKWARD, FORWARD, Data, Workload, parameter_names
+from benchmarks.workloads import BACKWARD, FORWARD, Data, Workload
 
 # Where layers are; a worker on a GPU sets it to "cuda".
 DEVICE = "cpu"
