@@ -155,7 +155,6 @@ def naive(
         xs = jax.nn.one_hot(xs.ids, cell.U.shape[1], dtype=cell.U.dtype)
     steps = xs.shape[:-1]
     nothing = jnp.zeros((*steps, cell.W.shape[0]), cell.W.dtype)
-    b = nothing[0] if cell.b is None else spread(cell.b, nothing[0])
     drive, push = (nothing if x is None else x for x in (drive, push))
     valid = jnp.ones(steps, bool) if valid is None else jnp.asarray(valid)
     number = numbered(valid, reverse)
@@ -163,7 +162,9 @@ def naive(
 
     def step(h, x, drive, push, cut):
         s = g(cell, jnp.where(cut, lax.stop_gradient(h), h))
-        return f(cell, s @ cell.W.T + x @ cell.U.T + b + drive, h) + push
+        a = s @ cell.W.T + x @ cell.U.T + drive
+        a = a if cell.b is None else a + spread(cell.b, a)
+        return f(cell, a, h) + push
 
     def body(states, now):
         x, drive, push, valid, cut = now
