@@ -454,6 +454,14 @@ def test_damage_beside_the_arrays_is_one_line(content, stopped):
     one_line(resume(stopped), 2, "checkpoints/20: the checkpoint cannot be read")
 
 
+def test_other_numbers_than_were_saved_are_one_line(stopped):
+    about = stopped / "checkpoints" / "20" / "about" / "metadata"
+    metadata = json.loads(about.read_text())
+    about.write_text(json.dumps({**metadata, "fingerprint": metadata["fingerprint"] ^ 1}))
+    for command in (["train", "--resume"], ["sample"]):
+        one_line(here(*command, stopped), 2, "checkpoints/20: the checkpoint cannot be read")
+
+
 def test_metrics_without_their_fields_are_one_line(stopped):
     rows = [row for row in directory.read_metrics(stopped) if row.pop("seconds")]
     (stopped / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

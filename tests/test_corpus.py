@@ -117,7 +117,7 @@ def test_the_documentation_is_the_text_if_none_is_named(tmp_path):
     assert encoded([], tmp_path, "byte")[1].tobytes() == expected.encode()
 
 
-def test_files_in_their_order(tmp_path, tiny):
+def test_files_are_read_in_their_order(tmp_path, tiny):
     parts = ["second é", "first", "second é", "𝄞"]
     files = [written(tmp_path, part.encode(), f"{n}") for n, part in enumerate(parts)]
     text, ids = encoded([files[1], files[0], files[3], files[0]], tmp_path)
@@ -166,7 +166,7 @@ def test_runs_are_no_text(tmp_path):
     assert Vocabulary(text.characters).decode(ids) == "[]text"
 
 
-def test_standard_input(tmp_path, monkeypatch, tiny):
+def test_standard_input_is_one_of_the_files(tmp_path, monkeypatch, tiny):
     content = random_text(50).encode()
     before, after = (written(tmp_path, part, part.decode()) for part in (b"before", b"after"))
     set_input(monkeypatch, content)
@@ -178,7 +178,7 @@ def test_standard_input(tmp_path, monkeypatch, tiny):
     assert encoded(["-"], tmp_path)[0].name == "standard input"
 
 
-def test_a_pipe(tmp_path):
+def test_a_pipe_is_read_to_its_end(tmp_path):
     path = tmp_path / "pipe"
     os.mkfifo(path)
     content = random_text(100_000).encode()  # more than a pipe holds
@@ -303,7 +303,7 @@ def test_a_full_disk_leaves_nothing(level, tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, OSError])
-def test_what_was_there_stays_until_all_is_written(error, tmp_path, tiny, monkeypatch):
+def test_old_ids_stay_until_all_is_written(error, tmp_path, tiny, monkeypatch):
     source, path = written(tmp_path, b"new" * 100), tmp_path / "ids.npy"
     path.write_bytes(b"old")
     seen, ids = [], corpora.Alphabet.ids
@@ -344,7 +344,7 @@ def test_the_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     assert calls == [("fsync", path.read_bytes()), (partial, path)]
 
 
-def test_a_header_without_room_is_no_file(tmp_path, monkeypatch):
+def test_a_header_without_room_leaves_no_file(tmp_path, monkeypatch):
     grown = lambda dtype, length: b"\x93NUMPY" + b" " * len(str(length))  # noqa: E731
     monkeypatch.setattr(corpora, "_header", grown)
     with pytest.raises(RuntimeError, match=r"ids.npy: NumPy's header grew to 8 bytes"):
@@ -483,7 +483,7 @@ def mapped(path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux alone says it")
-def test_what_was_looked_at_is_given_back(tmp_path):
+def test_memory_of_read_pages_is_given_back(tmp_path):
     """Of 64 MiB that are mapped; as many are in memory where nothing gives them back."""
     path, length = tmp_path / "ids.npy", 64 * MEBIBYTE
     np.lib.format.open_memmap(path, "w+", np.uint8, (length,))[-1] = 1
@@ -552,7 +552,7 @@ def test_a_header_with_any_bit_turned_over_is_one_line_or_none(tmp_path):
     assert refused > 400
 
 
-def test_other_ids_than_were_written_are_one_line(tmp_path):
+def test_changed_ids_are_one_line(tmp_path):
     corpus_of(b"abcabcab" * 100, tmp_path)
     path, text = (
         tmp_path / "ids.npy",
@@ -567,7 +567,7 @@ def test_other_ids_than_were_written_are_one_line(tmp_path):
         open_corpus(path, text, **how)
 
 
-def test_texts_that_cannot_be_trained_on(tmp_path):
+def test_short_and_uniform_texts_are_one_line(tmp_path):
     name = re.escape(str(tmp_path / "text"))
     for content, level, message in [
         (b"a" * 5000, "char", "expected two distinct characters, got only 'a'"),
@@ -584,7 +584,7 @@ def test_texts_that_cannot_be_trained_on(tmp_path):
     assert len(corpus_of(b"ab" + b"a" * 35, tmp_path).train) == 33
 
 
-def test_two_bytes_are_found_wherever_they_are(tmp_path, monkeypatch):
+def test_a_second_distinct_byte_may_be_anywhere(tmp_path, monkeypatch):
     monkeypatch.setattr("jaxrnn._app.corpus.CHUNK", 7)
     for n in (1, 6, 7, 8, 99):
         content = bytearray(b"a" * 100)

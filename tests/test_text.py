@@ -14,7 +14,7 @@ from jaxrnn import Vocabulary, generate, one_hot
 from jaxrnn.text import stream_ids, streams
 
 
-def test_section_1():
+def test_the_characters_and_rows_of_section_1():
     vocabulary = Vocabulary("hello")
     assert (
         vocabulary.characters == ("h", "e", "l", "o") == Vocabulary(["h", "e", "l", "o"]).characters
@@ -179,7 +179,7 @@ def test_bad_arguments_of_generation_are_named(change, kind, message):
 
 @pytest.mark.parametrize("custom", [False, True])
 @pytest.mark.parametrize("default", ["threefry2x32", "rbg"])
-def test_keys_of_any_default_prng(default, custom):
+def test_generation_does_not_depend_on_the_default_prng(default, custom):
     expected = generate(**CALL | {"length": 20})
     before = {name: getattr(jax.config, name) for name in SETTINGS}
     try:
@@ -201,7 +201,7 @@ def test_keys_of_any_default_prng(default, custom):
             jax.config.update(name, value)
 
 
-def test_no_key_is_used_twice():
+def test_generation_uses_each_key_once():
     with jax.debug_key_reuse(True):
         key = jax.random.key(7)
         assert generate(PARAMS, key, [0], 40).shape == (40,)
