@@ -207,7 +207,7 @@ def _torch_state(module: Any) -> dict[str, Any]:
         kind = _kind(hook, "torch.nn.utils.", "WeightNorm", "SpectralNorm", "BasePruningMethod")
         if kind is None:
             got = f"{_describe(hook)}; to leave it out pass the state_dict()"
-            checks.bad_value("module", "no hooks but torch's own of weights", got)
+            checks.bad_value("module", "no hooks except torch's own for weights", got)
         elif kind.__name__ == "BasePruningMethod":
             state[hook._tensor_name] = hook.apply_mask(module)
         else:  # False skips the power iteration, which would change the module
@@ -314,7 +314,7 @@ def _keras(name: str, layer: Any) -> Any:
             checks.bad_value(name, expected, f"merge_mode {mode!r}, go_backwards={turned}")
         return ((_keras(name, layer.forward_layer), _keras(name, layer.backward_layer)),)
     if not _kind(layer, "keras.", "SimpleRNNCell"):
-        checks.bad_type(name, "a keras SimpleRNN or one of its kin", _describe(layer))
+        checks.bad_type(name, "a keras SimpleRNN, or layers of its cells", _describe(layer))
     if not layer.built:
         checks.bad_value(name, "a layer that is built", "one that is not")
     _one_dtype(f"{name}.compute_dtype", layer.compute_dtype, layer.variable_dtype)

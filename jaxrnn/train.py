@@ -260,7 +260,7 @@ def _update(optimizer, loss, mesh):
         updates, after = _call(optimizer.update, mean, before, params, extras=extras)
         for what, (a, b) in {"updates": (updates, params), "a state": (after, before)}.items():
             if jax.tree.map(jnp.shape, a) != jax.tree.map(jnp.shape, b):
-                checks.bad_value("optimizer", f"{what} of the same shapes", "others")
+                checks.bad_value("optimizer", f"{what} of the same shapes", "different shapes")
         new = TrainState(optax.apply_updates(params, updates), after, h, state.step + 1, state.key)
         return new, value, mean, wrong == 0
 
@@ -470,7 +470,7 @@ def fit(
     for step, (inputs, targets, first) in enumerate(remaining, begun + 1):
         state, figures = update(start_over(state) if first else state, inputs, targets)
         if not isinstance(figures, Figures):
-            checks.bad_type("update", "that of make_checked_update", "another function")
+            checks.bad_type("update", "a function from make_checked_update", "another one")
         unseen.append(figures)
         timed += since > 0
         if not since:

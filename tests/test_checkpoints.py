@@ -174,7 +174,7 @@ def test_nothing_is_pickled(finished):
 def test_a_resumed_run_equals_an_undisturbed_one(finished, stopped):
     """Bit for bit: what is carried, what the optimiser has, and the place in the text."""
     output = succeeded(resume(stopped))
-    assert "going on from step 20 of 30" in output
+    assert "continuing from step 20 of 30" in output
     assert_same_state(stopped, finished)
     assert metrics(stopped) == metrics(finished)
     before = files(stopped)
@@ -212,7 +212,7 @@ def test_a_kill_while_a_checkpoint_is_written_loses_nothing(finished, tmp_path):
     assert (out / "config.json").exists()
     newest = max(checkpoint_steps(out), default=0)
     output = succeeded(resume(out))
-    assert newest == 0 or f"going on from step {newest} of 30" in output
+    assert newest == 0 or f"continuing from step {newest} of 30" in output
     assert_same_state(out, finished)
     assert metrics(out) == metrics(finished)
 
@@ -517,7 +517,7 @@ def test_the_ids_of_a_run_are_not_replaced(stopped):
     (stopped / "elsewhere").rename(stopped / "text.json")
     ids = np.load(stopped / "ids.npy")
     np.save(stopped / "ids.npy", ids[::-1])
-    one_line(resume(stopped), 2, "ids.npy: expected the ids of", "others")
+    one_line(resume(stopped), 2, "ids.npy: expected the ids of", "different ids")
 
 
 def test_other_names_are_no_checkpoints_and_stay(stopped, finished):
@@ -543,7 +543,7 @@ def test_a_full_disk_loses_no_checkpoint(stopped):
     with disk_of(2000):
         run = resume(stopped)
     assert run.returncode == 1 and run.stderr.count("\n") == 1
-    assert re.search(r"/30: cannot be written: .*checkpoints/20; to go on: ", run.stderr)
+    assert re.search(r"/30: cannot be written: .*checkpoints/20; to continue: ", run.stderr)
     assert files(stopped / "checkpoints").items() >= before.items()
     with disk_of(10):
         run = resume(stopped, "--checkpoint-every", "5")

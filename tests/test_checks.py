@@ -194,7 +194,7 @@ INPUTS = [
     ({"xs": [XS, XS[0]]}, TypeError, f"xs: expected an array, got {RAGGED}"),
     ({"xs": [XS, XS[:, :1]]}, TypeError, f"xs: expected an array, got {RAGGED}"),
     ({"xs": [1.0, None]}, TypeError,
-     "xs: expected an array, got a list that makes none; None is not a valid value for jnp.array"),
+     "xs: expected an array, got a list that cannot become one: None is not a valid value for"),
     ({"xs": np.ma.masked_array([0.0, 1.0], [True, False])}, TypeError,
      "xs: expected an array, got a masked one; fill it first: value.filled(...)"),
     ({"xs": np.zeros((T, B, D), ">f4")}, TypeError, "xs: expected native byte order, got >f4; "
@@ -207,8 +207,8 @@ INPUTS = [
      "xs: expected an array, got Sparse; make it dense first: value.todense()"),
     ({"xs": Torch()}, TypeError, "xs: expected an array, got Torch; Can't call numpy() on Tensor "
      "that requires grad. Use tensor.detach().numpy() instead"),
-    ({"xs": [Torch()]}, TypeError, "xs: expected an array, got a list that makes none; Can't call "
-     "numpy() on Tensor that requires grad. Use tensor.detach().numpy() instead"),
+    ({"xs": [Torch()]}, TypeError, "xs: expected an array, got a list that cannot become "
+     "one: Can't call numpy() on Tensor that requires grad. Use tensor.detach().numpy() instead"),
     ({"xs": np.array([XS, None], object)}, TypeError,
      "xs: expected a numeric or boolean dtype, got object"),
     ({"xs": np.array([["a"]])}, TypeError, "xs: expected a numeric or boolean dtype, got <U1"),
@@ -274,7 +274,7 @@ LENGTHS = [
     ({"lengths": [True, False]}, TypeError, "lengths: expected an integer dtype, got bool"),
     ({"lengths": "all"}, TypeError, "lengths: expected an array, got str"),
     ({"lengths": [1, 2**70]}, TypeError,
-     "lengths: expected an array, got a list that makes none; a number is too large"),
+     "lengths: expected an array, got a list that cannot become one: a number is too large"),
     ({"lengths": np.array([1, 2], ">i4")}, TypeError, "lengths: expected native byte order, "
      "got >i4; convert it first: value.astype(value.dtype.newbyteorder('='))"),
     ({"lengths": [1, 2], "xs": TURNED}, ValueError,
@@ -297,17 +297,17 @@ HOW = [
     ({"truncate": 2, "window": 2}, ValueError,
      "truncate and window: expected at most one of them, got both"),
 ]
-PRECISION = "precision: expected None, 'default', 'high', 'highest' or what else jax.numpy.matmul"
+PRECISION = "precision: expected None, 'default', 'high', 'highest' or another precision of "
 RUNS = [
     ({"implementation": "cudnn"}, ValueError, "implementation: expected one of 'auto', 'scan', "
      "'mosaic_gpu', 'pallas_tpu', 'associative', got 'cudnn'"),
     ({"implementation": None}, ValueError, "implementation: expected one of 'auto', 'scan', "
      "'mosaic_gpu', 'pallas_tpu', 'associative', got None"),
-    ({"precision": "exact"}, ValueError, f"{PRECISION} takes, got 'exact'"),
-    ({"precision": 3}, ValueError, f"{PRECISION} takes, got int"),
-    ({"precision": ["high", "high"]}, ValueError, f"{PRECISION} takes, got list"),
+    ({"precision": "exact"}, ValueError, f"{PRECISION}jax.numpy.matmul, got 'exact'"),
+    ({"precision": 3}, ValueError, f"{PRECISION}jax.numpy.matmul, got int"),
+    ({"precision": ["high", "high"]}, ValueError, f"{PRECISION}jax.numpy.matmul, got list"),
     ({"precision": jnp.ones(2)}, ValueError,
-     f"{PRECISION} takes, got float64 array of shape [2]"),
+     f"{PRECISION}jax.numpy.matmul, got float64 array of shape [2]"),
 ]
 CHECKPOINTS = [
     ({"checkpoint_every": 0}, ValueError, "checkpoint_every: expected at least 1, got 0"),

@@ -60,7 +60,7 @@ def test_train_prints_its_plan_progress_and_result(text_file, tmp_path):
     for part in (text_file, "2,430 characters, 270 more held out, 29 distinct", "1,229 parameters",
                  "30 updates of 4 × 8", "unigram", "bigram", "step 10/30", "held-out"):  # fmt: skip
         assert str(part) in output
-    sample = re.search(r"held-out text begins:\n(.*)\npicture: ", output, re.DOTALL)
+    sample = re.search(r"of the held-out text:\n(.*)\npicture: ", output, re.DOTALL)
     assert len(sample[1]) == 20
     bits = float(re.search(r"held-out bits per character: (\d\.\d+)", output)[1])
     rows = read_metrics(out)
@@ -330,7 +330,7 @@ def test_a_signal_while_text_is_read_leaves_no_directory(number, tmp_path):
 
     def interrupt():
         # It is being trained already, for another one that would go on with it.
-        one_line(here("train", "--resume", out), 2, "nobody is training")
+        one_line(here("train", "--resume", out), 2, "not being trained")
         assert "being trained, at step 0" in succeeded(here("show", out))
         os.kill(os.getpid(), number)
         time.sleep(1)

@@ -669,7 +669,7 @@ BAD = {
         (3, TypeError, "layer: expected a keras SimpleRNN"),
         ([], ValueError, "layer: expected at least one layer"),
         ([None], TypeError, "layer[0]: expected a keras SimpleRNN"),
-        ([[None]], TypeError, "layer[0]: expected a keras SimpleRNN or one of its kin, got list"),
+        ([[None]], TypeError, "layer[0]: expected a keras SimpleRNN, or layers of its"),
     ],
 }  # fmt: skip
 
@@ -734,7 +734,7 @@ def test_other_torch_modules_are_refused(torch):
         [
             (Twice(D, H), TypeError, "keeps torch's forward"),
             (patched, TypeError, "keeps torch's forward"),
-            (hooked, ValueError, "no hooks but torch's own of weights"),
+            (hooked, ValueError, "no hooks except torch's own for weights"),
         ],
     )
     assert isinstance(convert.from_torch(hooked.state_dict()), Cell)

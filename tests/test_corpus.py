@@ -563,7 +563,9 @@ def test_changed_ids_are_one_line(tmp_path):
     content = bytearray(path.read_bytes())
     content[500] ^= 1
     path.write_bytes(content)
-    with pytest.raises(InputError, match=rf"{re.escape(str(path))}: expected the ids of .* others"):
+    with pytest.raises(
+        InputError, match=rf"{re.escape(str(path))}: expected the ids of .* different ids"
+    ):
         open_corpus(path, text, **how)
 
 
@@ -602,7 +604,7 @@ def test_prompts_become_ids():
     ids = to_ids(vocabulary, "byte", given)
     assert bytes(ids.tolist()) == b"h\xc3\xa9\xe9\x00" and ids.dtype == np.int32
     assert to_ids(vocabulary, "byte", "").shape == (0,)
-    message = r"^text: expected characters that UTF-8 has, got '\\ud800' at position 1$"
+    message = r"^text: expected characters that UTF-8 can encode, got '\\ud800' at position 1$"
     with pytest.raises(ValueError, match=message):
         to_ids(vocabulary, "byte", "a\ud800")
 

@@ -56,7 +56,7 @@ def test_sample_and_show_read_beside_a_trainer_and_a_second_one_is_refused(text_
         for command in (["sample", "--length", "5"], ["sample", "--length", "5", "--best"]):
             succeeded(here(*command, out))
         assert "being trained, at step" in succeeded(here("show", out))
-        one_line(here("train", "--resume", out), 2, "nobody is training")
+        one_line(here("train", "--resume", out), 2, "not being trained")
         one_line(here("train", text_file, "--out", out), 2, "--out: expected an empty or new")
     finally:
         process.send_signal(SIGNALS[0])
@@ -131,7 +131,7 @@ def test_those_who_look_do_not_see_each_other(stopped):
         assert directory._lock(file, shared=True)
         assert not directory.is_locked(stopped)
         begun = time.monotonic()
-        with pytest.raises(ValueError, match="nobody is training"), directory.locked(stopped):
+        with pytest.raises(ValueError, match="not being trained"), directory.locked(stopped):
             pass
     assert 0.5 < time.monotonic() - begun < 10  # it has tried again and again
     with directory.locked(stopped):
@@ -147,7 +147,7 @@ def test_a_lock_is_on_the_run_that_is_there(stopped, monkeypatch):
         return lock(file, *how, **more)
 
     monkeypatch.setattr(directory, "_lock", undone_meanwhile)
-    with pytest.raises(ValueError, match="nobody is training"), directory.locked(stopped):
+    with pytest.raises(ValueError, match="not being trained"), directory.locked(stopped):
         pass
 
 
@@ -199,11 +199,14 @@ def test_a_second_claim_changes_nothing_and_the_first_keeps_its_lock(tmp_path, m
             return begin(out, config, held)
 
         monkeypatch.setattr(directory, "_begin", begun_by_another)
-        with pytest.raises(directory.TakenError, match="is a run; to go on"), claim(out, second):
+        with (
+            pytest.raises(directory.TakenError, match="is a run; to continue it"),
+            claim(out, second),
+        ):
             pass
         assert json.loads((out / "config.json").read_text()) == {"of": "a run"}
         assert [path.name for path in out.iterdir()] == ["config.json"]
-        with pytest.raises(InputError, match="a run that nobody is training"):
+        with pytest.raises(InputError, match="a run that is not being trained"):
             first.enter_context(directory.locked(out))
 
 

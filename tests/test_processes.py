@@ -178,9 +178,9 @@ def test_two_processes_train_as_one(model, text_file, tmp_path):
 # What becomes of the others.
 
 LOST = re.compile(
-    r"jaxrnn train: error: another process is gone, or the way to it \(.*\); "
+    r"jaxrnn train: error: lost another process, or the connection to it \(.*\); "
     r"(the last checkpoint is \S+/checkpoints/\d+|there is no checkpoint yet); "
-    r"to go on: jaxrnn train --resume \S+\n"
+    r"to continue: jaxrnn train --resume \S+\n"
     # JAX's own, where it is the first to notice: it aborts, and cannot be told not to.
     r"|Terminating process because the JAX distributed service detected fatal errors. "
     r"This most likely indicates that another task died"
@@ -202,14 +202,14 @@ def lose(number, count, victim, text_file, out, folder):
     for each in others:
         assert LOST.search(each.errors), each.errors
     plan = all_of_them[0].output
-    assert f"if a process is lost the others end within {devices.HEARTBEAT} s; to go on" in plan
+    assert f"if a process is lost the others end within {devices.HEARTBEAT} s; to continue" in plan
     return others, seconds
 
 
 def finish(count, out, folder):
     codes, all_of_them = run(training(count, "--resume", out, "--sample-length", 0), folder)
     assert codes == [0] * count, [each.errors for each in all_of_them]
-    assert re.search(r"going on from step \d*[05]0 of 200\n", all_of_them[0].output)
+    assert re.search(r"continuing from step \d*[05]0 of 200\n", all_of_them[0].output)
     assert max(checkpoint_steps(out)) == 200
 
 
@@ -219,7 +219,7 @@ def test_after_a_loss_one_process_goes_on(text_file, tmp_path):
     _, seconds = lose(signal.SIGKILL, 2, 1, text_file, out, tmp_path / "both")
     assert seconds < 60
     output = succeeded(here("train", "--resume", out, "--sample-length", 0))
-    assert re.search(r"going on from step \d*[05]0 of 200\n", output)
+    assert re.search(r"continuing from step \d*[05]0 of 200\n", output)
     assert max(checkpoint_steps(out)) == 200
 
 
@@ -311,13 +311,15 @@ def refused(tmp_path, *args, others=None):
     return [each.errors for each in both]
 
 
-OTHER = "jaxrnn train: error: --process: another process cannot begin this run, and says why\n"
+OTHER = (
+    "jaxrnn train: error: --process: another process cannot start this run; its message says why\n"
+)
 
 
 def test_other_options_end_the_run(text_file, tmp_path):
     args = [text_file, "--out", tmp_path / "run", "--steps", STEPS]
     first, odd = refused(tmp_path, *args, others=[*args, "--seed", "1"])
-    assert re.search(r"error: --seed: expected 0, as \S+ was begun with, got 1\n", odd)
+    assert re.search(r"error: --seed: expected 0, as in \S+, got 1\n", odd)
     assert first == OTHER
 
 
@@ -358,7 +360,7 @@ def test_processes_begin_only_if_they_agree(monkeypatch):
 
 def test_an_error_of_one_process_is_said_by_both(monkeypatch):
     monkeypatch.setattr(devices, "largest", lambda number: 1)
-    with pytest.raises(devices.RefusedError, match="another process cannot begin this run"):
+    with pytest.raises(devices.RefusedError, match="another process cannot start this run"):
         devices.agree(None, {})
     with pytest.raises(devices.RefusedError, match=r"^text: expected more$"):
         devices.agree(InputError("text: expected more"), {})

@@ -113,7 +113,7 @@ def test_every_line_fits_80_columns(make, monkeypatch):
 
 def test_a_run_is_stopped_or_being_trained(make):
     out = make(rows(60), {40: 2.25, 60: math.inf})
-    stands = f"{out}: stopped at step 60 of 100\nto go on: jaxrnn train --resume '{out}'\n"
+    stands = f"{out}: stopped at step 60 of 100\nto continue: jaxrnn train --resume '{out}'\n"
     assert here("show", out).stdout.startswith(stands)
     with (out / "config.json").open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # as the process that trains it does
@@ -127,10 +127,10 @@ def test_a_run_without_metrics_is_shown(make, text):
     before = files(out)
     run = here("show", out)
     assert (run.returncode, run.stderr) == (0, "")
-    assert "stopped before its first checkpoint\nto go on: jaxrnn train --resume" in run.stdout
+    assert "stopped before its first checkpoint\nto continue: jaxrnn train --resume" in run.stdout
     assert re.search(r"^checkpoints +none yet *$", run.stdout, re.M)
-    assert ("not read to its end yet" in run.stdout) == (text is None)
-    assert run.stdout.endswith("no metrics yet, and so no curves\n")
+    assert ("not fully read yet" in run.stdout) == (text is None)
+    assert run.stdout.endswith("no metrics yet, so no curves to show\n")
     assert files(out) == before
 
 

@@ -185,7 +185,7 @@ def test_the_report_shows_every_number(tmp_path, comparisons):
     assert "57 of 68" in text
     assert "✓" in text and "✗" not in text and "…" not in text
     assert re.search(r"\d+% of them end below the printed 1\.3455\.", text)
-    assert re.search(r"until epoch 6[456]\d, where they part", text)
+    assert re.search(r"until epoch 6[456]\d, where they diverge", text)
     for c in comparisons:
         assert text.count(worked_example.four_digits(c.printed)) >= 2, c.name
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")

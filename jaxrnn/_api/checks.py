@@ -172,7 +172,7 @@ def _why_not(value, error):
             return f"a {describe(value)} whose entries have different shapes"
         reason = re.sub("^Value .* with dtype", "an entry of dtype", reason)
         reason = "a number is too large" if isinstance(error, OverflowError) else reason
-        return f"a {describe(value)} that makes none; {reason}"
+        return f"a {describe(value)} that cannot become one: {reason}"
     if hasattr(value, "todense"):
         reason = "make it dense first: value.todense()"
     elif not hasattr(value, "__array__"):
@@ -250,5 +250,5 @@ def precision(value: Any) -> None:
         if value is not None:
             canonical_precision(value)
     except (TypeError, ValueError):
-        expected = "None, 'default', 'high', 'highest' or what else jax.numpy.matmul takes"
+        expected = "None, 'default', 'high', 'highest' or another precision of jax.numpy.matmul"
         bad_value("precision", expected, repr(value) if isinstance(value, str) else describe(value))

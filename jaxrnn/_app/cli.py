@@ -32,8 +32,9 @@ SIGTERM, and if the terminal closes. The last three and the best are kept (sampl
 process at a time may train a run; sample and show may run beside it.
 
 --resume continues from the last checkpoint: bit for bit on the same number of devices, to rounding
-on another. Options are those of the run, except --checkpoint-every, --skip-nonfinite and
---model-devices, which may differ.
+on another. Options come from the run; only --checkpoint-every and --skip-nonfinite may be changed,
+and --model-devices, which is not saved: give it again. What is damaged or of another run, and a
+full disk, is one line of error, and the files stay as they are.
 
 An update that is not finite changes nothing and ends the run, with the step, the norms and the last
 checkpoint in the message; with --skip-nonfinite it is counted and left out.
@@ -108,7 +109,7 @@ _TRAIN = {
         "level": (None, "characters of UTF-8, or any bytes"),
         "held_out": (_FRACTION, "fraction at the end that is held out from training"),
         "eval_every": (_COUNT, "updates between evaluations on the held-out text"),
-        "eval_length": (_SOME, "most held-out characters to evaluate"),
+        "eval_length": (_SOME, "evaluate at most this many held-out characters"),
     },
     "run": {"checkpoint_every": (_COUNT, "updates between checkpoints")},
 }

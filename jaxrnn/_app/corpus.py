@@ -304,7 +304,7 @@ def open_corpus(
     """
     ids = open_ids(path, text.length, len(text.characters))
     if verify and checksum(ids) != text.checksum:
-        bad_input(path, f"the ids of {text.name}", "others")
+        bad_input(path, f"the ids of {text.name}", "different ids")
     unit, first = f"{UNITS[text.level]}s", ids[0]
     if not any(np.any(chunk != first) for chunk in chunks(ids)):
         only = f"0x{first:02x}" if text.level == "byte" else repr(text.characters[first])

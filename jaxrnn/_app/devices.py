@@ -141,7 +141,7 @@ def _place(x, sharding, dtype=None):
 
 class LostError(Exception):
     def __init__(self, error: BaseException):
-        super().__init__(f"another process is gone, or the way to it ({first_line(error)})")
+        super().__init__(f"lost another process, or the connection to it ({first_line(error)})")
 
 
 class RefusedError(InputError):
@@ -154,7 +154,7 @@ def check_processes(args: Any) -> bool:
     if several and args.processes != "auto" and None in (
         args.coordinator, args.processes, args.process
     ):  # fmt: skip
-        bad_input("--coordinator", "--processes N and --process I with it, or auto", "less")
+        bad_input("--coordinator", "--processes N and --process I with it, or auto", "not both")
     if several and not (args.out or args.resume):
         bad_input("--out", "a directory that all processes see", "none")
     if not several and args.process is not None:
@@ -174,7 +174,7 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
     expected = f"all processes at {where} within {PATIENCE} s"
 
     def give_up():
-        complain(f"--coordinator: expected {expected}, not all came")
+        complain(f"--coordinator: expected {expected}, but not all came")
         os._exit(2)
 
     # JAX would abort with a C++ stack trace, and while it waits nothing can be raised here.
@@ -260,7 +260,7 @@ def agree(error: Exception | None, alike: Mapping[str, object]) -> None:
     if error is not None:
         raise RefusedError(error) from error
     if failed:
-        raise RefusedError("--process: another process cannot begin this run, and says why")
+        raise RefusedError("--process: another process cannot start this run; its message says why")
     for message, value in alike.items():
         mark = zlib.crc32(repr(value).encode()) >> 1
         if largest(mark) != -largest(-mark):

@@ -96,7 +96,7 @@ def locked(out: Path) -> Iterator[None]:
     # On NFS only a writable file can be locked.
     with path.open("r+b" if os.access(path, os.W_OK) else "rb") as file:
         if _lock(file) is False or not _is_at(file, path):
-            raise InputError(f"{out}: expected a run that nobody is training, another process is")
+            raise InputError(f"{out}: expected a run that is not being trained, got one that is")
         yield
 
 
@@ -174,7 +174,7 @@ def _begin(out: Path, config: dict[str, Any], held: ExitStack) -> bool:
 def _taken(out, why=""):
     if (out / CONFIG).exists():
         go_on = shlex.join(["jaxrnn", "train", "--resume", str(out)])
-        why = f", which is a run; to go on with it: {go_on}"
+        why = f", which is a run; to continue it: {go_on}"
     return TakenError(f"--out: expected an empty or new directory, got {out}{why}")
 
 

@@ -89,7 +89,7 @@ def print_ensemble(console: Console, losses: np.ndarray) -> None:
     table.add_row(*map(four_digits, quantiles.values()))
     console.print(table)
     parting = worked_example.parting_epoch(losses)
-    until = "" if parting is None else f" until epoch {parting}, where they part"
+    until = "" if parting is None else f" until epoch {parting}, where they diverge"
     inside = "inside" if quantiles[0.0] <= IRREPRODUCIBLE <= quantiles[1.0] else "outside"
     console.print(
         f"{worked_example.fraction_below(losses):.0%} of them end below the printed "

@@ -99,7 +99,7 @@ def go_on_with(begun: Config, options: Mapping[str, Any], out: Path) -> Config:
     """The options of a resumed run: an InputError if any would change its numbers."""
     for name, value in options.items():
         if name not in FREE and value != (before := getattr(begun, name)):
-            bad_input(flag(name), f"{before}, as {out} was begun with", value)
+            bad_input(flag(name), f"{before}, as in {out}", value)
     return replace(begun, **options)
 
 
@@ -197,8 +197,8 @@ class Run:
         try:
             return self._go(report)
         except train.DivergedError as error:
-            way = "begin again with a smaller --learning-rate or --grad-clip"
-            raise FailedError(f"{error}; {way}, or go on with --skip-nonfinite") from error
+            way = "start a new run with a smaller --learning-rate or --grad-clip"
+            raise FailedError(f"{error}; {way}, or resume with --skip-nonfinite") from error
         except jax.errors.JaxRuntimeError as error:
             if devices.are_several():
                 # A lost process breaks the next collective.

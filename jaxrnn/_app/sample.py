@@ -79,7 +79,7 @@ def to_ids(vocabulary: Vocabulary, level: str, prompt: str) -> np.ndarray:
         content = prompt.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError as error:
         at = f"{prompt[error.start]!r} at position {error.start}"
-        checks.bad_value("text", "characters that UTF-8 has", at)
+        checks.bad_value("text", "characters that UTF-8 can encode", at)
     return np.frombuffer(content, np.uint8).astype(np.int32)
 
 

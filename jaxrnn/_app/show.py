@@ -27,7 +27,7 @@ def show(args: Any) -> int:
     console.print(_options(config), "")
     console.print(_facts(out, text, references, unit), "")
     if not rows:
-        console.print("no metrics yet, and so no curves")
+        console.print("no metrics yet, so no curves to show")
         return 0
     for line in (
         *text_plot(rows, console.width, unit), _latest(rows), picture(out, rows, references, unit)
@@ -45,7 +45,7 @@ def _standing(out: Path, config: Config, rows: list[dict[str, Any]]) -> str:
         return f"being trained, at step {rows[-1]['step'] if rows else 0} of {config.steps}"
     where = f"at step {newest} of {config.steps}" if newest else "before its first checkpoint"
     go_on = shlex.join(["jaxrnn", "train", "--resume", str(out)])
-    return f"stopped {where}\nto go on: {go_on}"
+    return f"stopped {where}\nto continue: {go_on}"
 
 
 def _options(config: Config) -> Table:
@@ -65,7 +65,7 @@ def _facts(out: Path, text: Text | None, references: dict[str, float], unit: str
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     if text is None:
-        table.add_row("text", "not read to its end yet")
+        table.add_row("text", "not fully read yet")
     else:
         table.add_row("text", text.name)
         table.add_row("size", f"{text.length:,} {unit}s")

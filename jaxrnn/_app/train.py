@@ -185,7 +185,7 @@ def _plan(args: Any, run: Run, references: dict[str, float]) -> Iterator[str]:
         lost = f"if a process is lost the others end within {devices.HEARTBEAT} s"
         yield f"{lost}; {_go_on(args)}"
     if args.resume:
-        yield f"going on from step {run.step} of {config.steps}"
+        yield f"continuing from step {run.step} of {config.steps}"
 
 
 def _run(args, run, references, console):
@@ -217,8 +217,8 @@ def _run(args, run, references, console):
 def _show(run, references, console, sample_length):
     out, text = run.out, run.corpus.text
     if sample_length:
-        where = "from where the held-out text begins"
-        console.print(f"a sample, at temperature {TEMPERATURE}, {where}:")
+        where = "continuing the start of the held-out text"
+        console.print(f"a sample at temperature {TEMPERATURE}, {where}:")
         stream(
             runs.load(out)[0].params, run.corpus.vocabulary, text.level,
             run.corpus.held_out[:SAMPLE_CONTEXT], sample_length, TEMPERATURE, run.config.seed,
@@ -235,4 +235,4 @@ def _go_on(args):
     if args.resume:  # a new run has saved its options
         for name, value in args.given.items():
             words += [runs.flag(name)] if value is True else [runs.flag(name), str(value)]
-    return f"to go on: {shlex.join(words)}"
+    return f"to continue: {shlex.join(words)}"

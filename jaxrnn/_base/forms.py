@@ -8,8 +8,8 @@
     custom    any                     any     by JAX       by JAX   by JAX
 
 The rate form has φ' on one side of W, the voltage form on the other; the leak is the same in both.
-A new form is a `jaxrnn.Form`, with no change here. To build one in, add f to `inner` and `move`, g
-to `output`, and its three slopes to `linearised` in `_core/derivative.py`.
+A new form is a `jaxrnn.Form`, with no change here. To build one in, follow "voltage" through this
+file, `_core/derivative.py` (`linearised` has the slopes), `_core/linear.py` and `textbook.py`.
 """
 
 from collections.abc import Callable

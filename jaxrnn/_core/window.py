@@ -33,7 +33,7 @@ def recomputed(
 ) -> jax.Array:
     """The states, by the same sweeps in operations that JAX differentiates.
 
-    `steps` are (xs, drive, mask, an addition to the state); `held` are the constants (hs, h_0).
+    `steps` are (xs, drive, mask, an addition to the state); `constants` are (hs, h_0).
     """
     xs, drive, mask, added = steps
     weights = row_weights(cell, xs, options.precision)
