@@ -108,6 +108,7 @@ def test_relative_links_lead_somewhere(readme):
     text = re.sub(r"^```.*?^```", "", readme.read_text(), flags=re.MULTILINE | re.DOTALL)
     links = re.findall(r"\]\(([^)\s]+)\)", text)
     links = [link for link in links if not re.match(r"https?:|mailto:", link)]
+    assert links
     for link in links:
         name, _, anchor = link.partition("#")
         target = (readme.parent / name).resolve() if name else readme

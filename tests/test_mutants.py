@@ -576,10 +576,10 @@ TEXT_MUTANTS = {
     ),
     "gradients of one's own loss added up over devices twice": (
         "train.py", "params = varying_like(params, inputs)", "pass",
-        "ones_own_is_split",
+        "custom_loss_is_split",
     ),
     "a window that forgets the one before": (
-        "train.py", "targets, h0=h)", "targets)", "the_carried_state and rmsprop",
+        "train.py", "targets, h0=h)", "targets)", "the_carried_state",
     ),
 }  # fmt: skip
 

@@ -157,7 +157,7 @@ def test_several_processes_compute_what_one_does(count, cases, tmp_path):
         assert_close(found.h, jax.device_get(expected.h), 1e-12)
 
 
-@pytest.mark.parametrize("model", [2, pytest.param(1, marks=pytest.mark.full)])
+@pytest.mark.parametrize("model", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_two_processes_train_as_one(model, text_file, tmp_path):
     # Of SGD, for Adam makes a full step of the least difference.
     sgd = ["--optimizer", "sgd", "--learning-rate", "0.1", *SMALL, "--steps", STEPS]
@@ -248,8 +248,10 @@ def test_a_process_that_hangs_is_lost(victim, text_file, tmp_path):
     assert seconds < 60
 
 
-@pytest.mark.full
-@pytest.mark.parametrize(("receiver", "number"), [(1, signal.SIGTERM), (0, signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("receiver", "number"),
+    [(1, signal.SIGTERM), pytest.param(0, signal.SIGINT, marks=pytest.mark.full)],
+)
 def test_a_signal_to_one_process_stops_all_at_one_step(receiver, number, text_file, tmp_path):
     out = tmp_path / "run"
     args = [text_file, "--out", out, *SMALL, "--steps", 100_000, "--checkpoint-every", "50"]
