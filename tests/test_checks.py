@@ -194,7 +194,8 @@ INPUTS = [
     ({"xs": [XS, XS[0]]}, TypeError, f"xs: expected an array, got {RAGGED}"),
     ({"xs": [XS, XS[:, :1]]}, TypeError, f"xs: expected an array, got {RAGGED}"),
     ({"xs": [1.0, None]}, TypeError,
-     "xs: expected an array, got a list that cannot become one: None is not a valid value for"),
+     "xs: expected an array, got a list that cannot become one: None is not a valid value "
+     "for jnp.array"),
     ({"xs": np.ma.masked_array([0.0, 1.0], [True, False])}, TypeError,
      "xs: expected an array, got a masked one; fill it first: value.filled(...)"),
     ({"xs": np.zeros((T, B, D), ">f4")}, TypeError, "xs: expected native byte order, got >f4; "

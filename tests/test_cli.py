@@ -114,7 +114,7 @@ def test_every_option_of_train_reaches_the_run(tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["options"] == options
     assert "hidden units over 2" in output and "3 updates of 2 × 4 bytes" in output
     assert f"{8 * (256 + 8 + 1) + 8 * (8 + 8 + 1) + 256 * (8 + 1):,} parameters" in output
-    assert len(re.search(r"text begins:\n(.*)\npicture", output, re.DOTALL)[1]) >= 7
+    assert len(re.search(r"held-out text:\n(.*)\npicture", output, re.DOTALL)[1]) >= 7
     assert directory.checkpoint_steps(tmp_path / "run") == [1, 2, 3]
 
 

@@ -318,7 +318,7 @@ def test_the_pace_of_one_update_is_nan():
         ({"steps": 2.5}, TypeError, "steps: expected a whole number, got float"),
         ({"steps": -1}, ValueError, "steps: expected at least 0, got -1"),
         ({"every": 0}, ValueError, "every: expected at least 1, got 0"),
-        ({"update": train.make_update(OPTIMIZER)}, TypeError, "update: expected that of make_che"),
+        ({"update": train.make_update(OPTIMIZER)}, TypeError, "update: expected a function from"),
     ],
 )
 def test_fit_rejects_bad_arguments(how, kind, message):
