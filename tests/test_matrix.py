@@ -73,8 +73,10 @@ FACTORS = {
 
 
 # In float64 test_naive_scan.py has the pairs.
-DTYPES = ["float32", "bfloat16", "float16"]
-FEW = {"activation": ["tanh", "relu", "a callable"], "dtype": DTYPES, "leak": ["", "per unit"]}
+FEW = {
+    "activation": ["tanh", "a callable"], "dtype": ["float32", "bfloat16"],
+    "leak": ["", "per unit"], "mixture": ["forward over reverse", "reverse over forward"],
+}  # fmt: skip
 PAIRS = list(pairwise(FACTORS | FEW))
 
 

@@ -82,7 +82,7 @@ FACTORS = {
         "rate scalar, an Activation", "voltage, identity", "voltage scalar, sigmoid",
         "voltage per unit, tanh", "rich", "no output", "nested",
     ],
-    "transformation": list(TRANSFORMATIONS)[:4],
+    "transformation": list(TRANSFORMATIONS)[:3],
     "option": ["", "truncate=3", "window=3", "checkpoint_every=3"],
     "invalid": ["", "lengths", "mask"],
     "inputs": ["floats", "ids", "no inputs"],

@@ -248,10 +248,8 @@ def test_a_process_that_hangs_is_lost(victim, text_file, tmp_path):
     assert seconds < 60
 
 
-@pytest.mark.parametrize(
-    ("receiver", "number"),
-    [(1, signal.SIGTERM), pytest.param(0, signal.SIGINT, marks=pytest.mark.full)],
-)
+@pytest.mark.full
+@pytest.mark.parametrize(("receiver", "number"), [(1, signal.SIGTERM), (0, signal.SIGINT)])
 def test_a_signal_to_one_process_stops_all_at_one_step(receiver, number, text_file, tmp_path):
     out = tmp_path / "run"
     args = [text_file, "--out", out, *SMALL, "--steps", 100_000, "--checkpoint-every", "50"]

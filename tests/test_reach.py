@@ -85,10 +85,7 @@ VARIANTS = {
     "plain": ({}, {}),
     "leak, gaps and reverse": ({"leak": jnp.linspace(0, 0.8, 5)}, {"mask": MASK, "reverse": True}),
 }
-OPTIONS = [
-    {"truncate": 1}, {"truncate": 2}, {"window": 1}, {"window": 2}, {"window": 6},
-    rare({"truncate": 2, "checkpoint_every": 3}), rare({"window": 5}),
-]  # fmt: skip
+OPTIONS = [{"truncate": 1}, {"truncate": 2}, {"window": 1}, {"window": 2}, {"window": 6}]
 # Two orders: 6 times the tolerance of the first.
 SECOND = 6e-12
 
@@ -104,7 +101,10 @@ def both_ways(how, variant):
 
 
 @pytest.mark.parametrize("variant", ["leak, gaps and reverse", rare("plain")])
-@pytest.mark.parametrize("how", OPTIONS, ids=str)
+@pytest.mark.parametrize("how", [
+    {"truncate": 2}, {"window": 2}, {"truncate": 2, "checkpoint_every": 3}, rare({"window": 5}),
+    rare({"truncate": 1}), rare({"window": 1}), rare({"window": 6}),
+], ids=str)  # fmt: skip
 def test_gradients_equal_those_of_the_definition(how, variant):
     args, expected, found = both_ways(how, variant)
     assert_close(found(*args), expected(*args))
@@ -114,7 +114,7 @@ def test_gradients_equal_those_of_the_definition(how, variant):
 
 @pytest.mark.parametrize(("how", "variant"), [
     ({"truncate": 2}, "leak, gaps and reverse"),
-    *(rare(how, variant) for how in OPTIONS[:5] for variant in VARIANTS),
+    *(rare(how, variant) for how in OPTIONS for variant in VARIANTS),
 ], ids=str)  # fmt: skip
 def test_second_derivatives_equal_those_of_the_definition(how, variant):
     args, expected, found = both_ways(how, variant)
@@ -123,8 +123,8 @@ def test_second_derivatives_equal_those_of_the_definition(how, variant):
 
 
 @pytest.mark.parametrize(("how", "leak"), [
-    ({"truncate": 2}, None), ({"window": 2}, None), ({"truncate": 9}, 0.3), ({"window": 2}, 0.3),
-    rare({"truncate": 2}, 0.3), rare({"truncate": 9}, None),
+    ({"truncate": 2}, None), ({"window": 2}, 0.3), rare({"truncate": 2}, 0.3),
+    rare({"truncate": 9}, None), rare({"truncate": 9}, 0.3), rare({"window": 2}, None),
 ], ids=str)  # fmt: skip
 def test_textbook_truncates_and_windows_the_double_sum_likewise(how, leak):
     params, xs, _, targets = random_case(leak=None if leak is None else jnp.asarray(leak))
@@ -223,7 +223,7 @@ SEQUENCES = {
 
 
 EVERY_AND_SEQUENCES = [
-    ("sqrt", "lengths"), (2, "lengths, reverse"), (2, "gaps"), (9, "drive"),
+    ("sqrt", "lengths"), (2, "gaps"), (9, "drive"),
 ]  # fmt: skip
 EVERY_AND_SEQUENCES += [rare(k, name) for k in EVERY for name in SEQUENCES]
 
