@@ -182,7 +182,7 @@ class Ids(Record):
 @pytree
 @dataclass(frozen=True, eq=False, repr=False)
 class CellGradients(Record):
-    """The gradients of a loss by everything that the states depend on, from `bptt`.
+    """The gradients of a loss in everything that the states depend on, from `bptt`.
 
     Args:
       cell: a `Cell` of gradients.

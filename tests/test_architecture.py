@@ -89,11 +89,11 @@ def lines(paths):
     return sum(len(path.read_text().splitlines()) for path in paths)
 
 
-def test_lines_of_the_core():
+def test_the_core_is_short():
     assert lines(p for room in ("_base", "_core") for p in (PACKAGE / room).glob("*.py")) <= 1740
 
 
-def test_lines_of_the_library():
+def test_the_library_is_short():
     # Without programs for accelerators and the command line; the aim is 4,600.
     apart = [PACKAGE / name for name in ("_backends/kernels", "_app", "__main__.py")]
     paths = [p for p in PACKAGE.rglob("*.py") if not any(p.is_relative_to(a) for a in apart)]
@@ -136,7 +136,7 @@ SMALL, LONG = (5, 2, 3, 4), (2048, 16, 64, 64)  # (T, B, D, H); LONG goes back i
 
 
 @pytest.mark.parametrize("sizes", [SMALL, LONG], ids=str)
-@pytest.mark.parametrize(("gradient", "most"), [(False, 9), (True, 15)])
+@pytest.mark.parametrize(("gradient", "most"), [(False, 9), (True, 14)])
 def test_frames_between_a_call_and_its_loops(gradient, most, sizes):
     def shape(*sizes):
         return jax.ShapeDtypeStruct(sizes, jnp.float32)
@@ -193,7 +193,7 @@ def functions_run(call):
 def test_functions_that_run_in_an_eager_call():
     # Arrays of types that were checked before are not checked again.
     for name, call in eager_calls().items():
-        assert functions_run(call) <= (25 if "step" in name else 80), name
+        assert 0 < functions_run(call) <= (25 if "step" in name else 80), name
 
 
 # What it brings in and documents --------------------------------------------------------------

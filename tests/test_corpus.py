@@ -256,7 +256,7 @@ def test_bad_sources_are_one_line(sources, message, chunk, bad, monkeypatch):
         assert encode(names, "byte", out / "ids.npy").level == "byte"
 
 
-def test_what_the_system_refuses_is_one_line(bad, monkeypatch):
+def test_unreadable_files_are_refused_in_one_line(bad, monkeypatch):
     out = bad / "ids.npy"
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(InputError, match=r"^standard input: cannot be read: it is closed$"):

@@ -65,7 +65,7 @@ def test_sample_and_show_read_beside_a_trainer_and_a_second_one_is_refused(text_
     assert steps == sorted(steps) and len(set(steps)) > 5
 
 
-def test_a_checkpoint_that_is_dropped_while_it_is_read(stopped, monkeypatch):
+def test_load_retries_after_a_dropped_checkpoint(stopped, monkeypatch):
     """The next one is read, as often as that happens."""
     read = Checkpoints.state
 
@@ -101,7 +101,7 @@ def test_the_best_is_read_again_where_it_was_dropped(stopped, monkeypatch):
     assert directory.best_checkpoint(stopped) == (20, 1.5)
 
 
-def test_looking_at_a_run_does_not_keep_it_from_being_trained(finished, stopped):
+def test_show_does_not_block_training(finished, stopped):
     """As `watch jaxrnn show` does, but without a pause, and two of them."""
     seen, done, looking = [[], []], threading.Event(), [threading.Event(), threading.Event()]
 
@@ -126,7 +126,7 @@ def test_looking_at_a_run_does_not_keep_it_from_being_trained(finished, stopped)
     assert_same_state(stopped, finished)
 
 
-def test_those_who_look_do_not_see_each_other(stopped):
+def test_readers_do_not_block_each_other(stopped):
     with (stopped / "config.json").open("rb") as file:
         assert directory._lock(file, shared=True)
         assert not directory.is_locked(stopped)

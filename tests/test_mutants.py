@@ -482,24 +482,24 @@ TEXT_MUTANTS = {
     ),
     "a segment that starts from the state after": (
         "_core/derivative.py", "if reverse else start - 1", "if reverse else start",
-        "gradients_under_every_choice and plain and 2",
+        "gradients_do_not_depend_on_the_schedule and plain and 2",
     ),
     "a segment that forgets what the later ones pass back": (
         "_core/derivative.py", "return (share.h0, sums)", "return (0 * share.h0, sums)",
-        "gradients_under_every_choice and plain and 2",
+        "gradients_do_not_depend_on_the_schedule and plain and 2",
     ),
     "a rest that is written over": (
         "_core/remat.py", "(carry, out), count * length",
         "(carry, out), (count - 1) * length",
-        "gradients_under_every_choice and plain and 2",
+        "gradients_do_not_depend_on_the_schedule and plain and 2",
     ),
     "inputs before the loop without the drive": (
         "_core/forward.py", "of_x(x, drive)", "of_x(x, None)",
-        "gradients_under_every_choice and plain and before",
+        "gradients_do_not_depend_on_the_schedule and plain and before",
     ),
     "weights on the left, not transposed": (
         "_base/arithmetic.py", "left, accumulate = matrix.T,", "left, accumulate = matrix,",
-        "gradients_under_every_choice and plain and left",
+        "gradients_do_not_depend_on_the_schedule and plain and left",
     ),
     "a cut one step late": (
         "_base/masking.py", "(number % every == 0)", "(number % every == 1 % every)",

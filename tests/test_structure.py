@@ -248,7 +248,7 @@ def test_no_preactivation_is_formed_again(case, name):
     assert compiled_loops(jax.grad(of_weights), weights, cell, xs, h0) == (3, [(T, 1)] * 2)
 
 
-def test_arrays_of_all_steps():
+def test_few_arrays_hold_all_steps():
     """Beyond inputs and outputs, of which the states are one, at most two of [T, B, H]."""
     T, B, D, H = 100, 16, 64, 64
 
@@ -321,7 +321,7 @@ def test_temporaries_in_segments_are_below_those_of_a_naive_scan():
     ("rate", "relu"), ("voltage", "tanh"),
     rare("rate", "tanh"), rare("voltage", "relu"),
 ])  # fmt: skip
-def test_temporaries_with_a_leak(form, phi):
+def test_temporaries_with_a_leak_are_bounded(form, phi):
     """At most one array of states more than the naive scan, whose loss needs no states."""
     T, B, D, H = 60, 64, 3, 128
 

@@ -14,7 +14,7 @@ from jaxrnn import Vocabulary, generate, one_hot
 from jaxrnn.text import stream_ids, streams
 
 
-def test_the_characters_and_rows_of_section_1():
+def test_characters_become_ids_and_one_hot_rows():
     vocabulary = Vocabulary("hello")
     assert (
         vocabulary.characters == ("h", "e", "l", "o") == Vocabulary(["h", "e", "l", "o"]).characters

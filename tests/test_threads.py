@@ -55,7 +55,7 @@ def assert_as_alone(*functions):
             jax.tree.map(np.testing.assert_array_equal, result, alone)
 
 
-def test_unroll_and_its_derivatives():
+def test_unroll_and_its_derivatives_in_threads_are_as_alone():
     params, xs, h0, _ = random_case(H=K)
 
     def loss(cell):
@@ -70,14 +70,14 @@ def test_unroll_and_its_derivatives():
     )
 
 
-def test_one_jitted_function():
+def test_one_jitted_function_in_threads_is_as_alone():
     params, xs, h0, targets = random_case(H=K)
     both = jax.jit(jaxrnn.loss_and_grads)
     last = jax.jit(lambda cell: jaxrnn.unroll(cell, xs, h0)[0])
     assert_as_alone(lambda: both(params, xs, targets, h0=h0), lambda: last(params.cell))
 
 
-def test_the_first_use_of_custom_functions():
+def test_the_first_use_of_custom_functions_in_threads_is_as_alone():
     """All are tried by values before they are used."""
     _, xs, h0, _ = random_case(H=K)
     softplus = jaxrnn.Activation(jax.nn.softplus)
@@ -97,7 +97,7 @@ def test_the_first_use_of_custom_functions():
 
 
 @pytest.mark.parametrize("make", [train.make_update, train.make_checked_update])
-def test_one_update_of_many_runs(make):
+def test_one_update_of_many_runs_in_threads_is_as_alone(make):
     """A state is its own thread's; the update is shared."""
     optimizer = optax.sgd(0.1)
     update = make(optimizer)

@@ -133,7 +133,7 @@ def output_derivatives(cell: Cell, h: jax.Array) -> tuple:
 
 
 def derivatives(function: Callable, *args) -> tuple:
-    """The derivatives of an elementwise function by each argument.
+    """The derivatives of an elementwise function in each argument.
 
     In reverse mode, so that a `custom_vjp` (a surrogate gradient) is used; in forward mode where
     the function has no reverse mode.
