@@ -3,9 +3,9 @@
 Two steps y ← J₁ y + e₁ and y ← J₂ y + e₂ compose to y ← J₂ J₁ y + (J₂ e₁ + e₂). This forms
 `[T, *batch, H, H]` products of Jacobians, H times the work of the scan. It is for small H, long T
 and hardware that is idle in a scan. On two CPU cores it took 1.0 to 1.4 times as long as the scan
-at H ≤ 2 and 2 to 7 times at H = 4 to 32 (T = 1,000 to 100,000, `python -m benchmarks tune
-implementation`). If a product of Jacobians over half of the steps overflows, the result is NaN,
-even where the scan's is finite because the gradient lies in directions that decay.
+at H ≤ 2 and 2 to 7 times at H = 4 to 32 (T = 1,000 to 100,000). If a product of Jacobians over half
+of the steps overflows, the result is NaN, even where the scan's is finite because the gradient lies
+in directions that decay.
 """
 
 from typing import Any
